@@ -1,0 +1,18 @@
+"""Every test runs under the strictest settings that a user may have switched on."""
+
+import jax
+
+# Eight host devices, for the sharding tests; before the backend starts.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import jax.random as jr
+import pytest
+
+
+@pytest.fixture
+def getkey():
+    """A function that gives a new random key at each call, the same ones in each run."""
+    counter = iter(range(1_000_000))
+    return lambda: jr.fold_in(jr.key(20240607), next(counter))
