@@ -1,0 +1,154 @@
+"""LayerNorm: its parameters, its checks, its call of the op."""
+
+from collections.abc import Sequence
+from typing import overload
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._checks import (
+    check_broadcast,
+    check_eps,
+    check_example,
+    check_floating,
+    check_param_dtype,
+    check_shape,
+)
+from ._normalize import normalize
+
+_no_state = object()  # None would be a state like any other.
+
+
+def layer_norm(
+    x: Float[Array, "*shape"],
+    weight: Float[Array, "..."] | None = None,
+    bias: Float[Array, "..."] | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Float[Array, "*shape"]:
+    r"""Normalises one example over all its entries, and scales and shifts the result.
+
+    $$y = \frac{x - \mathbb{E}[x]}{\sqrt{\text{Var}[x] + \varepsilon}} * \text{weight}
+    + \text{bias}$$
+
+    with the biased variance (divided by the number of entries), and `eps` inside the root. The
+    derivative is hand-written; see [`eqx_norms.LayerNorm`][].
+
+    **Arguments:**
+
+    - `x`: one example, of any shape and of dtype float16, bfloat16, float32 or float64. For a
+        batch, `jax.vmap` this function.
+    - `weight`, `bias`: floating-point arrays that broadcast to the shape of `x`, or `None`.
+    - `eps`: added to the variance; a finite number, 0 or above.
+
+    **Returns:**
+
+    An array of the shape and dtype of `x`. Statistics, weight and bias are taken in float32
+    (float64 for float64), and the result rounded once.
+
+    **Raises:** `TypeError` if `x`, `weight` or `bias` is not a real floating-point array;
+    `ValueError` if `weight` or `bias` does not broadcast to the shape of `x`, or for a bad `eps`.
+    """
+    check_floating("layer_norm", x)
+    check_broadcast("layer_norm", x, weight=weight, bias=bias)
+    return normalize(x, weight, bias, eps=check_eps("layer_norm", eps))
+
+
+class LayerNorm(eqx.Module):
+    r"""Normalises one example over all its entries, then scales and shifts each entry.
+
+    $$y = \frac{x - \mathbb{E}[x]}{\sqrt{\text{Var}[x] + \varepsilon}} * \text{weight}
+    + \text{bias}$$
+
+    The variance is the biased one, and `eps` stands inside the root. Fields and leaves are those
+    of `equinox.nn.LayerNorm`, so that its checkpoints load.
+
+    The backward is hand-written and keeps `x` in its own dtype and 12 bytes an example. Forward
+    mode, Hessians, `jax.checkpoint`, scans and sharding work as with any JAX function;
+    `jax.experimental.jet` does not, see [`eqx_norms.normalize_reference`][].
+
+    !!! tip "Batches"
+
+        The layer takes one example. For an array of shape `(batch, tokens, features)`:
+        ```python
+        layer_norm = LayerNorm(features)
+        y = jax.vmap(jax.vmap(layer_norm))(x)
+        ```
+
+    ??? cite
+        [Layer Normalization](https://arxiv.org/abs/1607.06450)
+
+        ```bibtex
+        @article{ba2016layer,
+            author={Jimmy Lei Ba and Jamie Ryan Kiros and Geoffrey E. Hinton},
+            title={Layer Normalization},
+            year={2016},
+            journal={arXiv:1607.06450},
+        }
+        ```
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+    use_weight: bool = eqx.field(static=True)
+    use_bias: bool = eqx.field(static=True)
+    weight: Float[Array, "*shape"] | None
+    bias: Float[Array, "*shape"] | None
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        eps: float = 1e-5,
+        use_weight: bool = True,
+        use_bias: bool = True,
+        dtype=None,
+    ):
+        """**Arguments:**
+
+        - `shape`: the shape of one example, without batch axes: an int or a sequence of ints,
+            each at least 1.
+        - `eps`: added to the variance; a finite number, 0 or above.
+        - `use_weight`: whether to scale by a learned `weight` of shape `shape`, from ones.
+        - `use_bias`: whether to shift by a learned `bias` of shape `shape`, from zeros.
+        - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+
+        **Raises:** `ValueError` for an empty or negative shape or a bad `eps`; `TypeError` for a
+        `dtype` that is not floating point.
+        """
+        self.shape = check_shape("LayerNorm", shape)
+        self.eps = check_eps("LayerNorm", eps)
+        self.use_weight = use_weight
+        self.use_bias = use_bias
+        dtype = check_param_dtype("LayerNorm", dtype)
+        self.weight = jnp.ones(self.shape, dtype) if use_weight else None
+        self.bias = jnp.zeros(self.shape, dtype) if use_bias else None
+
+    @overload
+    def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array: ...
+
+    @overload
+    def __call__(
+        self, x: Array, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Array, eqx.nn.State]: ...
+
+    @jax.named_scope("eqx_norms.LayerNorm")
+    def __call__(self, x: Float[Array, "*shape"], state=_no_state, *, key=None):
+        """**Arguments:**
+
+        - `x`: one example, of shape `shape` and dtype float16, bfloat16, float32 or float64.
+        - `state`: passed through, so that the layer can stand in for `equinox.nn.BatchNorm`.
+        - `key`: ignored; `equinox.nn.Sequential` passes it.
+
+        **Returns:**
+
+        An array of the shape and dtype of `x`; with `state`, a tuple of it and the state.
+
+        **Raises:** `ValueError` if `x` is not of shape `shape`, with the `jax.vmap` that is
+        missing; `TypeError` if `x` is not a real floating-point array.
+        """
+        check_floating("LayerNorm", x)
+        check_example("LayerNorm", "layer_norm", self.shape, x)
+        y = normalize(x, self.weight, self.bias, eps=self.eps)
+        return y if state is _no_state else (y, state)
