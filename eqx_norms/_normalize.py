@@ -49,18 +49,15 @@ def _statistics(spec: _Spec, x: Example) -> tuple[Array | None, Array | None, Ar
 
     A mean is off by an ulp of the largest entry, which at an offset of 1e6 is a tenth of the
     spread. So it only serves as the origin, and the mean of what is left, `d`, says by how much
-    it missed. The variance then needs no pass of its own: mean((xc - d)^2) = mean(xc^2) - d^2,
-    and this difference does not cancel, since d is as small as rounding.
+    it missed. (mean(xc^2) - d^2 would save a pass and is wrong on constant rows, where it is the
+    difference of two roundings: dx off by 2e-5 at 1e6, y NaN at 1e9.)
     """
-    if not spec.centre:
-        return None, None, jax.lax.rsqrt(_mean(x * x) + spec.eps)
-    # y is the same for any origin, so the origin has no derivative; d has the mean's.
-    origin = jax.lax.stop_gradient(_mean(x))
-    xc = x - origin
-    d = _mean(xc)
-    # In a constant row both terms are rounding, and their difference may fall below zero. The
-    # bound is a little below zero because the derivative of max(0, 0) is one half.
-    var = jnp.maximum(_mean(xc * xc) - d * d, -jnp.finfo(x.dtype).tiny)
+    origin = d = None
+    if spec.centre:
+        # y is the same for any origin, so the origin has no derivative; d has the mean's.
+        origin = jax.lax.stop_gradient(_mean(x))
+        d = _mean(x - origin)
+    var = _mean(jnp.square(_centred(x, origin, d)))
     return origin, d, jax.lax.rsqrt(var + spec.eps)
 
 
