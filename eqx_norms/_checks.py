@@ -25,7 +25,7 @@ def check_shape(name: str, shape: int | Sequence[int]) -> tuple[int, ...]:
 def check_eps(name: str, eps: float) -> float:
     if not (isinstance(eps, numbers.Real) and 0 <= eps < math.inf):
         raise ValueError(f"`{name}(eps=...)` must be a finite number, 0 or above; got {eps!r}.")
-    return eps
+    return float(eps)
 
 
 def check_param_dtype(name: str, dtype):

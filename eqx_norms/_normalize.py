@@ -212,7 +212,7 @@ def normalize(
 ) -> Example:
     """What the layers call: `normalize_reference`, by the rule above."""
     _, weight, bias = _widen(x, weight, bias)
-    spec = _Spec(float(eps), centre, None if bias is None else bias.shape)
+    spec = _Spec(eps, centre, None if bias is None else bias.shape)
     y = _normalize(spec, *_vary_together(x, weight, bias))
     # The cast stands outside the rule, whose cotangent is then wide as well: dbias is summed over
     # a batch in float32. (Cast inside, its error over 8192 rows of bfloat16 was 2%.)
