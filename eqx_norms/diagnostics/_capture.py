@@ -1,0 +1,192 @@
+"""Look at what the submodules of a model return, and at the loss's derivatives there."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree
+
+from ._instrument import Where, instrument, restore
+from ._interpret import Marked, evaluate, outputs_in
+
+
+def capture(
+    fn: Callable[..., Any], model: PyTree, *args: Any, where: Where
+) -> tuple[Any, dict[str, PyTree]]:
+    """Evaluates `fn(model, *args)` and hands out what the submodules of `model` returned.
+
+    The model is not changed: `fn` gets a copy, in which the matched submodules mark their
+    outputs. `fn` is traced, as by `jax.jit`, and what was marked is collected as the traced
+    program runs. So it works under any transformation that `fn` applies, and `capture` may
+    itself stand under `jax.jit`, `jax.vmap` or `jax.grad`. Python side effects of `fn` happen
+    once, while it is traced.
+
+    !!! example
+
+        ```python
+        mlp = eqx.nn.MLP(2, 1, 8, 3, key=key)
+        out, values = capture(lambda m, x: jax.vmap(m)(x), mlp, x, where=eqx.nn.Linear)
+        values["layers[0]"]  # of shape (batch, 8)
+        ```
+
+    **Arguments:**
+
+    - `fn`: a function of the model and `args`. It may return anything.
+    - `model`: any pytree with `equinox.Module`s in it.
+    - `args`: anything; arrays are traced.
+    - `where`: which submodules: a type, a tuple of types, or a function of `(path, module)` that
+        says whether to capture it. It is asked about every module that can be called, the model
+        itself included, of which the path is `""`.
+
+    **Returns:**
+
+    A pair of what `fn(model, *args)` returns, and of a dictionary with one entry for each call of
+    a matched submodule, in the order of the calls (`jax.jit` sorts the dictionaries it returns).
+
+    The key is the path of the submodule, such as `layers[0].norm` or `blocks['a']`. Further calls
+    of the same submodule have `#1`, `#2` and so on at the end. An object that stands at two paths
+    has the path through which it is called; in an `equinox.nn.Shared` that is the path from which
+    it is taken. A submodule that is never called has no entry, nor has a module that `fn` makes.
+
+    The value is what its `__call__` returned: an array of the dtype that the model computes in, or
+    any pytree of these. Of a stateful layer, which returns `(output, state)`, it is the output.
+    Axes come in this order:
+
+    1. one for each `jax.lax.scan` or `jax.lax.map` around the call, the outermost first;
+    2. one for each `jax.vmap` around it, the outermost first, whatever `in_axes` and `out_axes`
+        are;
+    3. those that the submodule returned.
+
+    An output that does not depend on what is mapped has no axis for it. Nor has one that is the
+    same in every step of a loop, if `fn` itself differentiates the loop. To have the batch ahead
+    of time, put the `jax.vmap` around `capture`, not inside `fn`.
+
+    In a `jax.lax.cond` or `switch`, what the branch not taken would have returned is NaN (zero for
+    integers). Under `jax.vmap` with a mapped predicate, JAX computes all branches for all
+    examples, and these values are captured.
+
+    **Raises:**
+
+    - `ValueError` if `where` matches nothing, or if nothing that it matches is called.
+    - `NotImplementedError`, naming the submodule and the place, if it is called where no value can
+        be handed out: in a while loop, in a function with a custom derivative rule, in
+        `jax.shard_map`, and in any other primitive that this function does not know.
+
+    Inside `fn` the submodules of two paths have different tree structures, for the path is part
+    of it. To scan over layers, stack them before (`equinox.filter_vmap` over their keys), not in
+    `fn`.
+    """
+    program = _Program(fn, model, args, where)
+    out, marked = program.run(model, args, program.no_shifts())
+    return out, program.by_path(marked)
+
+
+def capture_grads(
+    loss_fn: Callable[..., Float[Array, ""]], model: PyTree, *args: Any, where: Where
+) -> tuple[Float[Array, ""], dict[str, PyTree], dict[str, PyTree], PyTree]:
+    """Differentiates `loss_fn(model, *args)` with respect to the model and to what its submodules
+    returned.
+
+    One forward and one backward pass: zero is added to each output of a matched submodule, and the
+    loss is differentiated with respect to these zeros and the model together. Custom derivative
+    rules stay in force.
+
+    **Arguments:**
+
+    - `loss_fn`: a function of the model and `args` that returns a floating-point scalar.
+    - `model`, `args`, `where`: as for [`eqx_norms.diagnostics.capture`][].
+
+    **Returns:**
+
+    A 4-tuple of
+
+    - the loss;
+    - the values, as [`eqx_norms.diagnostics.capture`][] returns them;
+    - the derivatives of the loss with respect to the values, under the same keys, each of the
+        structure, shapes and dtypes of its value. Integers have `None`, what the loss does not
+        depend on has zero. A value that is shared by several examples or steps has the sum;
+    - the derivatives with respect to the model, as `equinox.filter_grad` gives them.
+
+    **Raises:**
+
+    As [`eqx_norms.diagnostics.capture`][], and
+
+    - `TypeError` if `loss_fn` does not return a floating-point scalar.
+    - `NotImplementedError` if `loss_fn` itself differentiates a `jax.checkpoint` in which a
+        matched submodule is called: it is computed anew in there, out of reach of the added zero.
+    """
+    program = _Program(loss_fn, model, args, where)
+    program.check_differentiable()
+
+    @eqx.filter_value_and_grad(has_aux=True)
+    def backward(model_and_shifts):
+        model, shifts = model_and_shifts
+        return program.run(model, args, shifts)
+
+    start = model, program.zero_shifts(model, args)
+    (loss, marked), (model_grads, grads) = backward(start)
+    return loss, program.by_path(marked), program.by_path(grads), model_grads
+
+
+class _Program:
+    """`fn(model, *args)` as a jaxpr in which the outputs of the matched submodules are tagged."""
+
+    def __init__(self, fn: Callable, model: PyTree, args: tuple, where: Where):
+        traced = eqx.filter_make_jaxpr(fn)(instrument(model, where), *args)
+        self.jaxpr, self.out, self.static_out = traced
+        self.outputs = outputs_in(self.jaxpr)
+        if not self.outputs:
+            raise ValueError(
+                "`fn` must call at least one submodule that `where` matches, but it calls none. "
+                "It is given a copy of the model: type `lambda model, x: model(x)`, not a function "
+                "that holds the model itself."
+            )
+
+    def run(self, model: PyTree, args: tuple, shifts: Marked) -> tuple[Any, Marked]:
+        arrays = jtu.tree_leaves(eqx.filter((model, args), eqx.is_array))
+        outs, marked = evaluate(self.jaxpr.jaxpr, self.jaxpr.consts, arrays, shifts)
+        out = jtu.tree_unflatten(jtu.tree_structure(self.out), outs)
+        return restore(eqx.combine(out, self.static_out)), marked
+
+    def by_path(self, marked: Marked) -> dict[str, PyTree]:
+        calls = Counter()
+        values = {}
+        for output, leaves in zip(self.outputs, marked, strict=True):
+            path, number = output.path, calls[output.path]
+            values[f"{path}#{number}" if number else path] = restore(output.rebuild(leaves))
+            calls[path] += 1
+        return values
+
+    def no_shifts(self) -> Marked:
+        return [[None] * output.structure.num_leaves for output in self.outputs]
+
+    def zero_shifts(self, model: PyTree, args: tuple) -> Marked:
+        run = lambda model, args: self.run(model, args, self.no_shifts())[1]
+        return jax.tree.map(_zero_shift, eqx.filter_eval_shape(run, model, args))
+
+    def check_differentiable(self) -> None:
+        shape = getattr(self.out, "shape", None)
+        if shape != () or not jnp.issubdtype(self.out.dtype, jnp.floating):
+            raise TypeError(
+                "`loss_fn` must return one floating-point scalar, but it returns "
+                f"{eqx.combine(self.out, self.static_out)}. Type for instance `jnp.mean(loss)`."
+            )
+        everywhere = Counter(o.path for o in outputs_in(self.jaxpr, recomputed=True))
+        anew = everywhere - Counter(o.path for o in self.outputs)
+        if anew:
+            raise NotImplementedError(
+                f"The derivative at {', '.join(map(repr, anew))} cannot be taken: `loss_fn` "
+                "differentiates a `jax.checkpoint` that calls it, which computes it a second time. "
+                "Type a `where` that leaves it out, or take the checkpoint away."
+            )
+
+
+def _zero_shift(shape: jax.ShapeDtypeStruct) -> jax.Array | None:
+    if not jnp.issubdtype(shape.dtype, jnp.inexact):
+        return None
+    # -0., for 0. + -0. is 0.: adding this is the identity, down to the sign of zero.
+    return jnp.full(shape.shape, -0.0, shape.dtype)
