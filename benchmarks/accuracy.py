@@ -16,7 +16,7 @@ ROWS, N, EPS = 64, 1024, 1e-5
 
 
 def exact(x, g):
-    """y and dx in float64."""
+    """The output y and the gradient dx, in float64."""
     x, g = np.float64(x), np.float64(g)
     mean = lambda a: a.mean(-1, keepdims=True)
     xc = x - mean(x)

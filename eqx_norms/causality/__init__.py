@@ -1,0 +1,11 @@
+"""Does the model see the future? Checks for any function that JAX can trace."""
+
+from ._check import (
+    CausalityError as CausalityError,
+    assert_causal as assert_causal,
+    assert_independent as assert_independent,
+    check_causal as check_causal,
+    check_independent as check_independent,
+)
+from ._matrix import dependency_matrix as dependency_matrix
+from ._report import CausalityReport as CausalityReport, Pair as Pair

@@ -1,0 +1,161 @@
+"""Runs a function on its input and on edited copies of it, and measures what changed.
+
+One compiled function does every run. It maps over a batch of inputs with `jax.lax.map`, not
+`vmap`: a loop body is the same code for every slot, so that equal inputs give equal bits and a
+baseline can be compared with an edit bit for bit, and it holds one forward pass at a time.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from ._edits import Edit, Editor
+
+
+class Changes(NamedTuple):
+    """How far each of T outputs moved under each of E edits, against the unedited input.
+
+    - `size`: the largest absolute change of an entry that stayed finite.
+    - `ulps`: `size` in units of eps * `scale`; infinite for a change of an integer output.
+    - `scale`: the largest magnitude of the output, edited or not; an edit of size 100 passes
+        through the same sums as the rest and rounds them accordingly.
+    - `broken`: an entry is no longer finite.
+    """
+
+    size: Float[np.ndarray, "E T"]
+    ulps: Float[np.ndarray, "E T"]
+    scale: Float[np.ndarray, "E T"]
+    broken: Bool[np.ndarray, "E T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A function of flat leaves, ready to be measured; `wide` runs it in float64."""
+
+    run: Callable[..., tuple[Array, ...]]
+    editor: Editor
+    out_axes: tuple[int, ...]
+    eps: float
+    batch_size: int
+    wide: bool = False
+
+    def measure(self, edits: Sequence[Edit], label: str = "causality check") -> Changes:
+        """Applies every edit; the first of them must be the empty one."""
+        rows = []
+        base = None
+        with jax.enable_x64(True) if self.wide else contextlib.nullcontext():
+            for batch in _progress(list(_batches(edits, self.batch_size)), label):
+                inputs = self._inputs(batch)
+                # Waiting only here lets the device run one batch while the next is drawn.
+                jax.block_until_ready(rows[-1:])
+                outs = self.run(inputs)
+                base = tuple(out[0] for out in outs) if base is None else base
+                rows.append(_distances(base, outs, self.out_axes))
+        rows = jax.device_get(rows)
+        leaves = [
+            _Leaf(*map(np.concatenate, zip(*leaf, strict=True))) for leaf in zip(*rows, strict=True)
+        ]
+        return _combine(leaves, len(edits), self.eps)
+
+    def _inputs(self, batch: Sequence[Edit]) -> tuple[np.ndarray, ...]:
+        # A short last batch repeats its last edit: another shape would be another executable.
+        full = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
+        stacked = [np.stack(leaf) for leaf in zip(*map(self.editor.apply, full), strict=True)]
+        return tuple(_widened(leaf) if self.wide else leaf for leaf in stacked)
+
+
+def make_probe(fn, editor: Editor, out_axes, eps: float, batch_size: int, wide=False) -> Probe:
+    """A probe of `fn`, which takes and returns flat leaves."""
+    run = jax.jit(lambda batch: jax.lax.map(lambda leaves: fn(*leaves), batch))
+    return Probe(run, editor, tuple(out_axes), eps, batch_size, wide)
+
+
+class _Leaf(NamedTuple):
+    size: Any
+    scale: Any
+    broken: Any
+    discrete: Any
+
+
+@functools.partial(jax.jit, static_argnames="out_axes")
+def _distances(base, outs, out_axes: tuple[int, ...]) -> list[_Leaf]:
+    return [_distance(*leaf) for leaf in zip(base, outs, out_axes, strict=True)]
+
+
+def _distance(base: Array, outs: Array, axis: int) -> _Leaf:
+    a, b = _comparable(outs), _comparable(base)[None]
+    discrete = not jnp.issubdtype(base.dtype, jnp.inexact)
+    # Of two large integers the float difference may round to 0.
+    change = jnp.maximum(jnp.abs(a - b), 1 if discrete else 0)
+    finite = jnp.isfinite(a)
+    change = jnp.where((outs == base[None]) | ~finite, 0, change)
+    others = tuple(i for i in range(1, a.ndim) if i != axis + 1)
+    entries = tuple(range(1, a.ndim))
+    magnitude = jnp.maximum(jnp.abs(a), jnp.abs(b))
+    return _Leaf(
+        size=change.max(others),
+        scale=jnp.where(finite, magnitude, 0).max(entries),
+        broken=~finite.all(others),
+        discrete=jnp.full(a.shape[:1], discrete),
+    )
+
+
+def _comparable(leaf: Array) -> Array:
+    kept = (jnp.float64, jnp.complex64, jnp.complex128)
+    return leaf if leaf.dtype in kept else leaf.astype(jnp.float32)
+
+
+def _combine(leaves: Sequence[_Leaf], count: int, eps: float) -> Changes:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ulps = np.stack([_ulps(leaf, eps) for leaf in leaves])
+    worst = ulps.argmax(0)[None]
+    scales = np.stack(
+        [np.broadcast_to(_f64(leaf.scale)[:, None], ulps.shape[1:]) for leaf in leaves]
+    )
+    return Changes(
+        size=np.max([_f64(leaf.size) for leaf in leaves], axis=0)[:count],
+        ulps=ulps.max(0)[:count],
+        scale=np.take_along_axis(scales, worst, 0)[0][:count],
+        broken=np.any([leaf.broken for leaf in leaves], axis=0)[:count],
+    )
+
+
+def _ulps(leaf: _Leaf, eps: float) -> np.ndarray:
+    size = _f64(leaf.size)
+    ulps = np.where(leaf.discrete[:, None], np.inf, size / (eps * _f64(leaf.scale)[:, None]))
+    return np.where(size > 0, ulps, 0.0)
+
+
+def _f64(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values, np.float64)
+
+
+def _widened(leaf: np.ndarray) -> np.ndarray:
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return leaf
+    return leaf.astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
+
+
+def _batches(edits: Sequence[Edit], size: int) -> Iterator[list[Edit]]:
+    rest = iter(edits)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
+
+
+def _progress(batches: list, label: str):
+    if "PYTEST_CURRENT_TEST" in os.environ:
+        return batches
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return batches
+    return tqdm(batches, desc=label, delay=5, leave=False)

@@ -1,0 +1,113 @@
+"""The float64 re-run of a traced function.
+
+The oracle is the same function called on float64 inputs, with every constant in it made
+float64 by hand.
+"""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from eqx_norms.causality import _widen as widening
+
+W = np.linspace(-1, 1, 12).astype(np.float32).reshape(4, 3)
+
+
+def scan(x):
+    step = lambda h, row: (jnp.tanh(h + row @ W[:3]), h.sum())
+    return jax.lax.scan(step, jnp.zeros(3, x.dtype), x)
+
+
+def while_loop(x):
+    return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.sin(c[1])), (0, x))[1]
+
+
+def scatter(x):
+    return x.at[jnp.array([0, 0, 2])].add(x[:3]).at[1].max(0.5).at[2].multiply(0.25)
+
+
+def convolution(x):
+    return jax.lax.conv_general_dilated(
+        x.T[None], x[:3, :3].T[..., None] + 0 * x[0, 0], (1,), "SAME"
+    )
+
+
+FUNCTIONS = {
+    "scan": scan,
+    "while": while_loop,
+    "cond": lambda x: jax.lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x),
+    "scatter": scatter,
+    "convolution": convolution,
+    "fft": lambda x: jnp.fft.irfft(jnp.fft.rfft(x, axis=0), 4, 0),
+    "jit": jax.jit(jnp.exp),
+    "checkpoint": jax.checkpoint(jnp.exp),
+    "custom_jvp": jax.nn.gelu,
+    "softmax": jax.nn.softmax,
+    "sort and cumsum": lambda x: jnp.sort(x, 0).cumsum(0),
+    "einsum": lambda x: jnp.einsum("ij,kj->ik", x, x, precision="highest"),
+    "reduce_window": lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, (2, 1), (1, 1), "SAME"),
+    "associative_scan": lambda x: jax.lax.associative_scan(jnp.multiply, x),
+    "solve": lambda x: jnp.linalg.solve(x[:3] @ x[:3].T + jnp.eye(3, dtype=x.dtype), x[:3]),
+    "gradient": jax.grad(lambda x: jnp.sum(jnp.tanh(x) ** 2)),
+    "vmap": jax.vmap(lambda row: row / jnp.linalg.norm(row)),
+    "complex": lambda x: jnp.abs(jax.lax.complex(x, x) ** 2),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_float64_form_equals_the_function_at_float64(name):
+    fn = FUNCTIONS[name]
+    x = jr.normal(jr.key(0), (4, 3))
+    closed = widening.trace(lambda x: jax.tree.leaves(fn(x)), [x])
+    with jax.enable_x64(True):
+        exact = x.astype(jnp.float64)
+        got = jax.jit(widening.widen(closed))(exact)
+        with jax.numpy_dtype_promotion("standard"):
+            expected = jax.tree.leaves(fn(exact))
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype == b.dtype == jnp.float64
+            # gelu's constants were rounded to float32 when the trace was made.
+            atol = 1e-6 if name == "custom_jvp" else 1e-13
+            np.testing.assert_allclose(a, b, rtol=atol, atol=atol)
+
+
+def test_casts_inside_are_widened():
+    x = jr.normal(jr.key(0), (4, 3))
+    casts = lambda x: [x.astype(jnp.bfloat16).astype(jnp.float32) - x]
+    closed = widening.trace(casts, [x])
+    assert widening.float_dtypes(closed) == {np.dtype(jnp.bfloat16), np.dtype(jnp.float32)}
+    assert np.abs(casts(x)[0]).max() > 0
+    with jax.enable_x64(True):
+        assert np.abs(widening.widen(closed)(x.astype(jnp.float64))[0]).max() == 0
+
+
+def test_what_cannot_be_widened_is_named_and_keeps_its_dtype():
+    shape = jax.ShapeDtypeStruct((3,), jnp.float32)
+
+    def host(v):
+        assert v.dtype == np.float32
+        return v * 2
+
+    closed = widening.trace(lambda x: [jax.pure_callback(host, shape, x)], [jnp.ones(3)])
+    assert widening.opaque_parts(closed) == {"pure_callback"}
+    with jax.enable_x64(True):
+        (out,) = jax.jit(widening.widen(closed))(jnp.ones(3))
+        assert out.dtype == jnp.float64 and np.array_equal(out, [2, 2, 2])
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_traces_with_other_constants_differ(inner):
+    rng = np.random.default_rng(0)
+    wrap = jax.jit if inner else lambda f: f
+
+    def fn(x):
+        noise = rng.random(3).astype(np.float32)
+        return [wrap(lambda v: v * noise)(x)]
+
+    fixed = lambda x: [wrap(lambda v: v * W[0])(x)]
+    one, two = (widening.trace(fn, [jnp.ones(3)]) for _ in range(2))
+    assert not widening.same_trace(one, two)
+    one, two = (widening.trace(fixed, [jnp.ones(3)]) for _ in range(2))
+    assert widening.same_trace(one, two)
