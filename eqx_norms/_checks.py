@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
+# The default of the layers' `state`: None would be a state like any other.
+no_state = object()
+
 
 def check_shape(name: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     try:
@@ -20,6 +23,16 @@ def check_shape(name: str, shape: int | Sequence[int]) -> tuple[int, ...]:
             f"Give the shape of one example without batch axes, as in `{name}(768)`."
         )
     return sizes
+
+
+def check_size(call: str, size: int) -> int:
+    try:
+        size = operator.index(size)
+    except TypeError:
+        raise TypeError(f"`{call}` must be an int; got {size!r}.") from None
+    if size < 1:
+        raise ValueError(f"`{call}` must be 1 or more; got {size}.")
+    return size
 
 
 def check_eps(name: str, eps: float) -> float:
@@ -66,6 +79,18 @@ def check_broadcast(name: str, x: Array, **params: Array | None) -> None:
                 f"`{name}(x, {param}=...)` needs a {param} that broadcasts to the shape of x; "
                 f"got {param} of shape {value.shape} and x of shape {x.shape}."
             )
+
+
+def check_mask(name: str, x: Array, where: Array | None) -> None:
+    if where is None:
+        return
+    got = getattr(where, "shape", None), getattr(where, "dtype", None)
+    if got != (x.shape, jnp.bool_):
+        raise ValueError(
+            f"`{name}(x, where=...)` takes a boolean mask of the shape of x, True for entries that "
+            f"count: expected {x.shape} and bool, got {got[0]} and {got[1]}. "
+            "Type `jnp.broadcast_to(mask, x.shape)` for a mask that broadcasts."
+        )
 
 
 def check_example(name: str, call: str, shape: tuple[int, ...], x: Array) -> None:

@@ -1,24 +1,24 @@
 """LayerNorm: its parameters, its checks, its call of the op."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import overload
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._checks import (
     check_broadcast,
     check_eps,
     check_example,
     check_floating,
+    check_mask,
     check_param_dtype,
     check_shape,
+    no_state,
 )
 from ._normalize import normalize
-
-_no_state = object()  # None would be a state like any other.
 
 
 def layer_norm(
@@ -27,6 +27,8 @@ def layer_norm(
     bias: Float[Array, "..."] | None = None,
     *,
     eps: float = 1e-5,
+    where: Bool[Array, "*shape"] | None = None,
+    axis_name: Hashable | None = None,
 ) -> Float[Array, "*shape"]:
     r"""Normalises one example over all its entries, and scales and shifts the result.
 
@@ -42,6 +44,7 @@ def layer_norm(
         batch, `jax.vmap` this function.
     - `weight`, `bias`: floating-point arrays that broadcast to the shape of `x`, or `None`.
     - `eps`: added to the variance; a finite number, 0 or above.
+    - `where`, `axis_name`: as for [`eqx_norms.LayerNorm`][].
 
     **Returns:**
 
@@ -49,11 +52,14 @@ def layer_norm(
     (float64 for float64), and the result rounded once.
 
     **Raises:** `TypeError` if `x`, `weight` or `bias` is not a real floating-point array;
-    `ValueError` if `weight` or `bias` does not broadcast to the shape of `x`, or for a bad `eps`.
+    `ValueError` if `weight` or `bias` does not broadcast to the shape of `x`, or for a bad `eps`
+    or mask.
     """
     check_floating("layer_norm", x)
     check_broadcast("layer_norm", x, weight=weight, bias=bias)
-    return normalize(x, weight, bias, eps=check_eps("layer_norm", eps))
+    check_mask("layer_norm", x, where)
+    eps = check_eps("layer_norm", eps)
+    return normalize(x, weight, bias, where, eps=eps, axis_name=axis_name)
 
 
 class LayerNorm(eqx.Module):
@@ -96,6 +102,8 @@ class LayerNorm(eqx.Module):
     use_bias: bool = eqx.field(static=True)
     weight: Float[Array, "*shape"] | None
     bias: Float[Array, "*shape"] | None
+    unit_offset: bool = eqx.field(static=True)
+    axis_name: Hashable | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -104,6 +112,9 @@ class LayerNorm(eqx.Module):
         use_weight: bool = True,
         use_bias: bool = True,
         dtype=None,
+        *,
+        unit_offset: bool = False,
+        axis_name: Hashable | None = None,
     ):
         """**Arguments:**
 
@@ -113,6 +124,11 @@ class LayerNorm(eqx.Module):
         - `use_weight`: whether to scale by a learned `weight` of shape `shape`, from ones.
         - `use_bias`: whether to shift by a learned `bias` of shape `shape`, from zeros.
         - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `unit_offset`: scale by `1 + weight` instead, `weight` starting at zero, as Gemma does.
+            The sum is taken in float32, so that a bfloat16 weight keeps its digits.
+        - `axis_name`: of a mapped axis (`jax.shard_map`, or `jax.vmap` with that name) along
+            which one example is split evenly. `shape` is then that of one part, and mean and
+            variance are taken over all parts.
 
         **Raises:** `ValueError` for an empty or negative shape or a bad `eps`; `TypeError` for a
         `dtype` that is not floating point.
@@ -122,33 +138,53 @@ class LayerNorm(eqx.Module):
         self.use_weight = use_weight
         self.use_bias = use_bias
         dtype = check_param_dtype("LayerNorm", dtype)
-        self.weight = jnp.ones(self.shape, dtype) if use_weight else None
+        self.weight = jnp.full(self.shape, 1.0 - unit_offset, dtype) if use_weight else None
         self.bias = jnp.zeros(self.shape, dtype) if use_bias else None
+        self.unit_offset = unit_offset
+        self.axis_name = axis_name
 
     @overload
-    def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array: ...
+    def __call__(self, x: Array, *, key=None, where: Array | None = None) -> Array: ...
 
     @overload
     def __call__(
-        self, x: Array, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
+        self, x: Array, state: eqx.nn.State, *, key=None, where: Array | None = None
     ) -> tuple[Array, eqx.nn.State]: ...
 
     @jax.named_scope("eqx_norms.LayerNorm")
-    def __call__(self, x: Float[Array, "*shape"], state=_no_state, *, key=None):
+    def __call__(
+        self,
+        x: Float[Array, "*shape"],
+        state=no_state,
+        *,
+        key: PRNGKeyArray | None = None,
+        where: Bool[Array, "*shape"] | None = None,
+    ):
         """**Arguments:**
 
         - `x`: one example, of shape `shape` and dtype float16, bfloat16, float32 or float64.
         - `state`: passed through, so that the layer can stand in for `equinox.nn.BatchNorm`.
         - `key`: ignored; `equinox.nn.Sequential` passes it.
+        - `where`: a boolean mask of shape `shape`. Entries where it is `False`, NaN or not, take
+            no part in mean and variance, come out as zero and receive a zero gradient.
 
         **Returns:**
 
         An array of the shape and dtype of `x`; with `state`, a tuple of it and the state.
 
         **Raises:** `ValueError` if `x` is not of shape `shape`, with the `jax.vmap` that is
-        missing; `TypeError` if `x` is not a real floating-point array.
+        missing, or for a bad mask; `TypeError` if `x` is not a real floating-point array.
         """
         check_floating("LayerNorm", x)
         check_example("LayerNorm", "layer_norm", self.shape, x)
-        y = normalize(x, self.weight, self.bias, eps=self.eps)
-        return y if state is _no_state else (y, state)
+        check_mask("LayerNorm", x, where)
+        y = normalize(
+            x,
+            self.weight,
+            self.bias,
+            where,
+            eps=self.eps,
+            unit_offset=self.unit_offset,
+            axis_name=self.axis_name,
+        )
+        return y if state is no_state else (y, state)

@@ -2,20 +2,22 @@
 
     y = (x - mean) * rstd * weight + bias,    rstd = 1 / sqrt(variance + eps)
 
-with mean and variance over all entries of one example. In the order of the file: the forward,
-the backward, the way from the backward to forward mode, the plain reference, the entry.
+with mean and variance over all entries of one example: those under a mask left out, those on
+other devices counted in. In the order of the file: the statistics, the forward, the backward, the
+way from the backward to forward mode, the plain reference, the entry.
 """
 
 import functools as ft
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 Example = Float[Array, "*shape"]
 Broadcastable = Float[Array, "..."]
+Mask = Bool[Array, "*shape"]
 
 
 class _Spec(NamedTuple):
@@ -23,20 +25,34 @@ class _Spec(NamedTuple):
 
     eps: float
     centre: bool
+    axis_name: Hashable | None
     bias_shape: tuple[int, ...] | None
 
 
 class _Residuals(NamedTuple):
-    """What the backward keeps: x in its own dtype, at most three scalars, the weight."""
+    """What the backward keeps: x in its own dtype, at most three scalars, the weight, the mask."""
 
     x: Example
     weight: Broadcastable | None
+    where: Mask | None
     origin: Array | None
     d: Array | None
     rstd: Array
 
 
-_mean = ft.partial(jnp.mean, keepdims=True)
+def _mean(spec: _Spec, a: Example, where: Mask | None) -> Array:
+    """Over what `where` lets through, on all devices of `axis_name`; 0 if that is nothing."""
+    if where is None:
+        mean = jnp.mean(a, keepdims=True)
+        return mean if spec.axis_name is None else jax.lax.pmean(mean, spec.axis_name)
+    both = jnp.sum(a, where=where, keepdims=True), jnp.sum(where, dtype=a.dtype, keepdims=True)
+    total, count = both if spec.axis_name is None else jax.lax.psum(both, spec.axis_name)
+    return total / jnp.maximum(count, 1)
+
+
+def _only(where: Mask | None, a: Array) -> Array:
+    """Zero where the mask is False, NaN or not, and in its derivative."""
+    return a if where is None else jnp.where(where, a, 0)
 
 
 def _to_compute_dtype(x: Array) -> Array:
@@ -44,7 +60,7 @@ def _to_compute_dtype(x: Array) -> Array:
     return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
-def _statistics(spec: _Spec, x: Example) -> tuple[Array | None, Array | None, Array]:
+def _statistics(spec: _Spec, x: Example, where: Mask | None):
     """`(origin, d, rstd)`, where the mean is `origin + d`.
 
     A mean is off by an ulp of the largest entry, which at an offset of 1e6 is a tenth of the
@@ -55,9 +71,9 @@ def _statistics(spec: _Spec, x: Example) -> tuple[Array | None, Array | None, Ar
     origin = d = None
     if spec.centre:
         # y is the same for any origin, so the origin has no derivative; d has the mean's.
-        origin = jax.lax.stop_gradient(_mean(x))
-        d = _mean(x - origin)
-    var = _mean(jnp.square(_centred(x, origin, d)))
+        origin = jax.lax.stop_gradient(_mean(spec, x, where))
+        d = _mean(spec, x - origin, where)
+    var = _mean(spec, jnp.square(_centred(x, origin, d)), where)
     return origin, d, jax.lax.rsqrt(var + spec.eps)
 
 
@@ -66,15 +82,15 @@ def _centred(x: Example, origin: Array | None, d: Array | None) -> Example:
     return x if origin is None or d is None else (x - origin) - d
 
 
-def _forward(spec: _Spec, x: Example, weight, bias) -> tuple[Example, _Residuals]:
-    wide = _to_compute_dtype(x)
-    origin, d, rstd = _statistics(spec, wide)
+def _forward(spec: _Spec, x: Example, weight, bias, where) -> tuple[Example, _Residuals]:
+    wide = _only(where, _to_compute_dtype(x))
+    origin, d, rstd = _statistics(spec, wide, where)
     y = _centred(wide, origin, d) * rstd
     if weight is not None:
         y = y * weight
     if bias is not None:
         y = y + bias
-    return y, _Residuals(x, weight, origin, d, rstd)
+    return _only(where, y), _Residuals(x, weight, where, origin, d, rstd)
 
 
 def _backward(spec: _Spec, residuals: _Residuals, g: Example):
@@ -84,11 +100,14 @@ def _backward(spec: _Spec, residuals: _Residuals, g: Example):
 
     the last two summed over what was broadcast, the first without mean(gw) if not centred.
     """
+    where = residuals.where
+    g = _only(where, g)
+
     residuals, g, xc, gw = _reread(residuals, g)
     rstd = residuals.rstd
-    mean_gw = _mean(gw) if spec.centre else None
+    mean_gw = _mean(spec, gw, where) if spec.centre else None
     # xhat * mean(gw * xhat) * rstd = xc * k. One factor at a time: rstd**3 would underflow.
-    k = rstd * (rstd * (rstd * _mean(gw * xc)))
+    k = rstd * (rstd * (rstd * _mean(spec, gw * xc, where)))
 
     residuals, g, xc, gw = _reread(residuals, g)
     dx = residuals.rstd * (gw if mean_gw is None else gw - mean_gw) - xc * k
@@ -97,7 +116,7 @@ def _backward(spec: _Spec, residuals: _Residuals, g: Example):
     weight = residuals.weight
     dweight = None if weight is None else _sum_to(weight.shape, g * (xc * residuals.rstd))
     dbias = None if spec.bias_shape is None else _sum_to(spec.bias_shape, g)
-    return dx.astype(residuals.x.dtype), dweight, dbias
+    return _only(where, dx).astype(residuals.x.dtype), dweight, dbias
 
 
 def _reread(residuals: _Residuals, g: Example):
@@ -110,8 +129,8 @@ def _reread(residuals: _Residuals, g: Example):
     """
     # Two barriers: the backward must stay linear in g, which one around both would hide.
     residuals, g = jax.lax.optimization_barrier(residuals), jax.lax.optimization_barrier(g)
-    x, weight, origin, d, _ = residuals
-    xc = _centred(_to_compute_dtype(x), origin, d)
+    x, weight, where, origin, d, _ = residuals
+    xc = _centred(_only(where, _to_compute_dtype(x)), origin, d)
     return residuals, g, xc, g if weight is None else g * weight
 
 
@@ -121,25 +140,26 @@ def _sum_to(shape: tuple[int, ...], a: Array) -> Array:
 
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def normalize_vjp(spec: _Spec, x: Example, weight, bias) -> Example:
+def normalize_vjp(spec: _Spec, x: Example, weight, bias, where) -> Example:
     """The operation with its hand-written backward, in reverse mode alone."""
-    return _forward(spec, x, weight, bias)[0]
+    return _forward(spec, x, weight, bias, where)[0]
 
 
-normalize_vjp.defvjp(_forward, _backward)
+normalize_vjp.defvjp(_forward, lambda *args: (*_backward(*args), None))
 
 
 # A `jax.custom_vjp` refuses jvp, and with it jacfwd, linearize and Hessians. So the operation that
 # the layers call is a `jax.custom_jvp` over the same two functions: its tangent map is the
 # transpose of the backward, and reverse mode, transposing again, is back at the backward itself.
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(spec: _Spec, x: Example, weight, bias) -> Example:
-    return _forward(spec, x, weight, bias)[0]
+def _normalize(spec: _Spec, x: Example, weight, bias, where) -> Example:
+    return _forward(spec, x, weight, bias, where)[0]
 
 
 @ft.partial(_normalize.defjvp, symbolic_zeros=True)
 def _normalize_jvp(spec: _Spec, primals, tangents):
     y, residuals = _forward(spec, *primals)
+    *tangents, _ = tangents  # The mask has none.
     live = tuple(_is_live(t) for t in tangents)
     return y, _tangent_map(spec, live)(residuals, _select(tangents, live))
 
@@ -195,8 +215,8 @@ def normalize_reference(
     An array of the shape and dtype of `x`.
     """
     wide, weight, bias = _widen(x, weight, bias)
-    xc = wide - _mean(wide) if centre else wide
-    y = xc * jax.lax.rsqrt(_mean(xc * xc) + eps)
+    xc = wide - wide.mean(keepdims=True) if centre else wide
+    y = xc * jax.lax.rsqrt(jnp.square(xc).mean(keepdims=True) + eps)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     return y.astype(x.dtype)
@@ -206,14 +226,23 @@ def normalize(
     x: Example,
     weight: Broadcastable | None = None,
     bias: Broadcastable | None = None,
+    where: Mask | None = None,
     *,
     eps: float,
     centre: bool = True,
+    unit_offset: bool = False,
+    axis_name: Hashable | None = None,
 ) -> Example:
     """What the layers call: `normalize_reference`, by the rule above."""
     _, weight, bias = _widen(x, weight, bias)
-    spec = _Spec(eps, centre, None if bias is None else bias.shape)
-    y = _normalize(spec, *_vary_together(x, weight, bias))
+    if unit_offset and weight is not None:
+        weight = 1 + weight
+    if where is not None:
+        # JAX stumbles over a NumPy constant that is mapped into a custom_jvp under jit, and masks
+        # are often such constants. Any operation makes an array of it; XLA drops this one.
+        where = where & True
+    spec = _Spec(eps, centre, axis_name, None if bias is None else bias.shape)
+    y = _normalize(spec, *_vary_together(x, weight, bias, where))
     # The cast stands outside the rule, whose cotangent is then wide as well: dbias is summed over
     # a batch in float32. (Cast inside, its error over 8192 rows of bfloat16 was 2%.)
     return y.astype(x.dtype)

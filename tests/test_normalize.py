@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from oracles import error, exact_norm
 
-from eqx_norms import LayerNorm, layer_norm, normalize_reference
+from eqx_norms import LayerNorm, layer_norm, normalize_reference, rms_norm
 
 SIZES = (1, 2, 3, 17, 127, 768, 1023, 4096)
 OFFSETS = (0, 1e2, 1e4, 1e6)
@@ -19,9 +19,12 @@ SCALES = (1e-6, 1e-3, 1e3, 1e6, 1e9, 1e12, 1e15)
 ROWS = 32
 
 
-@jax.jit
-def value_and_vjp(x, weight, bias, g):
-    y, vjp = jax.vjp(jax.vmap(layer_norm, (0, None, None)), x, weight, bias)
+NORMS = {"layer_norm": layer_norm, "rms_norm": rms_norm}
+
+
+@ft.partial(jax.jit, static_argnames="norm")
+def value_and_vjp(x, weight, bias, g, norm="layer_norm"):
+    y, vjp = jax.vjp(jax.vmap(NORMS[norm], (0, None, None)), x, weight, bias)
     return y, *vjp(g)
 
 
@@ -35,40 +38,41 @@ def draw(n, seed=0, rows=ROWS):
     return x, *(a.astype(np.float32) for a in (weight, bias, rng.normal(size=(rows, n))))
 
 
-def check_float32(x, weight, bias, g):
+def check_float32(norm, x, weight, bias, g):
     x = x.astype(np.float32)
-    got = value_and_vjp(x, weight, bias, g)
-    want = exact_norm(x, weight, bias, g)
+    got = value_and_vjp(x, weight, bias, g, norm)
+    want = exact_norm(x, weight, bias, g, centre=norm == "layer_norm")
     for name, a, b in zip(want._fields, got, want, strict=True):
         assert a.dtype == jnp.float32
-        # Relative to the largest entry; at n = 1 and 2 dx is made of eps alone: absolute.
+        # Relative to the largest entry; where dx is made of eps alone, n = 1 and 2: absolute.
         vanishes = name == "dx" and x.shape[1] <= 2
         assert error(a, b, absolute=vanishes) < 1e-6, name
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("n", SIZES)
 class TestFloat32:
     @pytest.mark.parametrize("offset", OFFSETS)
-    def test_offsets(self, n, offset):
+    def test_offsets(self, n, norm, offset):
         x, *rest = draw(n)
-        check_float32(x + offset, *rest)
+        check_float32(norm, x + offset, *rest)
 
     # 1e9 and 1e15: mean(xc^2) - d^2 was negative there, and the layer NaN.
     @pytest.mark.parametrize("offset", (*OFFSETS, 1e9, 1e15))
-    def test_constant_rows(self, n, offset):
+    def test_constant_rows(self, n, norm, offset):
         x, *rest = draw(n)
-        check_float32(np.broadcast_to((x[:, :1] + 3) * (offset or 1), x.shape), *rest)
+        check_float32(norm, np.broadcast_to((x[:, :1] + 3) * (offset or 1), x.shape), *rest)
 
     @pytest.mark.parametrize("scale", SCALES)
-    def test_scales(self, n, scale):
+    def test_scales(self, n, norm, scale):
         x, *rest = draw(n)
-        check_float32(x * scale, *rest)
+        check_float32(norm, x * scale, *rest)
 
-    def test_outliers(self, n):
+    def test_outliers(self, n, norm):
         """One entry far away, as the massive activations of transformers: the mean is theirs."""
         x, *rest = draw(n)
         x[:, n // 2] += 1e4
-        check_float32(x, *rest)
+        check_float32(norm, x, *rest)
 
 
 def test_close_pairs():
@@ -87,12 +91,13 @@ def test_close_pairs():
 @pytest.mark.parametrize("n", (17, 768, 4096))
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
 @pytest.mark.parametrize("offset", (0, 10, 1000))
-def test_half_precision_is_rounded_once(n, dtype, offset):
+@pytest.mark.parametrize("norm", NORMS)
+def test_half_precision_is_rounded_once(n, dtype, offset, norm):
     """The result is the exact one rounded, but for the few where float32 rounded across a tie."""
     x, weight, bias, g = draw(n, rows=64)
     x, g = jnp.asarray(x + offset, dtype), jnp.asarray(g, dtype)
-    y, dx, dweight, dbias = value_and_vjp(x, weight, bias, g)
-    want = exact_norm(x, weight, bias, g)
+    y, dx, dweight, dbias = value_and_vjp(x, weight, bias, g, norm)
+    want = exact_norm(x, weight, bias, g, centre=norm == "layer_norm")
     rounded_once = lambda a, b: np.mean(np.asarray(a) == b.astype(a.dtype))
     assert y.dtype == dx.dtype == dtype and dweight.dtype == dbias.dtype == jnp.float32
     assert rounded_once(y, want.y) >= 0.999
@@ -103,12 +108,14 @@ def test_half_precision_is_rounded_once(n, dtype, offset):
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
-def test_float64_stays_float64(offset):
+@pytest.mark.parametrize("norm", NORMS)
+def test_float64_stays_float64(offset, norm):
     with jax.enable_x64(True):
         x, *rest = draw(127)
         x += offset
-        got = value_and_vjp(*(jnp.asarray(a, jnp.float64) for a in (x, *rest)))
-        for a, b in zip(got, exact_norm(x, *rest), strict=True):
+        got = value_and_vjp(*(jnp.asarray(a, jnp.float64) for a in (x, *rest)), norm=norm)
+        want = exact_norm(x, *rest, centre=norm == "layer_norm")
+        for a, b in zip(got, want, strict=True):
             assert a.dtype == jnp.float64
             # 1e-15 an operation; numpy's own plain mean loses digits in proportion to the offset.
             assert error(a, b) < 1e-14 * max(offset, 1)
@@ -172,7 +179,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("shape, param_shape, present, order", CASES)
-def test_derivatives_of_each_order(x64, getkey, shape, param_shape, present, order):
+@pytest.mark.parametrize("norm", NORMS)
+def test_derivatives_of_each_order(x64, getkey, norm, shape, param_shape, present, order):
     """d/dt^order of <y(p + t * tangent), cotangent>, in every order of forward and reverse."""
     params = [jr.normal(getkey(), shape)]
     params += [jr.normal(getkey(), param_shape) if on else None for on in present]
@@ -193,7 +201,8 @@ def test_derivatives_of_each_order(x64, getkey, shape, param_shape, present, ord
         fs = [ft.reduce(lambda f, mode: mode(f), m, along(norm)) for m in modes]
         return jax.jit(lambda t: [f(t) for f in fs])(0.3)
 
-    got, want = derivatives(layer_norm), derivatives(normalize_reference)
+    reference = ft.partial(normalize_reference, centre=norm == "layer_norm")
+    got, want = derivatives(NORMS[norm]), derivatives(reference)
     # Float64, with derivatives up to 1e3 at this eps.
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
 

@@ -1,0 +1,200 @@
+"""GroupNorm: its parameters, its checks, its call of the op, once a group."""
+
+import functools as ft
+from typing import overload
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._checks import check_eps, check_floating, check_param_dtype, check_size, no_state
+from ._normalize import normalize
+
+
+def group_norm(
+    x: Float[Array, "channels *spatial"],
+    groups: int,
+    weight: Float[Array, "channels"] | None = None,
+    bias: Float[Array, "channels"] | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Float[Array, "channels *spatial"]:
+    r"""Normalises one example, each group of neighbouring channels over all its entries.
+
+    $$y_g = \frac{x_g - \mathbb{E}[x_g]}{\sqrt{\text{Var}[x_g] + \varepsilon}} * \text{weight}
+    + \text{bias}$$
+
+    with the biased variance (divided by the number of entries), and `eps` inside the root. The
+    derivative is hand-written; see [`eqx_norms.GroupNorm`][].
+
+    **Arguments:**
+
+    - `x`: one example, channels first, of dtype float16, bfloat16, float32 or float64. For a
+        batch, `jax.vmap` this function.
+    - `groups`: how many groups the channels are split into; must divide their number.
+    - `weight`, `bias`: floating-point arrays of shape `(channels,)`, or `None`.
+    - `eps`: added to the variance; a finite number, 0 or above.
+
+    **Returns:**
+
+    An array of the shape and dtype of `x`. Statistics, weight and bias are taken in float32
+    (float64 for float64), and the result rounded once.
+
+    **Raises:** `TypeError` if `x`, `weight` or `bias` is not a real floating-point array;
+    `ValueError` if `groups` does not divide the channels, if `weight` or `bias` has another
+    shape, or for a bad `eps`.
+    """
+    check_floating("group_norm", x)
+    if x.ndim == 0:
+        raise ValueError("`group_norm` takes an array of shape (channels, *spatial); got a scalar.")
+    channels = x.shape[0]
+    _check_groups("group_norm", groups, channels)
+    for name, param in (("weight", weight), ("bias", bias)):
+        if param is not None and param.shape != (channels,):
+            raise ValueError(
+                f"`group_norm(x, groups, {name}=...)` takes one entry a channel: expected shape "
+                f"({channels},), got {param.shape}."
+            )
+    eps = check_eps("group_norm", eps)
+    split = lambda a: a.reshape(groups, channels // groups, *a.shape[1:])
+    split_param = lambda p: p if p is None else split(p.reshape(channels, *(1,) * (x.ndim - 1)))
+    norm = jax.vmap(ft.partial(normalize, eps=eps))
+    return norm(split(x), split_param(weight), split_param(bias)).reshape(x.shape)
+
+
+class GroupNorm(eqx.Module):
+    r"""Splits the channels of one example into groups and normalises each over all its entries.
+
+    $$y_g = \frac{x_g - \mathbb{E}[x_g]}{\sqrt{\text{Var}[x_g] + \varepsilon}} * \text{weight}
+    + \text{bias}$$
+
+    The example has shape `(channels, *spatial)`; `weight` and `bias` have one entry a channel.
+    With `groups=channels` this is InstanceNorm, with `groups=1` LayerNorm over the whole example.
+    Fields and leaves are those of `equinox.nn.GroupNorm`, so that its checkpoints load.
+
+    The backward is hand-written and keeps `x` in its own dtype and 12 bytes a group. Forward
+    mode, Hessians, `jax.checkpoint`, scans and sharding work as with any JAX function;
+    `jax.experimental.jet` does not, see [`eqx_norms.normalize_reference`][].
+
+    !!! warning "Over (channels, time) it mixes time"
+
+        Mean and variance are taken over all spatial axes, and time is one of them: each output
+        reads the whole sequence, future included. `eqx_norms.assert_causal` says so. In a causal
+        model map the layer over time instead, `jax.vmap(group_norm, in_axes=1, out_axes=1)(x)`.
+
+    ??? cite
+        [Group Normalization](https://arxiv.org/abs/1803.08494)
+
+        ```bibtex
+        @article{wu2018group,
+            author={Yuxin Wu and Kaiming He},
+            title={Group Normalization},
+            year={2018},
+            journal={arXiv:1803.08494},
+        }
+        ```
+    """
+
+    groups: int = eqx.field(static=True)
+    channels: int | None = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+    channelwise_affine: bool = eqx.field(static=True)
+    weight: Float[Array, "channels"] | None
+    bias: Float[Array, "channels"] | None
+
+    def __init__(
+        self,
+        groups: int,
+        channels: int | None = None,
+        eps: float = 1e-5,
+        channelwise_affine: bool = True,
+        dtype=None,
+    ):
+        """**Arguments:**
+
+        - `groups`: how many groups the channels are split into; must divide their number.
+        - `channels`: the size of the first axis of the input. May be `None`, for any multiple of
+            `groups`, if `channelwise_affine=False`.
+        - `eps`: added to the variance; a finite number, 0 or above.
+        - `channelwise_affine`: whether to scale and shift each channel by a learned `weight`, from
+            ones, and `bias`, from zeros.
+        - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+
+        **Raises:** `ValueError` if `groups` does not divide `channels`, if either is below 1, if
+        `channels` is missing, or for a bad `eps`; `TypeError` for a `dtype` that is not floating
+        point.
+        """
+        self.channels = (
+            None if channels is None else check_size("GroupNorm(channels=...)", channels)
+        )
+        self.groups = _check_groups("GroupNorm", groups, self.channels)
+        self.eps = check_eps("GroupNorm", eps)
+        self.channelwise_affine = channelwise_affine
+        if channelwise_affine and channels is None:
+            raise ValueError(
+                "`GroupNorm(groups, channels)` needs the number of channels for its weight and "
+                "bias. Give it, or type `GroupNorm(groups, channelwise_affine=False)`."
+            )
+        dtype = check_param_dtype("GroupNorm", dtype)
+        self.weight = jnp.ones(channels, dtype) if channelwise_affine else None
+        self.bias = jnp.zeros(channels, dtype) if channelwise_affine else None
+
+    @overload
+    def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array: ...
+
+    @overload
+    def __call__(
+        self, x: Array, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Array, eqx.nn.State]: ...
+
+    @jax.named_scope("eqx_norms.GroupNorm")
+    def __call__(self, x: Float[Array, "channels *spatial"], state=no_state, *, key=None):
+        """**Arguments:**
+
+        - `x`: one example, of shape `(channels, *spatial)` and dtype float16, bfloat16, float32
+            or float64.
+        - `state`: passed through, so that the layer can stand in for `equinox.nn.BatchNorm`.
+        - `key`: ignored; `equinox.nn.Sequential` passes it.
+
+        **Returns:**
+
+        An array of the shape and dtype of `x`; with `state`, a tuple of it and the state.
+
+        **Raises:** `ValueError` if the first axis of `x` is not `channels`, with the call that
+        works, or not a multiple of `groups`; `TypeError` if `x` is not a real floating-point
+        array.
+        """
+        check_floating("GroupNorm", x)
+        if self.channels is not None and x.shape[:1] != (self.channels,):
+            raise ValueError(
+                f"`GroupNorm` takes one example of shape (channels, *spatial): expected "
+                f"{self.channels} channels, got an array of shape {x.shape}."
+                + _cure(self.channels, x.shape)
+            )
+        y = group_norm(x, self.groups, self.weight, self.bias, eps=self.eps)
+        return y if state is no_state else (y, state)
+
+
+def _check_groups(name: str, groups: int, channels: int | None) -> int:
+    groups = check_size(f"{name}(groups=...)", groups)
+    if channels is not None and channels % groups:
+        raise ValueError(
+            f"`{name}` needs a number of groups that divides the number of channels; "
+            f"got {groups} groups and {channels} channels."
+        )
+    return groups
+
+
+def _cure(channels: int, got: tuple[int, ...]) -> str:
+    """How to bring an array of shape `got`, whose channels stand elsewhere, to `group_norm`."""
+    if channels not in got:
+        return ""
+    axis = got.index(channels)
+    if axis == 1 or axis < len(got) - 1:
+        call = ft.reduce(lambda call, _: f"jax.vmap({call})", range(axis), "group_norm")
+        return f" Map it over the axes before: {call}(x)"
+    # Channels last, after spatial axes and, from four axes on, a batch.
+    if len(got) == 3:
+        return " Bring the channels to the front: group_norm(jnp.moveaxis(x, -1, 0))"
+    return " Bring the channels to the front: jax.vmap(group_norm)(jnp.moveaxis(x, -1, 1))"

@@ -1,0 +1,64 @@
+"""replace_norms: the norms of `equinox.nn` in a model, exchanged for those of this package."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ._group_norm import GroupNorm
+from ._layer_norm import LayerNorm
+from ._rms_norm import RMSNorm
+
+_ours = {eqx.nn.LayerNorm: LayerNorm, eqx.nn.RMSNorm: RMSNorm, eqx.nn.GroupNorm: GroupNorm}
+
+
+def replace_norms(
+    model: PyTree, *, where: Callable[[str, eqx.Module], bool] | None = None
+) -> PyTree:
+    """Exchanges every `equinox.nn.LayerNorm`, `RMSNorm` and `GroupNorm` in a model for ours.
+
+    Shape, `eps` and parameters stay as they are, leading axes of an ensemble included, and the
+    number and order of the leaves too: optimiser states and checkpoints go on to fit. A layer
+    object that stands at several places is exchanged for one object.
+
+    **Arguments:**
+
+    - `model`: any pytree with `equinox.Module`s in it. It is not changed.
+    - `where`: a function of `(path, norm)` that says whether to exchange it, where path is as in
+        `blocks[0].norm`; for all, `None`.
+
+    **Returns:**
+
+    The new model. Subclasses of the Equinox layers are left alone: what they changed is not known.
+
+    **Raises:** `ValueError` if nothing is exchanged.
+    """
+    exchanged: dict[int, eqx.Module] = {}
+
+    def exchange(path, node):
+        readable = jtu.keystr(path).removeprefix(".")
+        if type(node) not in _ours or not (where is None or where(readable, node)):
+            return node
+        if id(node) not in exchanged:
+            exchanged[id(node)] = _converted(node)
+        return exchanged[id(node)]
+
+    new = jtu.tree_map_with_path(exchange, model, is_leaf=lambda node: type(node) in _ours)
+    if not exchanged:
+        raise ValueError(
+            "`replace_norms(model)` found no equinox.nn.LayerNorm, RMSNorm or GroupNorm to "
+            + ("exchange." if where is None else "exchange for which `where(path, norm)` is true.")
+        )
+    return new
+
+
+def _converted(norm: Any) -> eqx.Module:
+    params = norm.weight, norm.bias
+    fields = {k: v for k, v in vars(norm).items() if k not in ("weight", "bias")}
+    ours = eqx.filter_eval_shape(_ours[type(norm)], **fields)
+    # Theirs as they are: not of `shape` in an ensemble, and None in a model that was partitioned.
+    return eqx.tree_at(
+        lambda layer: (layer.weight, layer.bias), ours, params, is_leaf=lambda node: node is None
+    )

@@ -1,0 +1,188 @@
+"""RMSNorm: its parameters, its checks, its call of the op."""
+
+from collections.abc import Hashable, Sequence
+from typing import overload
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from ._checks import (
+    check_broadcast,
+    check_eps,
+    check_example,
+    check_floating,
+    check_mask,
+    check_param_dtype,
+    check_shape,
+    no_state,
+)
+from ._normalize import normalize
+
+
+def rms_norm(
+    x: Float[Array, "*shape"],
+    weight: Float[Array, "..."] | None = None,
+    bias: Float[Array, "..."] | None = None,
+    *,
+    eps: float = 1e-5,
+    where: Bool[Array, "*shape"] | None = None,
+    axis_name: Hashable | None = None,
+) -> Float[Array, "*shape"]:
+    r"""Divides one example by the root mean square of all its entries; scales and shifts.
+
+    $$y = \frac{x}{\sqrt{\mathbb{E}[x^2] + \varepsilon}} * \text{weight} + \text{bias}$$
+
+    The derivative is hand-written; see [`eqx_norms.RMSNorm`][].
+
+    **Arguments:**
+
+    - `x`: one example, of any shape and of dtype float16, bfloat16, float32 or float64. For a
+        batch, `jax.vmap` this function.
+    - `weight`, `bias`: floating-point arrays that broadcast to the shape of `x`, or `None`.
+    - `eps`: added to the mean square; a finite number, 0 or above.
+    - `where`, `axis_name`: as for [`eqx_norms.RMSNorm`][].
+
+    **Returns:**
+
+    An array of the shape and dtype of `x`. Statistics, weight and bias are taken in float32
+    (float64 for float64), and the result rounded once.
+
+    **Raises:** `TypeError` if `x`, `weight` or `bias` is not a real floating-point array;
+    `ValueError` if `weight` or `bias` does not broadcast to the shape of `x`, or for a bad `eps`
+    or mask.
+    """
+    check_floating("rms_norm", x)
+    check_broadcast("rms_norm", x, weight=weight, bias=bias)
+    check_mask("rms_norm", x, where)
+    eps = check_eps("rms_norm", eps)
+    return normalize(x, weight, bias, where, eps=eps, centre=False, axis_name=axis_name)
+
+
+class RMSNorm(eqx.Module):
+    r"""Divides one example by the root mean square of its entries, then scales and shifts each.
+
+    $$y = \frac{x}{\sqrt{\mathbb{E}[x^2] + \varepsilon}} * \text{weight} + \text{bias}$$
+
+    As LayerNorm, without the mean. Fields and leaves are those of `equinox.nn.RMSNorm`, so that
+    its checkpoints load. The square is taken in float32: float16 above 256 does not overflow.
+
+    The backward is hand-written and keeps `x` in its own dtype and 4 bytes an example. Forward
+    mode, Hessians, `jax.checkpoint`, scans and sharding work as with any JAX function;
+    `jax.experimental.jet` does not, see [`eqx_norms.normalize_reference`][].
+
+    !!! tip "Batches"
+
+        The layer takes one example. For an array of shape `(batch, tokens, features)`:
+        ```python
+        rms_norm = RMSNorm(features)
+        y = jax.vmap(jax.vmap(rms_norm))(x)
+        ```
+
+    ??? cite
+        [Root Mean Square Layer Normalization](https://arxiv.org/abs/1910.07467)
+
+        ```bibtex
+        @article{zhang2019root,
+            author={Biao Zhang and Rico Sennrich},
+            title={Root Mean Square Layer Normalization},
+            year={2019},
+            journal={arXiv:1910.07467},
+        }
+        ```
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+    use_weight: bool = eqx.field(static=True)
+    use_bias: bool = eqx.field(static=True)
+    weight: Float[Array, "*shape"] | None
+    bias: Float[Array, "*shape"] | None
+    unit_offset: bool = eqx.field(static=True)
+    axis_name: Hashable | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        eps: float = 1e-5,
+        use_weight: bool = True,
+        use_bias: bool = True,
+        dtype=None,
+        *,
+        unit_offset: bool = False,
+        axis_name: Hashable | None = None,
+    ):
+        """**Arguments:**
+
+        - `shape`: the shape of one example, without batch axes: an int or a sequence of ints,
+            each at least 1.
+        - `eps`: added to the mean square; a finite number, 0 or above.
+        - `use_weight`: whether to scale by a learned `weight` of shape `shape`, from ones.
+        - `use_bias`: whether to shift by a learned `bias` of shape `shape`, from zeros.
+        - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `unit_offset`: scale by `1 + weight` instead, `weight` starting at zero, as Gemma does.
+            The sum is taken in float32, so that a bfloat16 weight keeps its digits.
+        - `axis_name`: of a mapped axis (`jax.shard_map`, or `jax.vmap` with that name) along
+            which one example is split evenly. `shape` is then that of one part, and the
+            mean square is taken over all parts.
+
+        **Raises:** `ValueError` for an empty or negative shape or a bad `eps`; `TypeError` for a
+        `dtype` that is not floating point.
+        """
+        self.shape = check_shape("RMSNorm", shape)
+        self.eps = check_eps("RMSNorm", eps)
+        self.use_weight = use_weight
+        self.use_bias = use_bias
+        dtype = check_param_dtype("RMSNorm", dtype)
+        self.weight = jnp.full(self.shape, 1.0 - unit_offset, dtype) if use_weight else None
+        self.bias = jnp.zeros(self.shape, dtype) if use_bias else None
+        self.unit_offset = unit_offset
+        self.axis_name = axis_name
+
+    @overload
+    def __call__(self, x: Array, *, key=None, where: Array | None = None) -> Array: ...
+
+    @overload
+    def __call__(
+        self, x: Array, state: eqx.nn.State, *, key=None, where: Array | None = None
+    ) -> tuple[Array, eqx.nn.State]: ...
+
+    @jax.named_scope("eqx_norms.RMSNorm")
+    def __call__(
+        self,
+        x: Float[Array, "*shape"],
+        state=no_state,
+        *,
+        key: PRNGKeyArray | None = None,
+        where: Bool[Array, "*shape"] | None = None,
+    ):
+        """**Arguments:**
+
+        - `x`: one example, of shape `shape` and dtype float16, bfloat16, float32 or float64.
+        - `state`: passed through, so that the layer can stand in for `equinox.nn.BatchNorm`.
+        - `key`: ignored; `equinox.nn.Sequential` passes it.
+        - `where`: a boolean mask of shape `shape`. Entries where it is `False`, NaN or not, take
+            no part in the mean square, come out as zero and receive a zero gradient.
+
+        **Returns:**
+
+        An array of the shape and dtype of `x`; with `state`, a tuple of it and the state.
+
+        **Raises:** `ValueError` if `x` is not of shape `shape`, with the `jax.vmap` that is
+        missing, or for a bad mask; `TypeError` if `x` is not a real floating-point array.
+        """
+        check_floating("RMSNorm", x)
+        check_example("RMSNorm", "rms_norm", self.shape, x)
+        check_mask("RMSNorm", x, where)
+        y = normalize(
+            x,
+            self.weight,
+            self.bias,
+            where,
+            eps=self.eps,
+            centre=False,
+            unit_offset=self.unit_offset,
+            axis_name=self.axis_name,
+        )
+        return y if state is no_state else (y, state)

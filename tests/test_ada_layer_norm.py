@@ -1,0 +1,81 @@
+"""AdaLayerNorm against eqx.nn: a LayerNorm without parameters, and a Linear on the condition."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from eqx_norms import AdaLayerNorm, layer_norm
+
+SHAPE, COND = (3, 4), 5
+
+
+@pytest.fixture
+def trained(getkey):
+    """As after training: the linear map is no longer zero."""
+    layer = AdaLayerNorm(SHAPE, COND, key=getkey())
+    linear = eqx.nn.Linear(COND, 24, key=getkey())
+    return eqx.tree_at(lambda m: m.linear, layer, linear)
+
+
+def reference(layer, x, cond):
+    scale, shift = jnp.split(layer.linear(cond), 2)
+    norm = eqx.nn.LayerNorm(SHAPE, layer.eps, use_weight=False, use_bias=False)
+    return norm(x) * (1 + scale.reshape(SHAPE)) + shift.reshape(SHAPE)
+
+
+def test_starts_as_a_layer_norm_whatever_the_condition(getkey):
+    layer = AdaLayerNorm(SHAPE, COND, key=getkey())
+    x = jr.normal(getkey(), SHAPE)
+    for _ in range(2):
+        np.testing.assert_array_equal(layer(x, jr.normal(getkey(), (COND,))), layer_norm(x))
+    # Zero, but not stuck at zero: the first step moves weight and bias of the linear map.
+    grads = eqx.filter_grad(lambda m: jnp.sum(m(x, jnp.ones(COND)) * jnp.cos(x)))(layer)
+    assert jnp.abs(grads.linear.weight).min() > 0 and jnp.abs(grads.linear.bias).min() > 0
+
+
+def test_value_and_gradients(trained, getkey):
+    x, g = jr.normal(getkey(), (2, *SHAPE))
+    args = trained, x, jr.normal(getkey(), (COND,))
+    run = lambda f: eqx.filter_value_and_grad(lambda args: jnp.sum(g * f(*args)))(args)
+    ours, theirs = run(lambda layer, x, cond: layer(x, cond)), run(reference)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_axes", ((0, None), (None, 0), (0, 0)))
+def test_vmap_over_examples_and_conditions(trained, getkey, in_axes):
+    """Weight and bias depend on the example: mapped with x, without x, x without them."""
+    batch = lambda shape, axis: jr.normal(getkey(), shape if axis is None else (7, *shape))
+    x, cond = batch(SHAPE, in_axes[0]), batch((COND,), in_axes[1])
+    g = jr.normal(getkey(), (7, *SHAPE))
+
+    def run(f):
+        mapped = lambda m, x, cond: jax.vmap(lambda x, cond: f(m, x, cond), in_axes)(x, cond)
+        loss = lambda args: jnp.sum(g * mapped(*args))
+        return mapped(trained, x, cond), eqx.filter_grad(loss)((trained, x, cond))
+
+    ours, theirs = run(lambda m, x, cond: m(x, cond)), run(reference)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_bfloat16_activations_with_a_float32_condition(trained, getkey):
+    x, cond = jr.normal(getkey(), SHAPE).astype(jnp.bfloat16), jr.normal(getkey(), (COND,))
+    y = trained(x, cond)
+    want = reference(trained, x.astype(jnp.float32), cond)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=2.0**-8, atol=1e-6)
+
+
+def test_bad_input(trained, getkey):
+    with pytest.raises(ValueError, match=r"of shape \(5,\); got an array of shape \(2, 5\).*vmap"):
+        trained(jnp.ones((2, *SHAPE)), jnp.ones((2, 5)))
+    with pytest.raises(ValueError, match=r"jax.vmap\(ada_layer_norm\)\(x\)"):
+        trained(jnp.ones((2, *SHAPE)), jnp.ones(5))
+    with pytest.raises(TypeError, match=r"cond=.*int32"):
+        trained(jnp.ones(SHAPE), jnp.ones(5, int))
+    with pytest.raises(ValueError, match=r"cond_size=\.\.\.\)` must be 1 or more; got 0"):
+        AdaLayerNorm(SHAPE, 0, key=getkey())

@@ -1,0 +1,149 @@
+"""An example that is split along a mapped axis: equal to the same layer on the whole example.
+
+The oracle is the unsharded layer, for values and for every derivative, in float64; and float64
+numpy for float32 at an offset, where partial means must be compensated too.
+"""
+
+import functools as ft
+import itertools as it
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec as P
+from oracles import error, exact_norm
+
+from eqx_norms import LayerNorm, RMSNorm, layer_norm, rms_norm
+
+N, ROWS = 16, 3
+NORMS = pytest.mark.parametrize("norm", (layer_norm, rms_norm))
+
+
+def by_shard_map(norm, devices, check_vma):
+    mesh = jax.make_mesh((devices,), ("features",), axis_types=(AxisType.Auto,))
+    spec, params = P(None, "features"), P("features")
+
+    def local(x, weight, bias, where):
+        f = lambda x, where: norm(x, weight, bias, where=where, axis_name="features")
+        return jax.vmap(f)(x, where)
+
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, params, params, spec), out_specs=spec, check_vma=check_vma
+    )
+
+
+def by_vmap(norm, parts):
+    def sharded(x, weight, bias, where):
+        split = lambda a: a.reshape(*a.shape[:-1], parts, -1)
+        one = lambda x, w, b, m: norm(x, w, b, where=m, axis_name="features")
+        f = jax.vmap(one, axis_name="features")
+        y = jax.vmap(f, (0, None, None, 0))(split(x), split(weight), split(bias), split(where))
+        return y.reshape(x.shape)
+
+    return sharded
+
+
+def whole(norm):
+    def f(x, weight, bias, where):
+        return jax.vmap(lambda x, where: norm(x, weight, bias, where=where))(x, where)
+
+    return f
+
+
+SHARDED = {
+    **{f"shard_map-{k}": ft.partial(by_shard_map, devices=k, check_vma=True) for k in (2, 4, 8)},
+    "shard_map-4-unchecked": ft.partial(by_shard_map, devices=4, check_vma=False),
+    "vmap-4": ft.partial(by_vmap, parts=4),
+}
+WAYS = pytest.mark.parametrize("way", SHARDED.values(), ids=SHARDED)
+# Each way of sharding, with and without a mask, and each norm: the rest of the product is slow.
+QUICK = {(layer_norm, way, False) for way in SHARDED} | {
+    (rms_norm, "shard_map-4", True),
+    (layer_norm, "vmap-4", True),
+}
+CASES = [
+    pytest.param(norm, SHARDED[way], masked, marks=[] if case in QUICK else pytest.mark.slow)
+    for case in it.product((layer_norm, rms_norm), SHARDED, (False, True))
+    for norm, way, masked in (case,)
+]
+
+
+def _loss(f, g, where):
+    return lambda x, weight, bias: jnp.sum(g * jnp.sin(f(x, weight, bias, where)))
+
+
+def derivatives(f, args, tangents, g, where):
+    loss = _loss(f, g, where)
+    grad = jax.grad(loss, (0, 1, 2))
+    slope = lambda *args: jax.jvp(loss, args, tangents)[1]
+    return dict(
+        value=f(*args, where),
+        grad=grad(*args),
+        grad_of_weight=jax.grad(loss, 1)(*args),
+        jvp=slope(*args),
+        forward_over_reverse=jax.jvp(grad, args, tangents),
+        reverse_over_forward=jax.grad(slope, (0, 1, 2))(*args),
+        reverse_over_reverse=jax.grad(lambda *args: jnp.vdot(grad(*args)[0], tangents[0]))(*args),
+    )
+
+
+@pytest.mark.parametrize("norm, way, masked", CASES)
+def test_equals_the_whole_example(norm, way, masked, getkey):
+    with jax.enable_x64(True):
+        draw = lambda *shape: jr.normal(getkey(), shape)
+        args = draw(ROWS, N), draw(N), draw(N)
+        tangents = draw(ROWS, N), draw(N), draw(N)
+        g = draw(ROWS, N)
+        # With a mask the parts do not weigh the same; one row has parts masked whole.
+        where = jr.bernoulli(getkey(), 0.5, (ROWS, N)).at[0].set(jnp.arange(N) < 3)
+        where = where if masked else None
+        got, want = (
+            jax.jit(ft.partial(derivatives, f))(args, tangents, g, where)
+            for f in ((way(norm) if masked else _without_mask(way, norm)), whole(norm))
+        )
+        for name in want:
+            for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(want[name]), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11, err_msg=name)
+
+
+def _without_mask(way, norm):
+    """The mask goes through the mapped functions as an array; `norm` is not given it."""
+    f = way(lambda x, w, b, where, axis_name: norm(x, w, b, axis_name=axis_name))
+    return lambda x, weight, bias, where: f(x, weight, bias, jnp.ones(x.shape, bool))
+
+
+@NORMS
+@WAYS
+@pytest.mark.parametrize("offset", (0, 1e4, 1e6))
+def test_float32_at_an_offset(way, norm, offset):
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=(2, ROWS, N)).astype(np.float32)
+    weight, bias = rng.normal(size=(2, N)).astype(np.float32)
+    x += np.float32(offset)
+    f = _without_mask(way, norm)
+    run = jax.jit(lambda *args: jax.vjp(lambda *a: f(*a, None), *args[:3])[1](args[3]))
+    want = exact_norm(x, weight, bias, g, centre=norm is layer_norm)
+    assert error(jax.jit(f)(x, weight, bias, None), want.y) < 1e-6
+    for a, b in zip(run(x, weight, bias, g), want[1:], strict=True):
+        assert error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("layer", (LayerNorm, RMSNorm))
+def test_the_layers_take_it_as_an_option(layer, getkey):
+    x, weight, bias = jr.normal(getkey(), (3, 2, 4))
+    local = eqx.tree_at(
+        lambda m: (m.weight, m.bias), layer(4, axis_name="features"), (weight, bias)
+    )
+    whole = eqx.tree_at(
+        lambda m: (m.weight, m.bias), layer(8), (weight.reshape(8), bias.reshape(8))
+    )
+    y = eqx.filter_vmap(lambda m, x: m(x), axis_name="features")(local, x)
+    np.testing.assert_allclose(y.reshape(8), whole(x.reshape(8)), rtol=1e-6, atol=1e-6)
+
+
+def test_without_the_axis_it_is_jax_that_says_so():
+    with pytest.raises(NameError, match="features"):
+        LayerNorm(4, axis_name="features")(jnp.ones(4))

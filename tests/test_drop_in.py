@@ -1,0 +1,162 @@
+"""Each layer stands where that of equinox.nn of the same name stood: the oracle is theirs."""
+
+import dataclasses
+import io
+import pickle
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import eqx_norms
+from eqx_norms import GroupNorm, LayerNorm, RMSNorm
+
+# Arguments for each layer, and the shape of an example for the first of them.
+ARGUMENTS = {
+    LayerNorm: [((2, 6), 1e-3), (4,), ((2, 3), 1e-3, False), (4, 1e-5, True, False, jnp.bfloat16)],
+    RMSNorm: [((2, 6), 1e-3), (4,), ((2, 3), 1e-3, False), (4, 1e-5, True, False, jnp.bfloat16)],
+    GroupNorm: [(2, 6, 1e-3), (3, 6), (2, None, 1e-5, False), (2, 4, 1e-5, True, jnp.bfloat16)],
+}
+SHAPES = {LayerNorm: (2, 6), RMSNorm: (2, 6), GroupNorm: (6, 3)}
+pytestmark = pytest.mark.parametrize("layer", ARGUMENTS)
+PARAMS = lambda module: (module.weight, module.bias)
+
+
+def pair(layer, getkey):
+    """Ours and theirs, as after training: weight and bias no longer ones and zeros."""
+    args = ARGUMENTS[layer][0]
+    ours, theirs = layer(*args), getattr(eqx.nn, layer.__name__)(*args)
+    params = tuple(jr.normal(getkey(), ours.weight.shape) for _ in range(2))
+    return eqx.tree_at(PARAMS, ours, params), eqx.tree_at(PARAMS, theirs, params)
+
+
+def test_same_fields_and_leaves_in_the_same_order(layer):
+    for args in ARGUMENTS[layer]:
+        ours, theirs = layer(*args), getattr(eqx.nn, layer.__name__)(*args)
+        names = lambda module: [field.name for field in dataclasses.fields(module)]
+        assert names(ours)[: len(names(theirs))] == names(theirs)
+        for name in names(theirs):
+            got, value = getattr(ours, name), getattr(theirs, name)
+            if eqx.is_array(value):
+                assert got.dtype == value.dtype and jnp.array_equal(got, value)
+            else:
+                assert got == value
+        assert len(jax.tree.leaves(ours)) == len(jax.tree.leaves(theirs))
+
+
+def test_same_values_and_gradients(layer, getkey):
+    modules = pair(layer, getkey)
+    x, g = jr.normal(getkey(), (2, *SHAPES[layer]))
+    run = eqx.filter_value_and_grad(lambda args: jnp.sum(g * args[0](args[1])))
+    ours, theirs = (jax.tree.leaves(run((module, x))) for module in modules)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_in_sequential_with_key(layer, getkey):
+    x, key = jr.normal(getkey(), SHAPES[layer]), getkey()
+    ours, theirs = (
+        eqx.nn.Sequential([eqx.nn.Lambda(jnp.sin), module, eqx.nn.Dropout(0.5)])
+        for module in pair(layer, getkey)
+    )
+    np.testing.assert_allclose(ours(x, key=key), theirs(x, key=key), rtol=1e-5, atol=1e-6)
+
+
+def test_in_sequential_with_state(layer, getkey):
+    x = jr.normal(getkey(), (5, *SHAPES[layer]))
+    out = []
+    for module in pair(layer, getkey):
+        norms = lambda module=module: eqx.nn.Sequential(
+            [module, eqx.nn.BatchNorm(SHAPES[layer][0], "batch", mode="batch")]
+        )
+        model, state = eqx.nn.make_with_state(norms)()
+        run = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+        out.append(run(x, state)[0])
+    np.testing.assert_allclose(*out, rtol=1e-4, atol=1e-5)
+
+
+def test_state_is_passed_through(layer, getkey):
+    module, _ = pair(layer, getkey)
+    x = jr.normal(getkey(), SHAPES[layer])
+    y, state = module(x, "any state", key=getkey())
+    assert state == "any state"
+    np.testing.assert_array_equal(y, module(x))
+    assert module(x, None)[1] is None
+
+
+@pytest.mark.parametrize("direction", (1, -1))
+def test_checkpoints_load_both_ways(layer, direction, getkey):
+    saved, _ = pair(layer, getkey)[::direction]
+    args = ARGUMENTS[layer][0]
+    _, blank = (layer(*args), getattr(eqx.nn, layer.__name__)(*args))[::direction]
+    file = io.BytesIO()
+    eqx.tree_serialise_leaves(file, saved)
+    file.seek(0)
+    loaded = eqx.tree_deserialise_leaves(file, blank)
+    assert type(loaded) is type(blank) is not type(saved)
+    np.testing.assert_array_equal(loaded.weight, saved.weight)
+    np.testing.assert_array_equal(loaded.bias, saved.bias)
+
+
+def test_pickles(layer, getkey):
+    module, _ = pair(layer, getkey)
+    assert eqx.tree_equal(pickle.loads(pickle.dumps(module)), module)
+
+
+def test_inference_mode(layer, getkey):
+    module, _ = pair(layer, getkey)
+    assert eqx.tree_equal(eqx.nn.inference_mode(module), module)
+    assert eqx.tree_equal(eqx.tree_inference(module, True), module)
+
+
+def test_static_fields_hash_and_compare(layer):
+    treedefs = [jax.tree.structure(layer(*args)) for args in ARGUMENTS[layer]]
+    assert len(set(treedefs)) == len(treedefs)
+    assert treedefs == [jax.tree.structure(layer(*args)) for args in ARGUMENTS[layer]]
+
+
+def test_same_layer_is_traced_once(layer, getkey):
+    traces = []
+
+    @eqx.filter_jit
+    def run(module, x):
+        traces.append(1)
+        return module(x)
+
+    args = ARGUMENTS[layer][0]
+    for _ in range(3):
+        run(layer(*args), jr.normal(getkey(), SHAPES[layer]))
+    assert len(traces) == 1
+
+
+def test_module_is_the_function(layer, getkey):
+    module, _ = pair(layer, getkey)
+    name = {"LayerNorm": "layer_norm", "RMSNorm": "rms_norm", "GroupNorm": "group_norm"}
+    function = getattr(eqx_norms, name[layer.__name__])
+    x = jr.normal(getkey(), SHAPES[layer])
+    args = (x, 2) if layer is GroupNorm else (x,)
+    want = function(*args, module.weight, module.bias, eps=1e-3)
+    np.testing.assert_array_equal(module(x), want)
+
+
+def test_unit_offset(layer, getkey):
+    """Weight starts at zero and is one less; a bfloat16 weight keeps the digits near zero."""
+    if layer is GroupNorm:
+        with pytest.raises(TypeError, match="unit_offset"):
+            layer(2, 6, unit_offset=True)
+        return
+    x, weight, g = jr.normal(getkey(), (3, 5))
+    fresh = layer(5, unit_offset=True)
+    assert not fresh.weight.any() and fresh.weight.dtype == layer(5).weight.dtype
+    np.testing.assert_array_equal(fresh(x), layer(5)(x))
+    run = eqx.filter_value_and_grad(lambda args: jnp.sum(g * args[0](args[1])))
+    at = lambda module, weight: run((eqx.tree_at(lambda m: m.weight, module, weight), x))
+    got, want = at(fresh, weight), at(layer(5), 1 + weight)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    small = jnp.full(5, 2.0**-12, jnp.bfloat16)
+    y = eqx.tree_at(lambda m: m.weight, fresh, small)(x)
+    np.testing.assert_allclose(y, layer(5)(x) * (1 + 2.0**-12), rtol=1e-6)

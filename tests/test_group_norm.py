@@ -1,0 +1,161 @@
+"""GroupNorm: each group is one example of the op. Oracle: float64 numpy, group by group."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from oracles import Exact, error, exact_norm
+
+from eqx_norms import GroupNorm, assert_causal, group_norm, layer_norm
+from eqx_norms.causality import CausalityError
+
+BATCH, CHANNELS = 5, 6
+
+
+def exact_group_norm(x, weight, bias, g, groups) -> Exact:
+    """Of x (batch, channels, *spatial): the entries of a group are one row."""
+    per_group, space = CHANNELS // groups, x[0, 0].size
+    rows = lambda a: np.reshape(a, (BATCH, groups, per_group * space))
+    repeated = lambda p: np.repeat(np.reshape(p, (groups, per_group)), space, axis=1)
+    parts = [
+        exact_norm(rows(x)[:, i], repeated(weight)[i], repeated(bias)[i], rows(g)[:, i])
+        for i in range(groups)
+    ]
+    y, dx, dweight, dbias = zip(*parts, strict=True)
+    per_channel = lambda p: np.reshape(p, (CHANNELS, space)).sum(1)
+    examples = lambda a: np.stack(a, axis=1).reshape(x.shape)
+    return Exact(examples(y), examples(dx), per_channel(dweight), per_channel(dbias))
+
+
+def draw(*spatial):
+    rng = np.random.default_rng(3)
+    x, g = rng.normal(size=(2, BATCH, CHANNELS, *spatial))
+    weight, bias = rng.normal(size=(2, CHANNELS)).astype(np.float32)
+    return x, weight, bias, g.astype(np.float32)
+
+
+def value_and_vjp(x, weight, bias, g, groups):
+    norm = jax.vmap(lambda *args: group_norm(args[0], groups, *args[1:]), (0, None, None))
+    y, vjp = jax.vjp(jax.jit(norm), x, weight, bias)
+    return y, *vjp(g)
+
+
+@pytest.mark.parametrize("groups", (1, 2, 6))
+@pytest.mark.parametrize("spatial", ((3,), (17,), (127,), (5, 7), (32, 32), (2, 3, 4)))
+@pytest.mark.parametrize(
+    "offset, scale", ((0, 1), (1e2, 1), (1e4, 1), (1e6, 1), (0, 1e-6), (0, 1e15))
+)
+def test_float32(spatial, groups, offset, scale):
+    x, weight, bias, g = draw(*spatial)
+    x = (x * scale + offset).astype(np.float32)
+    got = value_and_vjp(x, weight, bias, g, groups)
+    for a, b in zip(got, exact_group_norm(x, weight, bias, g, groups), strict=True):
+        assert a.dtype == jnp.float32 and error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_half_precision_is_rounded_once(dtype):
+    x, weight, bias, g = draw(32, 32)
+    x, g = jnp.asarray(x + 10, dtype), jnp.asarray(g, dtype)
+    y, dx, dweight, dbias = value_and_vjp(x, weight, bias, g, 2)
+    want = exact_group_norm(np.asarray(x, float), weight, bias, np.asarray(g, float), 2)
+    assert y.dtype == dx.dtype == dtype
+    for a, b in ((y, want.y), (dx, want.dx)):
+        assert np.mean(np.asarray(a) == b.astype(a.dtype)) >= 0.999
+    assert error(dweight, want.dweight) < 1e-6 and error(dbias, want.dbias) < 1e-6
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        args = [jnp.asarray(a, jnp.float64) for a in draw(17)]
+        for a, b in zip(value_and_vjp(*args, 3), exact_group_norm(*args, 3), strict=True):
+            assert a.dtype == jnp.float64 and error(a, b) < 1e-14
+
+
+def test_one_group_is_layer_norm_over_the_whole_example(getkey):
+    x = jr.normal(getkey(), (CHANNELS, 4, 5))
+    np.testing.assert_allclose(group_norm(x, 1), layer_norm(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_group_a_channel_is_instance_norm(getkey):
+    x = jr.normal(getkey(), (CHANNELS, 4, 5))
+    want = (x - x.mean((1, 2), keepdims=True)) / jnp.sqrt(x.var((1, 2), keepdims=True) + 1e-5)
+    np.testing.assert_allclose(group_norm(x, CHANNELS), want, rtol=1e-5, atol=1e-6)
+
+
+def test_over_channels_and_time_it_reads_the_future(getkey):
+    """As its docstring warns; mapped over time it does not."""
+    x = jr.normal(getkey(), (CHANNELS, 8))
+    norm = GroupNorm(2, CHANNELS)
+    with pytest.raises(CausalityError):
+        assert_causal(norm, x, axis=1)
+    assert not assert_causal(jax.vmap(norm, in_axes=1, out_axes=1), x, axis=1).leak
+
+
+def test_residuals_are_x_and_three_scalars_a_group():
+    for dtype, size in ((jnp.float32, 4), (jnp.bfloat16, 2)):
+        x = jnp.ones((BATCH, CHANNELS, 16, 16), dtype)
+        _, vjp = jax.vjp(jax.jit(jax.vmap(GroupNorm(3, CHANNELS))), x)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
+        assert held <= x.size * size + BATCH * 3 * 12 + CHANNELS * 4
+
+
+CURES = [
+    ((2, 6, 5), "Map it over the axes before: jax.vmap(group_norm)(x)"),
+    ((2, 6), "jax.vmap(group_norm)(x)"),
+    ((2, 3, 6, 5), "jax.vmap(jax.vmap(group_norm))(x)"),
+    ((4, 5, 6), "Bring the channels to the front: group_norm(jnp.moveaxis(x, -1, 0))"),
+    ((2, 4, 5, 6), "jax.vmap(group_norm)(jnp.moveaxis(x, -1, 1))"),
+]
+
+
+@pytest.mark.parametrize("affine", (True, False))
+@pytest.mark.parametrize("shape, cure", CURES)
+def test_error_ends_in_the_call_that_works(shape, cure, affine):
+    norm, x = GroupNorm(3, 6, channelwise_affine=affine), jr.normal(jr.key(0), shape)
+    with pytest.raises(ValueError, match="expected 6 channels, got an array of shape") as info:
+        norm(x)
+    assert str(info.value).endswith(cure) and str(shape) in str(info.value)
+    y = eval(cure.split(": ")[-1], {"jax": jax, "jnp": jnp, "group_norm": norm, "x": x})
+    assert sorted(y.shape) == sorted(shape)
+
+
+@pytest.mark.parametrize("shape", ((), (5,), (5, 4)))
+def test_channels_that_are_nowhere(shape):
+    with pytest.raises(ValueError, match="expected 6 channels") as info:
+        GroupNorm(3, 6)(jnp.ones(shape))
+    assert "vmap" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "args, error, text",
+    [
+        ((4, 6), ValueError, "divides the number of channels; got 4 groups and 6 channels"),
+        ((3,), ValueError, "Give it, or type `GroupNorm(groups, channelwise_affine=False)`"),
+        ((0, 6), ValueError, "`GroupNorm(groups=...)` must be 1 or more; got 0"),
+        ((2, -6), ValueError, "`GroupNorm(channels=...)` must be 1 or more; got -6"),
+        (("2", 6), TypeError, "`GroupNorm(groups=...)` must be an int; got '2'"),
+        ((2, 6, -1.0), ValueError, "`GroupNorm(eps=...)` must be a finite number"),
+        ((2, 6, 1e-5, True, "int8"), TypeError, "must be floating point"),
+    ],
+)
+def test_bad_arguments(args, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        GroupNorm(*args)
+
+
+def test_bad_arguments_of_the_function():
+    x = jnp.ones((6, 4))
+    with pytest.raises(ValueError, match="got 4 groups and 6 channels"):
+        group_norm(x, 4)
+    with pytest.raises(ValueError, match=r"expected shape \(6,\), got \(4,\)"):
+        group_norm(x, 2, bias=jnp.ones(4))
+    with pytest.raises(TypeError, match="`group_norm` normalises real floating-point"):
+        group_norm(jnp.ones((6, 4), int), 2)
+    with pytest.raises(ValueError, match="got a scalar"):
+        group_norm(jnp.ones(()), 1)
+    with pytest.raises(ValueError, match="got 4 groups and 6 channels"):
+        GroupNorm(4, channelwise_affine=False)(x)

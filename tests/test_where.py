@@ -1,0 +1,128 @@
+"""Masked examples: as if the entries under the mask were not there.
+
+The oracle drops them, normalises what is left in float64 numpy, and puts zeros in their place.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from oracles import error, exact_norm
+
+from eqx_norms import LayerNorm, RMSNorm, layer_norm, normalize_reference, rms_norm
+
+ROWS, N = 12, 17
+LAYERS = pytest.mark.parametrize("layer", (LayerNorm, RMSNorm))
+
+
+def draw(offset=0.0):
+    """x, weight, bias, cotangent, mask; the first row is masked whole, the second not at all."""
+    rng = np.random.default_rng(1)
+    x, g = rng.normal(size=(2, ROWS, N)).astype(np.float32)
+    weight, bias = rng.normal(size=(2, N)).astype(np.float32) + 1
+    where = rng.uniform(size=(ROWS, N)) < 0.6
+    where[0], where[1], where[2] = False, True, np.arange(N) == 3
+    return x + np.float32(offset), weight, bias, g, where
+
+
+def exact_masked(layer, x, weight, bias, g, where):
+    y, dx = np.zeros((2, ROWS, N))
+    dweight, dbias = np.zeros((2, N))
+    for i, mask in enumerate(where):
+        if mask.any():
+            some = lambda a: a[..., mask]  # noqa: B023
+            one = exact_norm(
+                *map(some, (x[i : i + 1], weight, bias, g[i : i + 1])), centre=layer is LayerNorm
+            )
+            y[i, mask], dx[i, mask] = one.y[0], one.dx[0]
+            dweight[mask] += one.dweight
+            dbias[mask] += one.dbias
+    return y, dx, dweight, dbias
+
+
+def value_and_vjp(layer, x, weight, bias, g, where):
+    def norm(x, weight, bias):
+        module = eqx.tree_at(lambda m: (m.weight, m.bias), layer(N), (weight, bias))
+        return jax.vmap(lambda x, where: module(x, where=where))(x, where)
+
+    y, vjp = jax.vjp(jax.jit(norm), x, weight, bias)
+    return y, *vjp(g)
+
+
+@LAYERS
+@pytest.mark.parametrize("offset", (0, 1e4))
+@pytest.mark.parametrize("under", (0.0, 1e30, np.nan, np.inf))
+def test_masked_entries_are_not_there(layer, offset, under):
+    x, weight, bias, g, where = draw(offset)
+    want = exact_masked(layer, x, weight, bias, g, where)
+    x[~where] = under
+    got = value_and_vjp(layer, x, weight, bias, g, where)
+    y, dx, *_ = got = [np.array(a) for a in got]
+    if layer is LayerNorm:
+        # Of one entry nothing is left but the rounding of its terms, rstd * gw, rstd = 316.
+        assert np.abs(dx[2]).max() < 316 * 1e-6
+        dx[2] = 0
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b) < 1e-6
+    assert not y[~where].any() and not dx[~where].any()
+    assert not y[0].any() and not dx[0].any()
+
+
+@LAYERS
+def test_cotangent_under_the_mask_is_ignored(layer):
+    x, weight, bias, g, where = draw()
+    want = value_and_vjp(layer, x, weight, bias, g, where)
+    got = value_and_vjp(layer, x, weight, bias, np.where(where, g, np.nan).astype(g.dtype), where)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("norm", (layer_norm, rms_norm))
+def test_derivatives_equal_those_of_the_entries_that_count(norm, getkey):
+    """Forward mode, Hessian and third order, with NaN under the mask, against the plain reference
+    of the compressed example."""
+    with jax.enable_x64(True):
+        where = np.arange(7) % 3 != 1
+        x, weight, dx, g = jr.normal(getkey(), (4, 7))
+        reference = lambda x: normalize_reference(x, weight[where], centre=norm is layer_norm)
+        theirs = lambda t: jnp.vdot(reference(x[where] + t * dx[where]), g[where])
+        full = jnp.where(where, x, jnp.nan)
+        ours = lambda t: jnp.vdot(norm(full + t * dx, weight, where=jnp.asarray(where)), g)
+        modes = (jax.grad, jax.jacfwd, jax.hessian, lambda f: jax.jacfwd(jax.hessian(f)))
+        along = lambda f: jax.jit(lambda t: [mode(f)(t) for mode in modes])(0.1)
+        np.testing.assert_allclose(along(ours), along(theirs), rtol=1e-9)
+
+
+@LAYERS
+def test_a_mask_that_lets_all_through_changes_nothing(layer, getkey):
+    x = jr.normal(getkey(), (N,))
+    np.testing.assert_allclose(
+        layer(N)(x, where=jnp.ones(N, bool)), layer(N)(x), rtol=1e-6, atol=1e-6
+    )
+
+
+@LAYERS
+def test_mask_costs_one_byte_an_element(layer):
+    x, _, _, _, where = draw()
+    norm = lambda x: jax.vmap(lambda x, where: layer(N)(x, where=where))(x, where)
+    _, vjp = jax.vjp(jax.jit(norm), jnp.asarray(x, jnp.bfloat16))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
+    assert held <= ROWS * (N * (2 + 1) + 12) + 4 * N
+
+
+@LAYERS
+def test_numpy_mask_mapped_under_jit(layer):
+    """JAX's custom_jvp asserts on a NumPy constant that comes through vmap inside jit."""
+    x, _, _, _, where = draw()
+    norm = lambda x, where: jax.vmap(lambda x, where: layer(N)(x, where=where))(x, where)
+    got = jax.jit(lambda x: norm(x, where))(x)
+    np.testing.assert_allclose(got, jax.jit(norm)(x, where), rtol=1e-6, atol=1e-6)
+
+
+@LAYERS
+def test_bad_masks(layer):
+    for mask in (jnp.ones(N), jnp.ones(N, int), jnp.ones((1, N), bool), jnp.ones((), bool), True):
+        with pytest.raises(ValueError, match=r"mask of the shape of x.*\(17,\) and bool, got"):
+            layer(N)(jnp.ones(N), where=mask)
