@@ -32,8 +32,12 @@ def draw(n, seed=0, rows=ROWS):
     """x, weight, bias, and a random cotangent: a constant one cancels in a norm."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, n))
-    if n == 2:  # Apart by 1 at least, so that dx all but vanishes; see the test of close pairs.
+    # LayerNorm of two entries, RMSNorm of one: far apart, so that dx all but vanishes; see the test
+    # of close pairs.
+    if n == 2:
         x += np.sign(x[:, :1] - x[:, 1:]) * [0.5, -0.5]
+    elif n == 1:
+        x += np.sign(x) * 0.5
     weight, bias = rng.normal(size=(2, n)) + 1
     return x, *(a.astype(np.float32) for a in (weight, bias, rng.normal(size=(rows, n))))
 

@@ -1,4 +1,4 @@
-"""Outputs and gradients against eqx.nn, torch, flax and haiku on random input.
+"""Outputs and gradients against torch, flax and haiku on random input; eqx.nn: test_drop_in.py.
 
 Each library is its own oracle here, with inputs of offset 0, where all are right to a few ulps.
 """
@@ -14,69 +14,80 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from eqx_norms import LayerNorm
+from eqx_norms import GroupNorm, LayerNorm, RMSNorm
 
-ROWS, N = 6, 37
+ROWS, N, GROUPS, CHANNELS = 6, 37, 3, 6
+SHAPES = {LayerNorm: (ROWS, N), RMSNorm: (ROWS, N), GroupNorm: (ROWS, CHANNELS, 5, 4)}
+EACH_LAYER = pytest.mark.parametrize("layer", SHAPES)
 
 
 @pytest.fixture
-def data(getkey):
+def data(layer, getkey):
     """x, weight, bias, cotangent."""
-    x, g = jr.normal(getkey(), (2, ROWS, N))
-    weight, bias = jr.normal(getkey(), (2, N))
+    x, g = jr.normal(getkey(), (2, *SHAPES[layer]))
+    weight, bias = jr.normal(getkey(), (2, SHAPES[layer][1]))
     return x, weight, bias, g
 
 
 def run(norm, data):
-    """(y, dx, dweight, dbias) of `norm(x, weight, bias)` on a batch."""
+    """The batch y of `norm(x, weight, bias)`, and dx, dweight, dbias."""
     *args, g = data
     y, vjp = jax.vjp(norm, *args)
-    return y, *vjp(g)
+    return [y, *vjp(g)]
 
 
-def ours(eps=1e-5):
+def ours(layer, eps=1e-5):
     def norm(x, weight, bias):
-        layer = eqx.tree_at(lambda m: (m.weight, m.bias), LayerNorm(N, eps), (weight, bias))
-        return jax.vmap(layer)(x)
+        module = layer(GROUPS, CHANNELS, eps) if layer is GroupNorm else layer(N, eps)
+        module = eqx.tree_at(lambda m: m.weight, module, weight)
+        if layer is RMSNorm:  # Theirs have no bias.
+            bias = jnp.zeros_like(bias)
+        return jax.vmap(eqx.tree_at(lambda m: m.bias, module, bias))(x)
 
     return norm
 
 
 def assert_same(got, want):
-    # Sums of 37 and of 6 products in float32, each taken in an order of its own.
+    # Sums of up to 120 products in float32, each taken in an order of its own.
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_equinox(data):
-    def norm(x, weight, bias):
-        layer = eqx.tree_at(lambda m: (m.weight, m.bias), eqx.nn.LayerNorm(N), (weight, bias))
-        return jax.vmap(layer)(x)
-
-    assert_same(run(ours(), data), run(norm, data))
-
-
+@EACH_LAYER
 @pytest.mark.parametrize("fast_variance", (True, False))
-def test_flax(data, fast_variance):
-    """flax's eps is 1e-6, and its default variance is E[x^2] - E[x]^2."""
+def test_flax(layer, data, fast_variance):
+    """flax's eps is 1e-6, its default variance E[x^2] - E[x]^2, its channels come last."""
+    options = {} if layer is RMSNorm else {"use_fast_variance": fast_variance}
 
     def norm(x, weight, bias):
-        layer = linen.LayerNorm(use_fast_variance=fast_variance)
-        return layer.apply({"params": {"scale": weight, "bias": bias}}, x)
+        params = {"scale": weight} if layer is RMSNorm else {"scale": weight, "bias": bias}
+        if layer is GroupNorm:
+            module = linen.GroupNorm(GROUPS, **options)
+            y = module.apply({"params": params}, jnp.moveaxis(x, 1, -1))
+            return jnp.moveaxis(y, -1, 1)
+        return getattr(linen, layer.__name__)(**options).apply({"params": params}, x)
 
     with jax.numpy_rank_promotion("allow"):
         want = run(norm, data)
-    assert_same(run(ours(eps=1e-6), data), want)
+    assert_same(run(ours(layer, eps=1e-6), data), want)
 
 
-def test_haiku(data):
+@EACH_LAYER
+def test_haiku(layer, data):
+    make = {
+        LayerNorm: lambda: hk.LayerNorm(-1, True, True, name="norm"),
+        RMSNorm: lambda: hk.RMSNorm(-1, name="norm"),
+        GroupNorm: lambda: hk.GroupNorm(GROUPS, data_format="channels_first", name="norm"),
+    }[layer]
+
     def norm(x, weight, bias):
-        layer = hk.transform(lambda x: hk.LayerNorm(-1, True, True)(x))
-        return layer.apply({"layer_norm": {"scale": weight, "offset": bias}}, None, x)
+        wide = lambda p: p.reshape(-1, 1, 1) if layer is GroupNorm else p
+        params = {"scale": wide(weight)} | ({} if layer is RMSNorm else {"offset": wide(bias)})
+        return hk.transform(lambda x: make()(x)).apply({"norm": params}, None, x)
 
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         want = run(norm, data)
-    assert_same(run(ours(), data), want)
+    assert_same(run(ours(layer), data), want)
 
 
 torch_runs_here = pytest.mark.skipif(
@@ -86,14 +97,21 @@ torch_runs_here = pytest.mark.skipif(
 
 
 @torch_runs_here
-def test_torch(data):
-    import torch
+@EACH_LAYER
+def test_torch(layer, data):
+    import torch.nn.functional as F
+    from torch import tensor
 
-    x, weight, bias, g = (torch.tensor(np.asarray(a), requires_grad=True) for a in data)
-    y = torch.nn.functional.layer_norm(x, (N,), weight, bias)
+    x, weight, bias, g = (tensor(np.asarray(a), requires_grad=True) for a in data)
+    if layer is LayerNorm:
+        y = F.layer_norm(x, (N,), weight, bias)
+    elif layer is RMSNorm:
+        y = F.rms_norm(x, (N,), weight, eps=1e-5) + 0 * bias
+    else:
+        y = F.group_norm(x, GROUPS, weight, bias)
     y.backward(g.detach())
     want = [a.detach().numpy() for a in (y, x.grad, weight.grad, bias.grad)]
-    assert_same(run(ours(), data), want)
+    assert_same(run(ours(layer), data), want)
 
 
 @torch_runs_here
