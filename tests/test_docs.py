@@ -24,6 +24,13 @@ def blocks(page):
 PAGES = sorted(page for page in DOCS.rglob("*.md") if blocks(page))
 
 
+@pytest.fixture
+def x64_as_before():
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("x64_as_before")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
