@@ -95,6 +95,8 @@ def capture_grads(
     loss is differentiated with respect to these zeros and the model together. Custom derivative
     rules stay in force.
 
+    Each call traces `loss_fn` anew. Where it is called often, put it under `equinox.filter_jit`.
+
     **Arguments:**
 
     - `loss_fn`: a function of the model and `args` that returns a floating-point scalar.

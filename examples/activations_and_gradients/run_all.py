@@ -3,6 +3,13 @@
 python -m examples.activations_and_gradients.run_all --quick
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, not with -m
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    __package__ = "examples.activations_and_gradients"
+
 from ._study import STUDIES, run
 
 if __name__ == "__main__":
