@@ -55,9 +55,13 @@ def _only(where: Mask | None, a: Array) -> Array:
     return a if where is None else jnp.where(where, a, 0)
 
 
-def _to_compute_dtype(x: Array) -> Array:
+def _compute_dtype(x: Array):
     """Statistics are taken in float32, and in float64 for float64."""
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
+def _to_compute_dtype(x: Array) -> Array:
+    return x.astype(_compute_dtype(x))
 
 
 def _statistics(spec: _Spec, x: Example, where: Mask | None):
@@ -214,7 +218,7 @@ def normalize_reference(
 
     An array of the shape and dtype of `x`.
     """
-    wide, weight, bias = _widen(x, weight, bias)
+    wide, weight, bias = _to_compute_dtype(x), *_fit(x, weight, bias)
     xc = wide - wide.mean(keepdims=True) if centre else wide
     y = xc * jax.lax.rsqrt(jnp.square(xc).mean(keepdims=True) + eps)
     y = y if weight is None else y * weight
@@ -234,7 +238,7 @@ def normalize(
     axis_name: Hashable | None = None,
 ) -> Example:
     """What the layers call: `normalize_reference`, by the rule above."""
-    _, weight, bias = _widen(x, weight, bias)
+    weight, bias = _fit(x, weight, bias)
     if unit_offset and weight is not None:
         weight = 1 + weight
     if where is not None:
@@ -248,11 +252,10 @@ def normalize(
     return y.astype(x.dtype)
 
 
-def _widen(x: Example, *params: Array | None):
-    """All in the dtype of the statistics, the parameters with the rank of x."""
-    wide = _to_compute_dtype(x)
+def _fit(x: Example, *params: Array | None) -> list[Array | None]:
+    """The parameters in the dtype of the statistics, and with the rank of x."""
     rank = lambda p: p.reshape((1,) * (x.ndim - p.ndim) + p.shape)
-    return wide, *(p if p is None else rank(p).astype(wide.dtype) for p in params)
+    return [p if p is None else rank(p).astype(_compute_dtype(x)) for p in params]
 
 
 def _vary_together(*arrays: Array | None):
