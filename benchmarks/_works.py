@@ -1,0 +1,163 @@
+"""The work that is timed: forward, forward + backward, the gradient of a stack.
+
+Whatever the library, `runner` gives one function of (x, g). Forward + backward is a single jitted
+function, or two eager calls in torch, that returns y, dx and (dweight, dbias): a training step
+needs them all. The cotangent g is random and an argument: a constant one cancels in a norm, and
+XLA would fold it away.
+"""
+
+import functools as ft
+import os
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from ._cases import EPS, GROUPS, LAYERS_OF_STACK, Case
+from ._rivals import Norm, example_shape, make
+
+
+def thunk(rival: str, case: Case) -> Callable[[], object]:
+    """Runs the case once, to its end; its arrays are made here, once."""
+    x, g = normal(*case.shape, layer=case.layer)
+    run = runner(rival, case)
+    args = run.take(x), run.take(g)
+    return lambda: run.wait(run(*args))
+
+
+class Runner:
+    """A function of (x, g), and how its library makes an array and waits for a result."""
+
+    def __init__(self, run, take, wait=jax.block_until_ready):
+        self.run, self.take, self.wait = run, take, wait
+
+    def __call__(self, x, g):
+        return self.run(x, g)
+
+
+@ft.lru_cache(maxsize=1)
+def _normal(rows: int, n: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((2, rows, n), np.float32)
+
+
+def normal(rows: int, n: int, layer: str = "LayerNorm") -> np.ndarray:
+    """x and g of the case, channels first; cases come shape by shape, so the last is kept."""
+    return _normal(rows, n).reshape(2, *example_shape(layer, rows, n))
+
+
+def runner(rival: str, case: Case) -> Runner:
+    """The work of `case`, done by `rival`."""
+    if rival == "torch":
+        return _torch(case)
+    if rival == "copy":
+        return Runner(_copy(case), lambda a: jnp.asarray(a, case.dtype))
+    norm = make(rival, case.layer, *case.shape, case.dtype)
+    move = (lambda a: np.moveaxis(a, 1, 2)) if norm.channels_last else lambda a: a
+    return Runner(_JAX[case.work](norm, case), lambda a: jnp.asarray(move(a), case.dtype))
+
+
+def _forward(norm: Norm, case: Case):
+    run = jax.jit(norm.apply)
+    return lambda x, g: run(norm.params, x)
+
+
+def _backward(norm: Norm, case: Case):
+    @jax.jit
+    def run(params, x, g):
+        y, vjp = jax.vjp(norm.apply, params, x)
+        dparams, dx = vjp(g)
+        return y, dx, norm.pair(dparams)
+
+    return lambda x, g: run(norm.params, x, g)
+
+
+def _stack(norm: Norm, case: Case):
+    """The gradient of 12 blocks x + gelu(norm(x) @ up) @ down with respect to all parameters."""
+    matrices = [(jnp.asarray(up), jnp.asarray(down)) for up, down in stack_matrices(case.shape[1])]
+    params = [(norm.params, *pair) for pair in matrices]
+
+    @jax.jit
+    def run(params, x):
+        def loss(params):
+            h = x
+            for scale, up, down in params:
+                h = h + jax.nn.gelu(norm.apply(scale, h) @ up.astype(x.dtype)) @ down.astype(x.dtype)
+            return jnp.mean(jnp.square(h.astype(jnp.float32)))
+
+        return jax.value_and_grad(loss)(params)
+
+    return lambda x, g: run(params, x)
+
+
+def stack_matrices(n: int):
+    """The float32 matrices of the 12 blocks, four times as wide inside."""
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: rng.standard_normal(shape, np.float32) / shape[0] ** 0.5
+    return [(draw(n, 4 * n), draw(4 * n, n)) for _ in range(LAYERS_OF_STACK)]
+
+
+def _copy(case: Case):
+    """The floor: a change of sign, of x for the forward, of x and g for forward + backward.
+
+    That reads x and writes y, or reads x and g and writes y and dx, each once.
+    """
+    run = jax.jit(lambda *arrays: [-a for a in arrays])
+    return (lambda x, g: run(x)) if case.work == "forward" else lambda x, g: run(x, g)
+
+
+def cores() -> int:
+    """As many as this process may use: what XLA takes by default, and torch is given."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _torch(case: Case) -> Runner:
+    import torch
+
+    torch.set_num_threads(cores())
+    # RMSNorm's note that float32 weights are not fused; ours are cast.
+    warnings.filterwarnings("ignore", message="Mismatch dtype", category=UserWarning)
+    channels = example_shape(case.layer, *case.shape)[1]
+    dtype = getattr(torch, case.dtype)
+    params = [torch.ones(channels, requires_grad=True), torch.zeros(channels, requires_grad=True)]
+    params = params[: 1 if case.layer == "RMSNorm" else 2]
+    apply = ft.partial(_torch_apply, case.layer)
+
+    def forward(x, g):
+        with torch.no_grad():
+            return apply(x, *params)
+
+    def backward(x, g):
+        x = x.detach().requires_grad_()
+        y = apply(x, *params)
+        dx, *dparams = torch.autograd.grad(y, (x, *params), g)
+        return y, dx, tuple(dparams)
+
+    def stack(x, g):
+        h = x
+        for up, down in matrices:
+            inner = torch.nn.functional.gelu(apply(h, *params) @ up.to(dtype), approximate="tanh")
+            h = h + inner @ down.to(dtype)
+        return torch.autograd.grad(h.float().square().mean(), leaves)
+
+    if case.work == "stack":
+        weights = stack_matrices(case.shape[1])
+        matrices = [[torch.from_numpy(m).requires_grad_() for m in pair] for pair in weights]
+        leaves = [*params, *(m for pair in matrices for m in pair)]
+    run = {"forward": forward, "backward": backward, "stack": stack}[case.work]
+    return Runner(run, lambda a: torch.tensor(np.asarray(a)).to(dtype), lambda result: result)
+
+
+def _torch_apply(layer: str, x, weight, bias=None):
+    from torch.nn import functional
+
+    if layer == "LayerNorm":
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+    if layer == "RMSNorm":
+        return functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), EPS)
+    return functional.group_norm(x, GROUPS, weight, bias, EPS)
+
+
+_JAX = {"forward": _forward, "backward": _backward, "stack": _stack}
