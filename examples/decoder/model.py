@@ -1,0 +1,119 @@
+"""A pre-norm decoder, written for ONE sequence. Who needs a batch maps it outside, once.
+
+Three norms, of which one belongs in a decoder. The others average over tokens, so that every
+output reads the letters that it should predict.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+import eqx_norms
+
+from .settings import Settings
+
+LAYERS = {"ours": eqx_norms.LayerNorm, "eqx": eqx.nn.LayerNorm}
+
+
+class PerToken(eqx.Module):
+    """Every token on its own."""
+
+    layer: Callable
+
+    def __init__(self, layer: Callable, tokens: int, features: int):
+        self.layer = layer(features)
+
+    def __call__(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
+        return jax.vmap(self.layer)(x)
+
+
+class OverTokensAndFeatures(eqx.Module):
+    """One mean and one variance for the whole name: the `jax.vmap` is missing."""
+
+    layer: Callable
+
+    def __init__(self, layer: Callable, tokens: int, features: int):
+        self.layer = layer((tokens, features))
+
+    def __call__(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
+        return self.layer(x)
+
+
+class OverTokens(eqx.Module):
+    """A mean and a variance for every feature, over the name: the wrong axis is mapped."""
+
+    layer: Callable
+
+    def __init__(self, layer: Callable, tokens: int, features: int):
+        self.layer = layer(tokens)
+
+    def __call__(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
+        return jax.vmap(self.layer, in_axes=1, out_axes=1)(x)
+
+
+NORMS = {
+    "per-token": PerToken,
+    "over-tokens-and-features": OverTokensAndFeatures,
+    "over-tokens": OverTokens,
+}
+
+
+class Block(eqx.Module):
+    norm1: eqx.Module
+    attention: eqx.nn.MultiheadAttention
+    norm2: eqx.Module
+    mlp: eqx.nn.MLP
+
+    def __init__(self, norm: Callable, settings: Settings, *, key: PRNGKeyArray):
+        key1, key2 = jr.split(key)
+        width = settings.width
+        self.norm1 = norm()
+        self.attention = eqx.nn.MultiheadAttention(settings.heads, width, key=key1)
+        self.norm2 = norm()
+        self.mlp = eqx.nn.MLP(width, width, 4 * width, depth=1, activation=jax.nn.gelu, key=key2)
+
+    def __call__(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
+        h = self.norm1(x)
+        x = x + self.attention(h, h, h, mask=jnp.tri(len(x), dtype=bool))
+        return x + jax.vmap(self.mlp)(self.norm2(x))
+
+
+class Decoder(eqx.Module):
+    """Reads the letters before, one token each, and scores what comes next."""
+
+    embedding: eqx.nn.Embedding
+    position: Float[Array, "context features"]
+    blocks: list[Block]
+    norm: eqx.Module
+    readout: eqx.nn.Linear
+    bf16: bool = eqx.field(static=True)
+    remat: bool = eqx.field(static=True)
+
+    def __init__(self, settings: Settings, symbols: int, *, key: PRNGKeyArray):
+        key1, key2, key3, *keys = jr.split(key, 3 + settings.layers)
+        width, context = settings.width, settings.context
+        norm = lambda: NORMS[settings.norm](LAYERS[settings.norms], context, width)
+        self.embedding = eqx.nn.Embedding(symbols, width, key=key1)
+        self.position = jr.normal(key2, (context, width))
+        self.blocks = [Block(norm, settings, key=key) for key in keys]
+        self.norm = norm()
+        self.readout = eqx.nn.Linear(width, symbols, key=key3)
+        self.bf16, self.remat = settings.bf16, settings.remat
+
+    def __call__(self, letters: Int[Array, " tokens"]) -> Float[Array, "tokens symbols"]:
+        model = in_bfloat16(self) if self.bf16 else self
+        x = jax.vmap(model.embedding)(letters) + model.position[: len(letters)]
+        for block in model.blocks:
+            x = eqx.filter_checkpoint(block)(x) if self.remat else block(x)
+        return jax.vmap(model.readout)(model.norm(x)).astype(jnp.float32)
+
+
+def in_bfloat16(model: Decoder) -> Decoder:
+    """Casts parameters for use; norms keep theirs, for they compute in float32 anyway."""
+    is_norm = lambda node: isinstance(node, tuple(NORMS.values()))
+    cast = lambda leaf: leaf.astype(jnp.bfloat16) if eqx.is_inexact_array(leaf) else leaf
+    return jax.tree.map(lambda leaf: leaf if is_norm(leaf) else cast(leaf), model, is_leaf=is_norm)
