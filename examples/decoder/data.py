@@ -1,36 +1,43 @@
-"""Names as rows of letters, held-out ones apart, in an order that follows from the step."""
+"""Names as rows of letters, some held out, in an order that follows from the step."""
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from ..names_data import END, Vocabulary
 
-HELD_OUT = 0.1  # of the names
-_END_ID = 0  # Vocabulary has the end mark first
+HELD_OUT = 0.05  # of the names
+END_ID = 0  # Vocabulary has the end mark first
 
 
 class Data(NamedTuple):
-    """A row is a name, its end mark, and end marks to the end of the row."""
+    """A row is a name and its end mark, filled up with end marks."""
 
     train: Int[np.ndarray, "names context"]
     held_out: Int[np.ndarray, "names context"]
     vocabulary: Vocabulary
     too_long: int
 
+    def fingerprint(self) -> str:
+        """Tells other names, or the same ones cleaned or cut in another way."""
+        rows = self.train.tobytes() + self.held_out.tobytes()
+        return hashlib.sha256(rows + self.vocabulary.symbols.encode()).hexdigest()[:16]
+
 
 def split(names: Sequence[str], context: int) -> Data:
-    """Every name counts once, so that none is trained on and held out."""
+    """Every name counts once, so that none is both trained on and held out."""
     short = sorted({name for name in names if len(name) < context})
     too_long = len(set(names)) - len(short)
     held_out = round(HELD_OUT * len(short))
     if not held_out:
         raise ValueError(
-            f"training needs 5 different names of fewer than {context} letters, got {len(short)}; "
-            "give a larger file, or a larger --context"
+            f"training needs 11 different names of fewer than {context} letters, got {len(short)} "
+            f"and {too_long} longer ones; give a larger file, or a larger --context"
         )
     vocabulary = Vocabulary.of(short)
     # The same split for every --seed: losses of different runs can be compared.
@@ -40,7 +47,7 @@ def split(names: Sequence[str], context: int) -> Data:
 
 
 def batch_at(data: Data, step: int, *, size: int, seed: int) -> Int[np.ndarray, "size context"]:
-    """The names of a step, a function of nothing but its number and the seed.
+    """The names of a step, which follow from its number and the seed.
 
     Every epoch goes once through the names, in an order of its own, but for the last few that
     fill no batch.
@@ -48,12 +55,11 @@ def batch_at(data: Data, step: int, *, size: int, seed: int) -> Int[np.ndarray, 
     steps = len(data.train) // size
     if not steps:
         raise ValueError(
-            f"there are {len(data.train)} names to train on, fewer than a batch; "
+            f"a batch of {size} is more than the {len(data.train)} names to train on; "
             f"give --batch {len(data.train)} or less"
         )
     epoch, place = divmod(step, steps)
-    order = _order(len(data.train), seed, epoch)
-    return data.train[order[place * size :][:size]]
+    return data.train[_order(len(data.train), seed, epoch)[place * size :][:size]]
 
 
 @functools.lru_cache(maxsize=1)
@@ -61,6 +67,16 @@ def _order(count: int, seed: int, epoch: int) -> Int[np.ndarray, " count"]:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
+def shifted(names: Int[Array, "*batch context"]) -> Int[Array, "*batch context"]:
+    """What a model reads: an end mark, then the letters before the one to predict."""
+    return jnp.roll(names, 1, axis=-1).at[..., 0].set(END_ID)
+
+
+def counted(names: Int[Array, "*batch context"]) -> Bool[Array, "*batch context"]:
+    """The letters of a name and one end mark, not those that fill up the row."""
+    return (shifted(names) != END_ID).at[..., 0].set(True)
+
+
 def as_text(rows: Int[np.ndarray, "names context"], vocabulary: Vocabulary) -> list[str]:
-    """Up to the end mark."""
+    """The letters up to the end mark."""
     return [vocabulary.decode(row).split(END, 1)[0] for row in rows]

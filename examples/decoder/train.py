@@ -1,43 +1,56 @@
 """The training step, and the loop round it that can be stopped and resumed."""
 
-from collections.abc import Callable
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
+from tqdm import tqdm
 
+from eqx_norms.causality import CausalityReport, assert_causal, check_causal
+
+from .checkpoint import State, save
+from .data import Data, batch_at, counted, shifted
 from .model import Decoder
 from .settings import Settings
 
-_END_ID = 0
+LOOKS = 25  # at the held-out loss in a run, each with a checkpoint
+
+# ---- The loss: nats a letter, where the end mark of a name is one of its letters.
 
 
-def shifted(names: Int[Array, "*batch context"]) -> Int[Array, "*batch context"]:
-    """What the model reads: an end mark, then the letters before the one to predict."""
-    return jnp.roll(names, 1, axis=-1).at[..., 0].set(_END_ID)
-
-
-def counted(names: Int[Array, "*batch context"]) -> Bool[Array, "*batch context"]:
-    """The letters of a name and its one end mark; not the end marks that fill up the row."""
-    return (shifted(names) != _END_ID).at[..., 0].set(True)
-
-
-def letter_losses(model: Callable, names: Int[Array, "batch context"]):
-    """Nats for every letter."""
-    logits = jax.vmap(model)(shifted(names))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, names)
+def name_loss(
+    model: Callable, name: Int[Array, " context"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The nats of all letters of a name, and how many letters that are."""
+    nats = optax.softmax_cross_entropy_with_integer_labels(model(shifted(name)), name)
+    return jnp.sum(nats, where=counted(name)), jnp.sum(counted(name), dtype=nats.dtype)
 
 
 def loss_fn(model: Callable, names: Int[Array, "batch context"]) -> Float[Array, ""]:
-    """Nats a letter, end mark included."""
-    return jnp.mean(letter_losses(model, names), where=counted(names))
+    nats, letters = jax.vmap(lambda name: name_loss(model, name))(names)
+    return nats.sum() / letters.sum()
+
+
+@eqx.filter_jit
+def evaluate(model: Callable, names: Int[Array, "names context"]) -> Float[Array, ""]:
+    """`loss_fn` of any number of names, some at a time."""
+    nats, letters = jax.lax.map(lambda name: name_loss(model, name), names, batch_size=128)
+    return nats.sum() / letters.sum()
+
+
+# ---- The step.
 
 
 def make_optimiser(settings: Settings) -> optax.GradientTransformation:
-    """AdamW with a warm-up and a cosine decay to a tenth... of the learning rate."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=settings.rate,
@@ -59,7 +72,7 @@ def start(settings: Settings, symbols: int) -> tuple[Decoder, PyTree]:
 def make_step(settings: Settings) -> Callable:
     """The training step, one jitted function: (model, opt_state, names) -> the same and the loss.
 
-    For a benchmark, with the norms of this library or of equinox:
+    A benchmark exchanges the norms by one argument:
 
         settings = Settings(norms="ours")  # or "eqx"
         model, opt_state = start(settings, symbols=27)
@@ -76,3 +89,87 @@ def make_step(settings: Settings) -> Callable:
         return eqx.apply_updates(model, updates), opt_state, loss
 
     return step
+
+
+# ---- The check.
+
+
+def check(settings: Settings, model: Decoder, data: Data) -> CausalityReport:
+    """Does the model read letters that it should predict? With the per-token norm it must not.
+
+    Raises `eqx_norms.causality.CausalityError` if it does.
+    """
+    must_hold = settings.norm == "per-token"
+    letters = shifted(jnp.asarray(data.train[0]))
+    ids = (0, len(data.vocabulary) - 1)  # edits are to draw from the whole alphabet
+    if not must_hold:
+        return check_causal(model, letters, token_values=ids)
+    return assert_causal(
+        model, letters, token_values=ids, err_msg="The per-token model is not trained:"
+    )
+
+
+# ---- The loop.
+
+
+def train(
+    settings: Settings, data: Data, state: State, path: Path, *, until: int | None = None
+) -> State:
+    """Goes on from `state` to the last step, or to step `until`, with checkpoints at `path`.
+
+    Ctrl-C ends it after the step that is under way; then the state's step says how far it came.
+    """
+    last = settings.steps if until is None else until
+    looks = {round(settings.steps * look / LOOKS) for look in range(1, LOOKS + 1)}
+    batch = lambda step: batch_at(data, step, size=settings.batch, seed=settings.seed)
+    if state.step >= last:
+        return state
+    with first_ctrl_c() as stop, progress(settings, state) as bar:
+        bar.set_postfix_str("compiling")
+        step = make_step(settings).lower(state.model, state.opt_state, batch(0)).compile()
+        memory = step.compiled.memory_analysis().temp_size_in_bytes
+        bar.write(f"  memory    {memory / 2**20:.1f} MiB of temporaries in a training step")
+        if not state.history:
+            state = looked(state, data)
+        while state.step < last and not stop.is_set():
+            model, opt_state, loss = step(state.model, state.opt_state, batch(state.step))
+            state = State(model, opt_state, state.step + 1, state.history)
+            bar.set_postfix_str(f"loss {float(loss):.3f}")
+            bar.update()
+            if state.step in looks:
+                state = looked(state, data)
+                save(path, state, settings, data)
+    save(path, state, settings, data)
+    return state
+
+
+def looked(state: State, data: Data) -> State:
+    """With the held-out loss in its history."""
+    loss = float(evaluate(state.model, data.held_out))
+    if not np.isfinite(loss):
+        raise FloatingPointError(
+            f"the held-out loss is {loss} at step {state.step}; give a lower --rate"
+        )
+    return state._replace(history=(*state.history, (state.step, loss)))
+
+
+def progress(settings: Settings, state: State) -> tqdm:
+    return tqdm(
+        initial=state.step, total=settings.steps, desc=settings.norm, unit="step", disable=None
+    )
+
+
+@contextlib.contextmanager
+def first_ctrl_c() -> Iterator[threading.Event]:
+    """Sets an event where Ctrl-C would break off a step; pressed again it does."""
+    pressed = threading.Event()
+
+    def note(*_):
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
