@@ -1,54 +1,187 @@
 """Compares eqx_norms with what a user would pick instead: speed, bytes, compile time, accuracy.
 
-python -m benchmarks            # everything, about a quarter of an hour on two cores
+python -m benchmarks            # everything: about a quarter of an hour on two idle cores
 python -m benchmarks --quick    # a minute or two
 python -m benchmarks --only speed --rival eqx,torch --rows 4096x768 --dtype bfloat16
+python -m benchmarks --page     # no measuring: docs/benchmarks.md from the results in --out
 """
 
 import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
 
 from tqdm import tqdm
 
-from ._cases import DTYPES, LAYERS, RIVALS, ROWS, SECTIONS, WORKS, is_installed, speed_cases
+from ._cases import (
+    DTYPES,
+    JAX_RIVALS,
+    LAYERS,
+    NAMES,
+    RIVALS,
+    ROWS,
+    SECTIONS,
+    WORKS,
+    is_installed,
+    speed_cases,
+)
 from ._child import child
-from ._speed import speed
+from ._environment import environment
+from ._report import report
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE_FILES = ROOT / "docs" / "images" / "benchmarks"
+BEGIN, END = "<!-- written by python -m benchmarks --page -->", "<!-- end of it -->"
+QUICK = {
+    "layer": ["LayerNorm"],
+    "rows": ["64x128", "4096x768"],
+    "dtype": ["float32", "bfloat16"],
+    "work": ["forward", "backward"],
+}
+BYTES_DTYPES = ("float32", "bfloat16")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures, prints the tables, and writes results.json, tables.md and speed.png."""
+    to = options(argv)
+    if to.page:
+        return write_page(to.out)
+    started = time.perf_counter()
+    results = {"environment": environment(), "interrupted": False, "failed": []}
+    results |= {section: [] for section in SECTIONS}
+    results["left_out"] = [rival for rival in to.rival if not is_installed(rival)]
+    try:
+        measure(to, results)
+    except KeyboardInterrupt:
+        results["interrupted"] = True
+    finally:
+        results["minutes"] = round((time.perf_counter() - started) / 60, 1)
+        write(results, to.out)
+    print(f"\n{report(results)}")
+    print(f"Wrote results.json, tables.md and speed.png to {to.out}")
+    if results["failed"]:
+        sys.exit(f"{len(results['failed'])} rows failed; the end of tables.md says which.")
+
+
+# ---- What was asked for.
 
 
 def options(argv):
     parser = argparse.ArgumentParser(
-        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        "python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    some = lambda choices: dict(type=lambda text: _some(text, choices), default=list(choices))
-    parser.add_argument("--only", help=", ".join(SECTIONS), **some(SECTIONS))
-    parser.add_argument("--rival", help=", ".join(RIVALS), **some(RIVALS))
-    parser.add_argument("--layer", help=", ".join(LAYERS), **some(LAYERS))
-    parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS))
-    parser.add_argument("--dtype", help=", ".join(DTYPES), **some(DTYPES))
-    parser.add_argument("--work", help=", ".join(WORKS), **some(WORKS))
-    parser.add_argument("--seconds", type=float, default=0.6)
-    return parser.parse_args(argv)
+    for name, choices in (
+        ("only", SECTIONS),
+        ("rival", RIVALS),
+        ("layer", LAYERS),
+        ("dtype", DTYPES),
+        ("work", tuple(WORKS)),
+    ):
+        parser.add_argument(f"--{name}", type=one_or_more(choices), help=", ".join(choices))
+    parser.add_argument("--rows", type=shapes, help=f"default {','.join(ROWS)}")
+    parser.add_argument("--seconds", type=float, help="for a row of the speed tables, about")
+    parser.add_argument("--quick", action="store_true", help="fewer rows, fewer rounds")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--page", action="store_true", help="write the page, measure nothing")
+    to = parser.parse_args(argv)
+    everything = {"layer": LAYERS, "rows": ROWS, "dtype": DTYPES, "work": tuple(WORKS)}
+    defaults = {"only": SECTIONS, "rival": RIVALS} | everything | (QUICK if to.quick else {})
+    for name, default in defaults.items():
+        if getattr(to, name) is None:
+            setattr(to, name, list(default))
+    to.seconds = to.seconds or (0.2 if to.quick else 0.5)
+    return to
 
 
-def _some(text, choices):
-    chosen = text.split(",")
-    for one in chosen:
-        if one not in choices:
-            raise argparse.ArgumentTypeError(f"{one!r} is none of {', '.join(choices)}")
+def one_or_more(choices):
+    def parse(text):
+        for one in (chosen := text.split(",")):
+            if one not in choices:
+                raise argparse.ArgumentTypeError(f"{one!r} is none of {', '.join(choices)}")
+        return chosen
+
+    return parse
+
+
+def shapes(text):
+    for shape in (chosen := text.split(",")):
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+            raise argparse.ArgumentTypeError(f"{shape!r} is no shape such as 4096x768")
     return chosen
 
 
-def main(argv=None):
-    to = options(argv)
-    for rival in filter(is_installed, to.rival):
-        with child() as call:
-            for case in tqdm(speed_cases(rival, to.layer, to.rows, to.dtype, to.work), rival):
-                row = call(speed, rival, case, to.seconds)
-                tqdm.write(
-                    f"{case.layer:9} {case.rows:10} {case.dtype:8} {case.work:8} "
-                    f"ours {row['ours_ms']:9.3f} ms, {rival:5} {row['rival_ms']:9.3f} ms, "
-                    f"ours / {rival} {row['ratio']:.2f} {row['ratio_quartiles']} "
-                    f"({row['rounds']} rounds)"
-                )
+# ---- Measuring.
+
+
+def measure(to, results: dict) -> None:
+    """Goes through all tasks, rival by rival, each in a process of its own."""
+    plan = {rival: tasks(to, rival) for rival in ("ours", *to.rival) if is_installed(rival)}
+    with tqdm(total=sum(map(len, plan.values())), unit="row", dynamic_ncols=True) as bar:
+        for rival, todo in plan.items():
+            with child() as call:
+                for section, what, function, args in todo:
+                    bar.set_description(f"{NAMES[rival]}, {what}")
+                    try:
+                        results[section] += call(function, *args)
+                    except Exception as error:
+                        text = f"{type(error).__name__}: {str(error)[:300]}"
+                        results["failed"].append({"rival": rival, "what": what, "error": text})
+                    bar.update()
+
+
+def tasks(to, rival: str) -> list[tuple]:
+    """`(section, description, function, arguments)` of all that is measured of one rival."""
+    found = []
+    if rival != "ours":
+        for case in speed_cases(rival, to.layer, to.rows, to.dtype, to.work):
+            found.append(("speed", " ".join(case), "_speed.speed", (rival, case, to.seconds)))
+    for dtype in [dtype for dtype in BYTES_DTYPES if dtype in to.dtype]:
+        if rival in JAX_RIVALS:
+            rounds = 3 if to.quick else 7
+            found.append(
+                ("compile", f"compile {dtype}", "_bytes.compile_times", (rival, dtype, rounds))
+            )
+        if rival in ("ours", *JAX_RIVALS):
+            found.append(("bytes", f"bytes {dtype}", "_bytes.bytes_of", (rival, dtype)))
+    if rival != "copy":
+        for name in [rival, "flax, two-pass"] if rival == "flax" else [rival]:
+            found.append(("accuracy", "accuracy", "_accuracy.accuracy_of", (name,)))
+    return [task for task in found if task[0] in to.only]
+
+
+# ---- Writing.
+
+
+def write(results: dict, out: Path) -> None:
+    from ._plot import plot
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    (out / "tables.md").write_text("# Benchmarks\n\n" + report(results))
+    plot(results, out / "speed.png")
+
+
+def write_page(out: Path) -> None:
+    """Tables and plot of docs/benchmarks.md, from results.json alone."""
+    from ._plot import plot
+
+    text = (out / "results.json").read_text()
+    PAGE_FILES.mkdir(parents=True, exist_ok=True)
+    (PAGE_FILES / "results.json").write_text(text)
+    plot(json.loads(text), PAGE_FILES / "speed.png")
+    PAGE.write_text(filled(PAGE.read_text(), json.loads(text)))
+    print(f"Wrote {PAGE} and {PAGE_FILES}")
+
+
+def filled(page: str, results: dict) -> str:
+    """The page with what stands between its two marks written anew."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{report(results)}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is measured: names, shapes and dtypes. Imports no array library, for the parent process."""
+"""What is measured, and what it should come to. Imports no array library: the parent is light."""
 
 import importlib.util
 from typing import NamedTuple
@@ -7,30 +7,41 @@ NAMES = {
     "ours": "eqx_norms",
     "eqx": "eqx.nn",
     "flax": "flax",
+    "flax, two-pass": "flax, two-pass",
     "haiku": "haiku",
     "keras": "keras",
     "jnp": "plain jnp",
     "torch": "torch",
     "copy": "copy",
 }
-RIVALS = tuple(NAMES)[1:]
 JAX_RIVALS = ("eqx", "flax", "haiku", "keras", "jnp")
+RIVALS = (*JAX_RIVALS, "torch", "copy")
 MODULES = {"eqx": "equinox", "flax": "flax", "haiku": "haiku", "keras": "keras", "torch": "torch"}
 
+SECTIONS = ("speed", "bytes", "compile", "accuracy")
 LAYERS = ("LayerNorm", "RMSNorm", "GroupNorm")
 ROWS = ("64x128", "4096x768", "16384x1024", "65536x256", "2048x4096")
 DTYPES = ("float32", "bfloat16", "float16")
-WORKS = ("forward", "backward", "stack")
-SECTIONS = ("speed", "bytes", "compile", "accuracy")
+WORKS = {
+    "forward": "Forward",
+    "backward": "Forward and backward",
+    "stack": "Gradient of twelve pre-norm MLP blocks",
+    "decoder": "Training step of the decoder",
+}
+SINGLE = ("forward", "backward")  # one layer; the others are models
 
 EPS = 1e-5
-GROUPS = 32
-LAYERS_OF_STACK = 12
-STACK_ROWS = "1024x256"
+GROUPS, CHANNELS = 32, 128
+STACK_ROWS, STACK_LAYERS = "1024x256", 12
+DECODER_ROWS = "2048x96"  # 128 names of 16 letters: the defaults of examples/decoder
+SCAN_LAYERS = 8
+BYTES_ROWS = ("512x256", "4096x768")
+OFFSETS = (0.0, 1e2, 1e4, 1e6)
+SCALES = (1e-4, 1.0, 1e4, 1e10, 1e17, 1e18, 1e19, 1e30)
 
 
 class Case(NamedTuple):
-    """One row of the speed tables. In the JSON, the keys are these names."""
+    """One row of the speed tables; in the JSON, the keys are these names."""
 
     layer: str
     rows: str
@@ -39,25 +50,35 @@ class Case(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """How many examples, and how many entries each."""
-        rows, n = self.rows.split("x")
-        return int(rows), int(n)
+        return shape_of(self.rows)
 
 
-def speed_cases(rival, layers, rows, dtypes, works) -> list[Case]:
-    """Shape by shape. The copy, the floor of all layers alike, stands in the rows of LayerNorm."""
-    if rival == "copy":
-        layers, works = [x for x in layers if x == "LayerNorm"], [w for w in works if w != "stack"]
+def shape_of(rows: str) -> tuple[int, int]:
+    """How many examples, and how many entries each: `"4096x768"` is (4096, 768)."""
+    first, second = rows.split("x")
+    return int(first), int(second)
+
+
+def speed_cases(rival: str, layers, rows, dtypes, works) -> list[Case]:
+    """Shape by shape, so that inputs are drawn once each; then the two models."""
+    if rival == "copy":  # the same bytes whatever the layer
+        layers, works = [layer for layer in layers if layer == "LayerNorm"], set(works) & {*SINGLE}
     single = [
         Case(layer, shape, dtype, work)
         for shape in rows
         for dtype in dtypes
         for layer in layers
-        for work in works
-        if work != "stack"
+        for work in SINGLE
+        if work in works
     ]
-    stacks = [Case(layer, STACK_ROWS, dtype, "stack") for layer in layers for dtype in dtypes]
-    return single + [case for case in stacks if "stack" in works and case.layer == "LayerNorm"]
+    models = [("stack", STACK_ROWS, DTYPES, True)]
+    models += [("decoder", DECODER_ROWS, ("float32", "bfloat16"), rival == "eqx")]
+    return single + [
+        Case("LayerNorm", shape, dtype, work)
+        for work, shape, has, wanted in models
+        for dtype in dtypes
+        if wanted and work in works and "LayerNorm" in layers and dtype in has
+    ]
 
 
 def is_installed(rival: str) -> bool:

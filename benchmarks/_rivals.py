@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._cases import EPS, GROUPS
+from ._cases import CHANNELS, EPS, GROUPS
 
 
 class Norm(NamedTuple):
@@ -34,16 +34,17 @@ class Norm(NamedTuple):
 
 
 def example_shape(layer: str, rows: int, n: int, channels_last: bool = False) -> tuple[int, ...]:
-    """An array that has `rows` means over `n` entries each, in the layout that the layer takes."""
+    """Of an array that has `rows` means, over `n` entries each."""
     if layer != "GroupNorm":
         return rows, n
-    if rows % GROUPS or n % 4:
+    in_a_group = CHANNELS // GROUPS
+    if rows % GROUPS or n % in_a_group:
         raise ValueError(
-            f"GroupNorm splits rows x n = {rows}x{n} into a batch of rows / {GROUPS}, {GROUPS} "
-            f"groups of 4 channels and n / 4 positions: take multiples of {GROUPS} and of 4."
+            f"GroupNorm takes rows x n as (rows / {GROUPS}, {CHANNELS} channels, n / {in_a_group}):"
+            f" rows must be a multiple of {GROUPS} and n of {in_a_group}, got {rows}x{n}."
         )
-    shape = rows // GROUPS, 4 * GROUPS, n // 4
-    return (shape[0], shape[2], shape[1]) if channels_last else shape
+    batch, spatial = rows // GROUPS, n // in_a_group
+    return (batch, spatial, CHANNELS) if channels_last else (batch, CHANNELS, spatial)
 
 
 def make(rival: str, layer: str, rows: int, n: int, dtype) -> Norm:
@@ -158,4 +159,3 @@ _MAKERS = {
     "keras": _keras,
     "jnp": _jnp,
 }
-

@@ -2,6 +2,11 @@
 
 Every round times both, each time in the other order. A time is the median over rounds; a ratio is
 the median of the rounds' own ratios, from which slow drifts of the machine cancel.
+
+Each sample begins with a call that is not timed, for the state that the other side leaves is not
+its own: memory that eqx.nn gave back to the system is what the next call pays for (ours then takes
+half as long again at 4096x768), and torch's threads spin for a while after their work, on the cores
+that ours needs.
 """
 
 import gc
@@ -15,37 +20,46 @@ from ._cases import Case
 
 LEAST, MOST = 5, 300  # rounds
 SAMPLE = 2e-3  # seconds that a sample lasts at least: small rows get several calls
+# How long the calls that are not timed go on. OpenMP's threads are asleep, or awake again and on
+# cores of their own, after about 20 ms: then both sides take as long as they do alone.
+SETTLE = {"torch": 30e-3}
 
 
-def speed(rival: str, case: Case, seconds: float) -> dict:
+def speed(rival: str, case: Case, seconds: float) -> list[dict]:
     """One row of the table, timed for about that many seconds, or for five rounds."""
     from ._works import thunk
 
-    row = case._asdict() | {"rival": rival}
-    return row | compare(thunk("ours", case), thunk(rival, case), seconds)
+    times = compare(thunk("ours", case), thunk(rival, case), seconds, SETTLE.get(rival, 0.0))
+    return [case._asdict() | {"rival": rival} | times]
 
 
-def compare(ours: Callable, theirs: Callable, seconds: float) -> dict:
+def compare(ours: Callable, theirs: Callable, seconds: float, settle: float = 0.0) -> dict:
     """Medians and quartiles of both times, in ms, and of their ratio."""
-    for run in (ours, theirs, ours, theirs):  # compile, then warm up
+    sides = ours, theirs
+    for run in sides * 2:  # compiles, then warms up
         run()
-    calls = [max(1, math.ceil(SAMPLE / sample(run, 1))) for run in (ours, theirs)]
+    least = max(SAMPLE, settle / 3)
+    calls = [math.ceil(least / sample(run, 1, settle)) for run in sides]
+    rounds, until = [], time.perf_counter() + seconds
     gc.collect()
     gc.disable()
     try:
-        rounds, until = [], time.perf_counter() + seconds
         while len(rounds) < LEAST or (len(rounds) < MOST and time.perf_counter() < until):
-            both = [(0, ours), (1, theirs)]
-            if len(rounds) % 2:
-                both.reverse()
-            rounds.append([t for _, t in sorted((i, sample(run, calls[i])) for i, run in both)])
+            both = [0.0, 0.0]
+            for side in (1, 0) if len(rounds) % 2 else (0, 1):
+                both[side] = sample(sides[side], calls[side], settle)
+            rounds.append(both)
     finally:
         gc.enable()
     return summary(np.array(rounds)) | {"calls": calls}
 
 
-def sample(run: Callable, calls: int) -> float:
+def sample(run: Callable, calls: int, settle: float) -> float:
     """Seconds that a call takes."""
+    until = time.perf_counter() + settle
+    run()
+    while time.perf_counter() < until:
+        run()
     started = time.perf_counter()
     for _ in range(calls):
         run()

@@ -7,35 +7,33 @@ XLA would fold it away.
 """
 
 import functools as ft
-import os
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 
-from ._cases import EPS, GROUPS, LAYERS_OF_STACK, Case
+from ._cases import EPS, GROUPS, STACK_LAYERS, Case
+from ._environment import cores
 from ._rivals import Norm, example_shape, make
 
 
 def thunk(rival: str, case: Case) -> Callable[[], object]:
     """Runs the case once, to its end; its arrays are made here, once."""
-    x, g = normal(*case.shape, layer=case.layer)
-    run = runner(rival, case)
-    args = run.take(x), run.take(g)
-    return lambda: run.wait(run(*args))
+    work = work_of(rival, case)
+    x, g = map(work.take, normal(*case.shape, layer=case.layer))
+    return lambda: work.wait(work.run(x, g))
 
 
-class Runner:
-    """A function of (x, g), and how its library makes an array and waits for a result."""
+class Work(NamedTuple):
+    """A function of (x, g), and how its library takes NumPy arrays, gives them and waits."""
 
-    def __init__(self, run, take, wait=jax.block_until_ready):
-        self.run, self.take, self.wait = run, take, wait
-
-    def __call__(self, x, g):
-        return self.run(x, g)
+    run: Callable
+    take: Callable
+    give: Callable = np.asarray
+    wait: Callable = jax.block_until_ready
 
 
 @ft.lru_cache(maxsize=1)
@@ -44,19 +42,24 @@ def _normal(rows: int, n: int) -> np.ndarray:
 
 
 def normal(rows: int, n: int, layer: str = "LayerNorm") -> np.ndarray:
-    """x and g of the case, channels first; cases come shape by shape, so the last is kept."""
+    """The x and g of the case, channels first; cases come shape by shape, so the last is kept."""
     return _normal(rows, n).reshape(2, *example_shape(layer, rows, n))
 
 
-def runner(rival: str, case: Case) -> Runner:
+def work_of(rival: str, case: Case) -> Work:
     """The work of `case`, done by `rival`."""
     if rival == "torch":
         return _torch(case)
     if rival == "copy":
-        return Runner(_copy(case), lambda a: jnp.asarray(a, case.dtype))
+        return Work(_copy(case), lambda a: jnp.asarray(a, case.dtype))
+    if case.work == "decoder":
+        return Work(_decoder(rival, case), lambda a: a)
     norm = make(rival, case.layer, *case.shape, case.dtype)
-    move = (lambda a: np.moveaxis(a, 1, 2)) if norm.channels_last else lambda a: a
-    return Runner(_JAX[case.work](norm, case), lambda a: jnp.asarray(move(a), case.dtype))
+    run = _JAX[case.work](norm, case)
+    if not norm.channels_last:
+        return Work(run, lambda a: jnp.asarray(a, case.dtype))
+    swap = lambda a: np.swapaxes(a, 1, 2) if a.ndim > 1 else a
+    return Work(run, lambda a: jnp.asarray(swap(a), case.dtype), lambda a: swap(np.asarray(a)))
 
 
 def _forward(norm: Norm, case: Case):
@@ -84,7 +87,9 @@ def _stack(norm: Norm, case: Case):
         def loss(params):
             h = x
             for scale, up, down in params:
-                h = h + jax.nn.gelu(norm.apply(scale, h) @ up.astype(x.dtype)) @ down.astype(x.dtype)
+                h = h + jax.nn.gelu(norm.apply(scale, h) @ up.astype(x.dtype)) @ down.astype(
+                    x.dtype
+                )
             return jnp.mean(jnp.square(h.astype(jnp.float32)))
 
         return jax.value_and_grad(loss)(params)
@@ -96,7 +101,20 @@ def stack_matrices(n: int):
     """The float32 matrices of the 12 blocks, four times as wide inside."""
     rng = np.random.default_rng(1)
     draw = lambda *shape: rng.standard_normal(shape, np.float32) / shape[0] ** 0.5
-    return [(draw(n, 4 * n), draw(4 * n, n)) for _ in range(LAYERS_OF_STACK)]
+    return [(draw(n, 4 * n), draw(4 * n, n)) for _ in range(STACK_LAYERS)]
+
+
+def _decoder(norms: str, case: Case):
+    """A whole training step of examples/decoder, always from the same state."""
+    from examples.decoder.settings import Settings
+    from examples.decoder.train import make_step, start
+
+    settings, symbols = Settings(norms=norms, bf16=case.dtype == "bfloat16"), 27
+    model, opt_state = start(settings, symbols)
+    step = make_step(settings)
+    names = np.random.default_rng(0).integers(0, symbols, (settings.batch, settings.context))
+    names = jnp.asarray(names, jnp.int32)
+    return lambda x, g: step(model, opt_state, names)
 
 
 def _copy(case: Case):
@@ -108,12 +126,7 @@ def _copy(case: Case):
     return (lambda x, g: run(x)) if case.work == "forward" else lambda x, g: run(x, g)
 
 
-def cores() -> int:
-    """As many as this process may use: what XLA takes by default, and torch is given."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _torch(case: Case) -> Runner:
+def _torch(case: Case) -> Work:
     import torch
 
     torch.set_num_threads(cores())
@@ -147,7 +160,8 @@ def _torch(case: Case) -> Runner:
         matrices = [[torch.from_numpy(m).requires_grad_() for m in pair] for pair in weights]
         leaves = [*params, *(m for pair in matrices for m in pair)]
     run = {"forward": forward, "backward": backward, "stack": stack}[case.work]
-    return Runner(run, lambda a: torch.tensor(np.asarray(a)).to(dtype), lambda result: result)
+    take = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(dtype)
+    return Work(run, take, lambda a: a.detach().numpy(), lambda result: result)
 
 
 def _torch_apply(layer: str, x, weight, bias=None):

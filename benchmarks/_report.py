@@ -1,0 +1,175 @@
+"""The results as Markdown: targets first, misses by name, then every table."""
+
+import statistics
+
+from ._cases import CHANNELS, GROUPS, JAX_RIVALS, NAMES, RIVALS, WORKS
+from ._targets import Outcome, by_case, outcomes, speed_limit
+
+BYTES = {
+    "residuals": "kept for the backward",
+    "one layer": "temporaries, one layer, forward and backward",
+    "scan": "temporaries, gradient of an 8-layer scan",
+    "unrolled": "temporaries, gradient of 12 unrolled layers",
+}
+
+
+def report(results: dict) -> str:
+    """All tables that `results` has rows for."""
+    parts = [
+        environment(results),
+        targets(outcomes(results)),
+        *(speed(results["speed"], work) for work in WORKS),
+        bytes_table(results["bytes"]),
+        compile_table(results["compile"]),
+        *(accuracy(results["accuracy"], at) for at in ("offset", "scale")),
+        notes(results),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    rule = "|" + "|".join("---" if i == 0 else "---:" for i in range(len(head))) + "|"
+    return "\n".join([line(head), rule, *map(line, rows)])
+
+
+def environment(results: dict) -> str:
+    env = dict(results["environment"])
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    return (
+        f"{env['date']}, {env['cores']} cores ({env['cpu']}), Python {env['python']}, {versions}. "
+        f"The run took {results['minutes']:.0f} minutes."
+        + (" It was interrupted: what follows is not all." if results["interrupted"] else "")
+    )
+
+
+def targets(found: list[Outcome]) -> str:
+    """How often each target is met, and by name where it is not."""
+    if not found:
+        return ""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in found:
+        groups.setdefault(outcome.target, []).append(outcome)
+    rows, misses = [], []
+    for target, group in groups.items():
+        verdicts = [o.verdict for o in group]
+        values = [o.value for o in group]
+        limits = dict.fromkeys(_limit(o) for o in group)
+        low, high = _figure(min(values)), _figure(max(values))
+        spread = low if low == high else f"{low} to {high}"
+        counts = [str(verdicts.count(v)) for v in ("met", "within noise", "missed")]
+        rows.append([target, " or ".join(limits), spread, *counts])
+        missed = [f"{o.where} {_figure(o.value)}" for o in group if o.verdict == "missed"]
+        misses += [f"- {target}: {'; '.join(missed)}"] if missed else []
+    head = ["target", "limit", "measured", "met", "within noise", "missed"]
+    listed = "Missed:\n\n" + "\n".join(misses) if misses else "None is missed."
+    return "## Targets\n\n" + table(head, rows) + "\n\n" + listed
+
+
+def _limit(outcome: Outcome) -> str:
+    sign = "≥" if outcome.at_least else "≤"
+    noise = f" (noise: {_figure(outcome.noise)})" if outcome.noise != outcome.limit else ""
+    return f"{sign} {_figure(outcome.limit)}{noise}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.2f}" if 0.005 <= abs(value) < 1e4 else f"{value:.1g}"
+
+
+def speed(rows: list[dict], work: str) -> str:
+    """Our time over theirs, a column for each rival; bold where that misses the target."""
+    cases = {case: rivals for case, rivals in by_case(rows).items() if case.work == work}
+    if not cases:
+        return ""
+    present = [rival for rival in RIVALS if any(rival in rivals for rivals in cases.values())]
+    lines = []
+    for case, rivals in sorted(cases.items(), key=lambda item: _order(cases, item[0])):
+        ours = statistics.median(row["ours_ms"] for row in rivals.values())
+        cells = [_ratio(work, rival, rivals.get(rival)) for rival in present]
+        lines.append([f"{case.layer} {case.rows}", case.dtype, f"{ours:.3g} ms", *cells])
+    head = ["", "dtype", "ours", *(NAMES[rival] for rival in present)]
+    return f"## {WORKS[work]}: our time over theirs\n\n{_limits(work)}" + table(head, lines)
+
+
+def _order(cases, case):
+    """By layer; within it, as measured."""
+    layers = list(dict.fromkeys(c.layer for c in cases))
+    return layers.index(case.layer), list(cases).index(case)
+
+
+def _limits(work: str) -> str:
+    texts = []
+    for rival, name in (("eqx", "against each JAX library"), ("torch", "against torch")):
+        if limits := speed_limit(work, rival):
+            texts.append(f"at most {limits[0]:g} {name}")
+    return f"Target: {', '.join(texts)}; **bold** where missed.\n\n" if texts else ""
+
+
+def _ratio(work: str, rival: str, row: dict | None) -> str:
+    if row is None:
+        return ""
+    limits = speed_limit(work, rival)
+    text = f"{row['ratio']:.2f}"
+    return f"**{text}**" if limits and row["ratio"] > limits[1] else text
+
+
+def bytes_table(rows: list[dict]) -> str:
+    if not rows:
+        return ""
+    found = {(r["measure"], r["rows"], r["dtype"], r["rival"]): r["bytes"] for r in rows}
+    present = [rival for rival in ("ours", *JAX_RIVALS) if any(r["rival"] == rival for r in rows)]
+    keys = sorted(dict.fromkeys(key[:3] for key in found), key=lambda k: list(BYTES).index(k[0]))
+    cell = lambda key, rival: f"{found[*key, rival]:.2f}" if (*key, rival) in found else ""
+    lines = [
+        [BYTES[key[0]], key[1], key[2], *(cell(key, rival) for rival in present)] for key in keys
+    ]
+    head = ["bytes an element of x", "rows x n", "dtype", *(NAMES[rival] for rival in present)]
+    return "## Memory: bytes an element\n\n" + table(head, lines)
+
+
+def compile_table(rows: list[dict]) -> str:
+    if not rows:
+        return ""
+    found = {(r["rival"], r["dtype"], r["part"]): r for r in rows}
+    lines = []
+    for rival, dtype in dict.fromkeys(key[:2] for key in found):
+        parts = [found[rival, dtype, part] for part in ("trace", "compile", "both")]
+        both = parts[-1]
+        times = [f"{both['ours_ms']:.0f} ms", f"{both['rival_ms']:.0f} ms"]
+        lines.append([NAMES[rival], dtype, *times, *(f"{part['ratio']:.2f}" for part in parts)])
+    head = ["", "dtype", "ours", "theirs", "trace", "compile", "both"]
+    return "## Trace and compile 12 layers: our time over theirs\n\n" + table(head, lines)
+
+
+def accuracy(rows: list[dict], at: str) -> str:
+    """The errors of y, dx, dweight; that of dbias, a plain sum of g, is in the JSON."""
+    rows = [row for row in rows if row["at"] == at]
+    if not rows:
+        return ""
+    values = list(dict.fromkeys(row["value"] for row in rows))
+    lines = []
+    for rival in [name for name in NAMES if any(row["rival"] == name for row in rows)]:
+        found = {row["value"]: row for row in rows if row["rival"] == rival}
+        cells = [", ".join(_error(found[v][k]) for k in ("y", "dx", "dweight")) for v in values]
+        lines.append([NAMES[rival], *cells])
+    x = "x ~ N(offset, 1)" if at == "offset" else "x ~ N(0, scale²)"
+    head = [at, *(f"{value:g}" for value in values)]
+    return f"## Worst errors of y, dx, dweight: {x}, float32\n\n" + table(head, lines)
+
+
+def _error(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.0e}"
+
+
+def notes(results: dict) -> str:
+    texts = [f"- {NAMES[rival]} is not installed, and left out." for rival in results["left_out"]]
+    texts += [
+        f"- {NAMES[row['rival']]}, {row['what']}, failed: `{row['error']}`"
+        for row in results["failed"]
+    ]
+    if any(row["layer"] == "GroupNorm" for row in results["speed"]):
+        texts.append(
+            f"- GroupNorm takes rows x n as (rows / {GROUPS}, {CHANNELS} channels in {GROUPS} "
+            f"groups, n / {CHANNELS // GROUPS}): that many means, over that many entries."
+        )
+    return "\n".join(texts)
