@@ -19,6 +19,7 @@ from ._cases import (
     DTYPES,
     JAX_RIVALS,
     LAYERS,
+    MODEL_DTYPES,
     NAMES,
     RIVALS,
     ROWS,
@@ -41,7 +42,6 @@ QUICK = {
     "dtype": ["float32", "bfloat16"],
     "work": ["forward", "backward"],
 }
-BYTES_DTYPES = ("float32", "bfloat16")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,7 +94,7 @@ def options(argv):
     for name, default in defaults.items():
         if getattr(to, name) is None:
             setattr(to, name, list(default))
-    to.seconds = to.seconds or (0.2 if to.quick else 0.5)
+    to.seconds = to.seconds or (0.2 if to.quick else 0.4)
     return to
 
 
@@ -140,7 +140,7 @@ def tasks(to, rival: str) -> list[tuple]:
     if rival != "ours":
         for case in speed_cases(rival, to.layer, to.rows, to.dtype, to.work):
             found.append(("speed", " ".join(case), "_speed.speed", (rival, case, to.seconds)))
-    for dtype in [dtype for dtype in BYTES_DTYPES if dtype in to.dtype]:
+    for dtype in [dtype for dtype in MODEL_DTYPES if dtype in to.dtype]:
         if rival in JAX_RIVALS:
             rounds = 3 if to.quick else 7
             found.append(

@@ -1,12 +1,13 @@
 """One figure of all ratios: a dot for each rival and row, the targets as lines."""
 
+import itertools
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ._cases import DTYPES, NAMES, RIVALS, SINGLE, WORKS
 from ._targets import by_case, speed_limit
@@ -33,8 +34,9 @@ def plot(results: dict, path: Path) -> bool:
             _facet(ax, table, work, dtype, labels)
     handles = {h.get_label(): h for ax in axes.flat for h in ax.collections}
     fig.legend(
-        handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False
-    )
+        handles.values(), handles, loc="outside upper center", frameon=False, fontsize=9,
+        ncols=len(handles) if len(dtypes) > 2 else 4, columnspacing=1.2, handletextpad=0.3,
+    )  # fmt: skip
     fig.supxlabel("our time / theirs: left of 1, ours is faster", fontsize=9)
     fig.savefig(path, dpi=150)
     plt.close(fig)
@@ -59,12 +61,21 @@ def _facet(ax, table, work, dtype, labels):
     limits = speed_limit(work, "eqx")
     if limits and limits[0] != 1:
         ax.axvline(limits[0], color="C2", linewidth=1.2, linestyle="--")
-        ax.text(limits[0], -0.7, f" target {limits[0]:g}", color="C2", fontsize=7, va="bottom")
-    ax.set(xscale="log", ylim=(len(labels) - 0.4, -0.8))
+        note = f"target {limits[0]:g} "
+        ax.text(limits[0], -0.75, note, color="C2", fontsize=7, va="top", ha="right")
+    for i, (above, below) in enumerate(itertools.pairwise(labels)):
+        if above.split()[0] != below.split()[0]:
+            ax.axhline(i + 0.5, color="0.7", linewidth=0.8)
+    ax.set(xscale="log", ylim=(len(labels) - 0.4, -0.9))
     ax.set_title(f"{WORKS[work]}, {dtype}", fontsize=9)
     ax.set_yticks(range(len(labels)), labels, fontsize=8)
     ax.grid(axis="both", which="major", color="0.9")
     ax.set_axisbelow(True)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_major_locator(LogLocator(2))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _fraction(value)))
     ax.tick_params(axis="x", labelsize=8)
+
+
+def _fraction(value: float) -> str:
+    return f"{value:g}" if value >= 1 else f"1/{1 / value:g}"

@@ -51,7 +51,7 @@ def targets(found: list[Outcome]) -> str:
     for outcome in found:
         groups.setdefault(outcome.target, []).append(outcome)
     rows, misses = [], []
-    for target, group in groups.items():
+    for target, group in sorted(groups.items()):
         verdicts = [o.verdict for o in group]
         values = [o.value for o in group]
         limits = dict.fromkeys(_limit(o) for o in group)
@@ -73,7 +73,13 @@ def _limit(outcome: Outcome) -> str:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.2f}" if 0.005 <= abs(value) < 1e4 else f"{value:.1g}"
+    return f"{value:.2f}" if 0.005 <= abs(value) < 1e4 else _exponent(value)
+
+
+def _exponent(value: float) -> str:
+    """`1e-06` as `1e-6`, `1e+06` as `1e6`."""
+    digits, power = f"{value:.0e}".split("e")
+    return f"{digits}e{int(power)}"
 
 
 def speed(rows: list[dict], work: str) -> str:
@@ -142,23 +148,30 @@ def compile_table(rows: list[dict]) -> str:
 
 
 def accuracy(rows: list[dict], at: str) -> str:
-    """The errors of y, dx, dweight; that of dbias, a plain sum of g, is in the JSON."""
+    """A table each for y, dx, dweight; dbias, a plain sum of g, is in the JSON."""
     rows = [row for row in rows if row["at"] == at]
     if not rows:
         return ""
     values = list(dict.fromkeys(row["value"] for row in rows))
-    lines = []
-    for rival in [name for name in NAMES if any(row["rival"] == name for row in rows)]:
-        found = {row["value"]: row for row in rows if row["rival"] == rival}
-        cells = [", ".join(_error(found[v][k]) for k in ("y", "dx", "dweight")) for v in values]
-        lines.append([NAMES[rival], *cells])
+    tables = []
+    for name in ("y", "dx", "dweight"):
+        found = {(row["rival"], row["value"]): row[name] for row in rows}
+        lines = [
+            [NAMES[rival], *(_error(found[rival, value]) for value in values)]
+            for rival in NAMES
+            if (rival, values[0]) in found
+        ]
+        tables.append(table([f"{name}, at {at}", *map(_power_of_ten, values)], lines))
     x = "x ~ N(offset, 1)" if at == "offset" else "x ~ N(0, scale²)"
-    head = [at, *(f"{value:g}" for value in values)]
-    return f"## Worst errors of y, dx, dweight: {x}, float32\n\n" + table(head, lines)
+    return f"## Worst errors, {x}, float32\n\n" + "\n\n".join(tables)
+
+
+def _power_of_ten(value: float) -> str:
+    return f"{value:g}" if value in (0, 1) else _exponent(value)
 
 
 def _error(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.0e}"
+    return "not finite" if value is None else _exponent(value)
 
 
 def notes(results: dict) -> str:

@@ -14,9 +14,15 @@ SPEED = {
     ("stack", "jax"): (1.0, 1.05),
     ("decoder", "jax"): (1.0, 1.05),
 }
+SPEED_NAMES = {
+    "forward": "forward",
+    "backward": "forward + backward",
+    "stack": "gradient of 12 MLP blocks",
+    "decoder": "training step of the decoder",
+}
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 ONE_LAYER = {"float32": 0, "bfloat16": 2, "float16": 2}  # bytes an element
-AN_EXAMPLE = 32  # bytes of scalars that one layer's temporaries may have besides
+SCALARS = 1 / 8  # bytes an element that one layer's temporaries may have besides: 32 of 256
 MODEL = {
     ("scan", "float32"): 0.6,
     ("scan", "bfloat16"): 0.6,
@@ -75,9 +81,9 @@ def _speed(rows):
         in_jax = {rival: ratio for rival, ratio in ratios.items() if rival in JAX_RIVALS}
         if in_jax and (limits := speed_limit(case.work, "eqx")):
             best = max(in_jax, key=in_jax.__getitem__)  # the fastest: ours is the most beside it
-            name = f"{case.work}, time over the best JAX rival's"
+            name = f"{SPEED_NAMES[case.work]}, time over the best JAX rival's"
             if case.work == "backward":
-                name = f"forward + backward, {case.dtype}, time over the best JAX rival's"
+                name += f", {case.dtype}"
             yield Outcome(name, f"{where} ({NAMES[best]})", in_jax[best], *limits)
         if "torch" in ratios and (limits := speed_limit(case.work, "torch")):
             name = "forward + backward, time over torch's"
@@ -89,20 +95,22 @@ def _bytes(rows):
     for (measure, shape, dtype, rival), value in table.items():
         if rival != "ours":
             continue
-        examples, n = shape_of(shape)
         where = f"{shape} {dtype}"
         if measure == "residuals":
-            # x in its own dtype, 12 bytes an example, and the weight.
-            limit = ITEM[dtype] + 12 / n + 4 / examples + 1e-3
-            yield Outcome("residuals, bytes an element", where, value, limit, limit)
+            examples, n = shape_of(shape)
+            least = ITEM[dtype] + 12 / n + 4 / examples
+            name = "residuals, over x in its dtype, 12 bytes an example and the weight"
+            yield Outcome(name, where, round(value / least, 3), 1.0, 1.0)
         elif measure == "one layer":
-            limit = ONE_LAYER[dtype] + AN_EXAMPLE / n
-            yield Outcome("temporaries of one layer, bytes an element", where, value, limit, limit)
+            limit = ONE_LAYER[dtype] + SCALARS
+            name = f"temporaries of one layer, bytes an element, {dtype}"
+            yield Outcome(name, where, value, limit, limit)
         elif (measure, dtype) in MODEL and (measure, shape, dtype, "eqx") in table:
             layers = {"scan": "an 8-layer scan", "unrolled": "12 unrolled layers"}[measure]
             limit = MODEL[measure, dtype]
             ratio = value / table[measure, shape, dtype, "eqx"]
-            yield Outcome(f"temporaries of {layers}, over eqx.nn's", where, ratio, limit, limit)
+            name = f"temporaries of {layers}, over eqx.nn's, {dtype}"
+            yield Outcome(name, where, ratio, limit, limit)
 
 
 def _compile(rows):

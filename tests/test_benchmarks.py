@@ -1,0 +1,104 @@
+"""The benchmarks: that all libraries do the same work, and that what is written is one story.
+
+Oracles: for LayerNorm the float64 formulas of benchmarks/_accuracy.py; for the other layers our
+own, which their tests compare with float64. Nothing here looks at how long anything took.
+"""
+
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks.__main__ import BEGIN, PAGE, PAGE_FILES, filled
+from benchmarks._accuracy import exact
+from benchmarks._cases import JAX_RIVALS, LAYERS, is_installed
+from benchmarks._child import child
+from benchmarks._report import report
+from benchmarks._targets import outcomes
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def call():
+    """Calls a function of the benchmarks as they do, in a process of its own."""
+    with child() as call:
+        yield call
+
+
+# keras comes with the extra `bench`, torch on Python 3.11; the others come with `test`.
+EVERY_RIVAL = [r for r in (*JAX_RIVALS, "torch") if r not in ("keras", "torch") or is_installed(r)]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("rival", EVERY_RIVAL)
+def test_rivals_do_the_same_work(call, rival, layer):
+    x, g = np.random.default_rng(0).standard_normal((2, 64, 32), np.float32)
+    got = call("_accuracy.outputs", rival, x, g, layer)
+    want = exact(x, g) if layer == "LayerNorm" else call("_accuracy.outputs", "ours", x, g, layer)
+    assert list(got) == [*want]
+    for name in want:  # some ulps of sums over 64 rows
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def test_quick_run_writes_one_story(tmp_path):
+    chosen = "--only speed,accuracy --rival eqx --rows 64x32 --dtype float32 --work forward"
+    command = [sys.executable, "-m", "benchmarks", "--quick", *chosen.split(), "--out", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    (row,) = results["speed"]
+    assert (row["layer"], row["rows"], row["rival"]) == ("LayerNorm", "64x32", "eqx")
+    assert row["rounds"] >= 5
+    for name in ("ours_ms", "rival_ms", "ratio"):
+        low, high = row[f"{name}_quartiles"]
+        assert 0 < low <= row[name] <= high
+    assert {r["rival"] for r in results["accuracy"]} == {"ours", "eqx"}
+
+    tables = (tmp_path / "tables.md").read_text()
+    assert tables == f"# Benchmarks\n\n{report(results)}"
+    assert report(results) in done.stdout
+    cell = f"**{row['ratio']:.2f}**" if row["ratio"] > 1.05 else f"{row['ratio']:.2f}"
+    assert f"| LayerNorm 64x32 | float32 | {row['ours_ms']:.3g} ms | {cell} |" in tables
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def speed_row(rival, ratio, **changes):
+    case = {"layer": "LayerNorm", "rows": "4096x768", "dtype": "float32", "work": "backward"}
+    return case | {"rival": rival, "ratio": ratio, "ours_ms": 1.0} | changes
+
+
+def results_of(*speed):
+    return {"speed": list(speed), "bytes": [], "compile": [], "accuracy": []}
+
+
+def test_ours_is_judged_by_the_fastest_jax_library():
+    rows = speed_row("eqx", 0.5), speed_row("flax", 0.7), speed_row("torch", 0.9)
+    against_jax, against_torch = outcomes(results_of(*rows))
+    assert "flax" in against_jax.where
+    assert (against_jax.value, against_jax.verdict) == (0.7, "missed")
+    assert (against_torch.value, against_torch.verdict) == (0.9, "met")
+
+
+@pytest.mark.parametrize("ratio, verdict", [(1.0, "met"), (1.04, "within noise"), (1.06, "missed")])
+def test_noise_is_allowed_where_it_is_named(ratio, verdict):
+    (outcome,) = outcomes(results_of(speed_row("eqx", ratio, work="forward")))
+    assert outcome.verdict == verdict
+
+
+def test_an_error_that_is_not_finite_misses():
+    at = {"rival": "ours", "at": "scale", "value": 1e30}
+    row = at | {"y": None, "dx": 0.0, "dweight": 0.0, "dbias": 0.0}
+    (outcome,) = outcomes(results_of() | {"accuracy": [row]})
+    assert (outcome.value, outcome.verdict) == (math.inf, "missed")
+
+
+def test_the_page_shows_its_results():
+    results = json.loads((PAGE_FILES / "results.json").read_text())
+    page = PAGE.read_text()
+    assert page.count(BEGIN) == 1 and filled(page, results) == page
