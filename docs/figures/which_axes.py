@@ -24,7 +24,7 @@ NORMS = {
     "of each token\nvmap(LayerNorm(features))": jax.vmap(LayerNorm(FEATURES)),
     "over tokens and features\nLayerNorm((tokens, features))": LayerNorm((TOKENS, FEATURES)),
     "over tokens\nvmap(LayerNorm(tokens), -1, -1)": jax.vmap(LayerNorm(TOKENS), -1, -1),
-    "over tokens, in two groups of features\nGroupNorm(2, features), of x.T": lambda x: (
+    "over tokens and half the features\nGroupNorm(2, features) of x.T": lambda x: (
         GroupNorm(2, FEATURES)(x.T).T
     ),
 }
@@ -42,14 +42,14 @@ def main():
     x = jr.normal(jr.key(0), (TOKENS, FEATURES))
     later = np.arange(TOKENS)[:, None] > TOKEN
     colours = ListedColormap(["white", "#4a90c8", "#d9694a"])
-    fig, axes = plt.subplots(1, len(NORMS), figsize=(13, 3.1), layout="constrained")
+    fig, axes = plt.subplots(1, len(NORMS), figsize=(10.5, 2.7), layout="constrained")
     for (name, norm), ax in zip(NORMS.items(), axes, strict=True):
         read = entries_read(norm, x) * (1 + later)
         ax.pcolormesh(read, cmap=colours, vmin=0, vmax=2, edgecolor="0.7", linewidth=1)
         ax.plot(FEATURE + 0.5, TOKEN + 0.5, "o", color="black", markersize=9)
         ax.invert_yaxis()
         ax.set(xticks=[], yticks=[], aspect="equal", xlabel="features")
-        ax.set_title(name, fontsize=10)
+        ax.set_title(name, fontsize=9.5)
     axes[0].set_ylabel("tokens")
     path = pathlib.Path(__file__).with_suffix(".png")
     fig.savefig(path, dpi=110, bbox_inches="tight")

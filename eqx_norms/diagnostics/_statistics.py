@@ -31,9 +31,10 @@ def activation_stats(
     r"""Mean, spread and size of all entries of an array.
 
     $$\text{mean} = \frac{1}{n} \sum_i x_i, \quad
-    \text{std} = \sqrt{\frac{1}{n} \sum_i (x_i - \text{mean})^2}, \quad
-    \text{rms} = \sqrt{\frac{1}{n} \sum_i x_i^2}, \quad
-    \text{absmax} = \max_i |x_i|.$$
+    \text{std} = \sqrt{\frac{1}{n} \sum_i (x_i - \text{mean})^2},$$
+
+    $$\text{rms} = \sqrt{\frac{1}{n} \sum_i x_i^2}, \quad
+    \text{absmax} = \max_i \lvert x_i \rvert.$$
 
     Neither a large offset nor large entries spoil them: the array is scaled by a power of two
     before it is squared, and the error of its mean is taken out of its variance.
@@ -119,8 +120,8 @@ def dead_unit_fraction(
 ) -> Float[Array, ""]:
     r"""The share of units that are silent on almost all of the batch.
 
-    $$\frac{1}{\text{units}} \#\Bigl\{j : \frac{1}{\text{batch}} \#\{i : |x_{ij}| <
-    \text{threshold}\} > \text{batch\_fraction}\Bigr\}.$$
+    $$\frac{1}{\text{units}} \#\left\{j : \frac{1}{\text{batch}} \#\{i : |x_{ij}| <
+    \text{threshold}\} > \text{batch fraction}\right\}.$$
 
     ??? cite
 
@@ -291,7 +292,7 @@ def stable_rank(x: Float[ArrayLike, "rows columns"]) -> Float[Array, ""]:
 def effective_rank(x: Float[ArrayLike, "rows columns"]) -> Float[Array, ""]:
     r"""The number of equal singular values that would have the same entropy.
 
-    $$\exp\Bigl(-\sum_i p_i \log p_i\Bigr), \quad p_i = \frac{\sigma_i}{\sum_j \sigma_j}.$$
+    $$\exp\left(-\sum_i p_i \log p_i\right), \quad p_i = \frac{\sigma_i}{\sum_j \sigma_j}.$$
 
     ??? cite
 
