@@ -1,6 +1,7 @@
-"""Every ```python block of the documentation runs, page by page, and every link leads somewhere.
+"""Every ```python block of the documentation runs, and every link and picture is there.
 
-`mkdocs build --strict` checks the links between pages; here are those that it does not see.
+The blocks of a page run from top to bottom; those of docstrings each alone, on arrays given here.
+Links between pages are checked once more by `mkdocs build --strict`, which does not see the README.
 """
 
 import pathlib
@@ -8,27 +9,45 @@ import re
 import sys
 import textwrap
 
+import equinox as eqx
 import jax
+import jax.random as jr
 import pytest
+
+import eqx_norms
+from eqx_norms import diagnostics
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 # It is pinned to a release whose small CPU build is for Python 3.11.
 TORCH_IS_LEFT_OUT = sys.version_info >= (3, 12)
-# Those in a list or an admonition are indented.
+# Those in a list, an admonition or a docstring are indented.
 BLOCK = re.compile(r"^( *)```python[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
-def blocks(page):
-    """The code of a page, each block behind as many newlines as put it on its own line."""
-    text = page.read_text()
+def blocks(path):
+    """The code blocks of a file, each behind as many newlines as put it on its own line."""
+    text = path.read_text()
     return [
         "\n" * text[: found.start(2)].count("\n") + textwrap.dedent(found.group(2))
         for found in BLOCK.finditer(text)
     ]
 
 
-PAGES = sorted(page for page in DOCS.rglob("*.md") if blocks(page))
+def those_with_blocks(paths):
+    return sorted(path for path in paths if blocks(path))
+
+
+def run(code, path, namespace):
+    # As a reader has them set, whose other libraries ask for it.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        exec(compile(code, path, "exec"), namespace)
+
+
+# The pages
+
+
+PAGES = those_with_blocks(DOCS.rglob("*.md"))
 
 
 @pytest.fixture
@@ -42,13 +61,80 @@ def x64_as_before():
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__docs__"}
-    # As a reader has them set, whose other libraries ask for it.
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        for code in blocks(page):
-            if not ("import torch" in code and TORCH_IS_LEFT_OUT):
-                exec(compile(code, page, "exec"), namespace)
+    for code in blocks(page):
+        if not ("import torch" in code and TORCH_IS_LEFT_OUT):
+            run(code, page, namespace)
 
 
 def test_every_block_was_found():
     fences = sum(page.read_text().count("```python") for page in DOCS.rglob("*.md"))
     assert sum(len(blocks(page)) for page in PAGES) == fences > 0
+
+
+# The docstrings
+
+
+MODULES = those_with_blocks((ROOT / "eqx_norms").rglob("*.py"))
+
+
+def draw(*shape):
+    return jr.normal(jr.key(0), shape)
+
+
+BATCH = {"features": 4, "x": draw(2, 5, 4)}
+ADA = {"ada_layer_norm": eqx_norms.AdaLayerNorm(4, 3, key=jr.key(0))}
+# What the text around a block speaks of.
+GIVEN = {
+    "_layer_norm": [BATCH],
+    "_rms_norm": [BATCH],
+    "_ada_layer_norm": [
+        ADA | {"x": draw(4), "cond": draw(3), "gate": sum, "attention": lambda x: x},
+        ADA | {"x": draw(2, 5, 4), "cond": draw(2, 3)},
+    ],
+    "_check": [{}],
+    "_capture": [{"key": jr.key(0), "x": draw(8, 2)}],
+}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
+def test_docstring_blocks_run(module):
+    imported = {"jax": jax, "eqx": eqx, **vars(eqx_norms), **vars(diagnostics)}
+    for code, given in zip(blocks(module), GIVEN[module.stem], strict=True):
+        run(code, module, imported | given)
+
+
+# Links
+
+
+TEXTS = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+CODE = re.compile(r"^( *)```.*?^\1```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)")
+HEADING = re.compile(r"^#+ (.*)", re.MULTILINE)
+
+
+def anchors(path):
+    """Of the headings, as GitHub and mkdocs make them."""
+    text = re.sub(r"^( *)```.*?^\1```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return {
+        re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-") for h in HEADING.findall(text)
+    }
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: str(text.relative_to(ROOT)))
+def test_relative_links(text):
+    for target, anchor in LINK.findall(CODE.sub("", text.read_text())):
+        path = text.parent / target if target else text
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+def test_links_were_found():
+    found = LINK.findall("[a](b.md#c) [d](#e) ![f](g/h.png) [i](https://j.k)")
+    assert found == [("b.md", "c"), ("", "e"), ("g/h.png", "")]
+    assert "when-not-to-use-it" in anchors(ROOT / "README.md")
+
+
+def test_home_has_the_commands_of_the_readme():
+    commands = re.findall("^pip install -e .*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    assert "\n".join(commands) in (DOCS / "index.md").read_text()
