@@ -4,6 +4,7 @@ import html
 import re
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 
 # What pymdownx.arithmatex makes of $...$ and $$...$$.
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -15,5 +16,8 @@ def on_page_content(content, **_):
 
 def _mathml(formula):
     tag, latex = formula.groups()
-    math = convert(html.unescape(latex), display="block" if tag == "div" else "inline")
+    latex = html.unescape(latex)
+    math = convert(latex, display="block" if tag == "div" else "inline")
+    if "\\" in math:  # latex2mathml passes on what it does not know.
+        raise PluginError(f"latex2mathml does not know all commands of {latex!r}")
     return f'<{tag} class="math">{math}</{tag}>'
