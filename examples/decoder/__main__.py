@@ -83,7 +83,8 @@ def prepared(args: argparse.Namespace) -> tuple[list[Settings], Data, list[State
     """What to run, on which names, and from where on."""
     runs = settings_of(args)
     names = read_names(args.data, spanish=args.spanish)
-    data = split(names[:: 20 if args.quick else 1], runs[0].context)
+    few = max(1, len(names) // 5000) if args.quick else 1
+    data = split(names[::few], runs[0].context)
     batch_at(data, 0, size=runs[0].batch, seed=runs[0].seed)  # or an error, before any work
     states = [State(*start(settings, len(data.vocabulary)), 0, ()) for settings in runs]
     args.out.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,8 @@ from ..names_data import END, Vocabulary
 HELD_OUT = 0.05  # of the names
 END_ID = 0  # Vocabulary has the end mark first
 
+AnyArray = Array | np.ndarray
+
 
 class Data(NamedTuple):
     """A row is a name and its end mark, filled up with end marks."""
@@ -67,16 +69,16 @@ def _order(count: int, seed: int, epoch: int) -> Int[np.ndarray, " count"]:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def shifted(names: Int[Array, "*batch context"]) -> Int[Array, "*batch context"]:
+def shifted(names: Int[AnyArray, "*batch context"]) -> Int[Array, "*batch context"]:
     """What a model reads: an end mark, then the letters before the one to predict."""
     return jnp.roll(names, 1, axis=-1).at[..., 0].set(END_ID)
 
 
-def counted(names: Int[Array, "*batch context"]) -> Bool[Array, "*batch context"]:
+def counted(names: Int[AnyArray, "*batch context"]) -> Bool[Array, "*batch context"]:
     """The letters of a name and one end mark, not those that fill up the row."""
     return (shifted(names) != END_ID).at[..., 0].set(True)
 
 
-def as_text(rows: Int[np.ndarray, "names context"], vocabulary: Vocabulary) -> list[str]:
+def as_text(rows: Int[AnyArray, "names context"], vocabulary: Vocabulary) -> list[str]:
     """The letters up to the end mark."""
     return [vocabulary.decode(row).split(END, 1)[0] for row in rows]

@@ -63,9 +63,9 @@ NORMS = {
 
 
 class Block(eqx.Module):
-    norm1: eqx.Module
+    norm1: Callable
     attention: eqx.nn.MultiheadAttention
-    norm2: eqx.Module
+    norm2: Callable
     mlp: eqx.nn.MLP
 
     def __init__(self, norm: Callable, settings: Settings, *, key: PRNGKeyArray):
@@ -88,7 +88,7 @@ class Decoder(eqx.Module):
     embedding: eqx.nn.Embedding
     position: Float[Array, "context features"]
     blocks: list[Block]
-    norm: eqx.Module
+    norm: Callable
     readout: eqx.nn.Linear
     bf16: bool = eqx.field(static=True)
     remat: bool = eqx.field(static=True)

@@ -79,7 +79,7 @@ def share(samples: Int[np.ndarray, "names context"], names: Int[np.ndarray, "nam
 
 def table(outcomes: Sequence[Outcome], data: Data) -> str:
     heads = ("norm", "future?", "loss", "blind loss", "held out", "trained on", "judged")
-    rows = [heads]
+    rows: list[tuple[str, ...]] = [heads]
     for one in outcomes:
         row = (
             one.norm,

@@ -15,9 +15,9 @@ class Settings:
     context: int = 16  # letters of a name and its end mark, filled up with end marks
     bf16: bool = False  # activations; parameters stay float32
     remat: bool = False  # recompute each block in the backward
-    steps: int = 3000
+    steps: int = 2500
     batch: int = 128  # names in a step
-    rate: float = 3e-3  # the highest learning rate
+    rate: float = 6e-3  # the highest learning rate
     warm_up: float = 0.05  # the share of the steps until it is reached
     weight_decay: float = 0.1
     clip: float = 1.0  # the largest norm of a gradient

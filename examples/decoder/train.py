@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from eqx_norms.causality import CausalityReport, assert_causal, check_causal
 
 from .checkpoint import State, save
-from .data import Data, batch_at, counted, shifted
+from .data import AnyArray, Data, batch_at, counted, shifted
 from .model import Decoder
 from .settings import Settings
 
@@ -41,7 +42,7 @@ def loss_fn(model: Callable, names: Int[Array, "batch context"]) -> Float[Array,
 
 
 @eqx.filter_jit
-def evaluate(model: Callable, names: Int[Array, "names context"]) -> Float[Array, ""]:
+def evaluate(model: Callable, names: Int[AnyArray, "names context"]) -> Float[Array, ""]:
     """`loss_fn` of any number of names, some at a time."""
     nats, letters = jax.lax.map(lambda name: name_loss(model, name), names, batch_size=128)
     return nats.sum() / letters.sum()
@@ -69,7 +70,7 @@ def start(settings: Settings, symbols: int) -> tuple[Decoder, PyTree]:
     return model, make_optimiser(settings).init(eqx.filter(model, eqx.is_array))
 
 
-def make_step(settings: Settings) -> Callable:
+def make_step(settings: Settings) -> Any:  # a Callable that can also be lowered
     """The training step, one jitted function: (model, opt_state, names) -> the same and the loss.
 
     A benchmark exchanges the norms by one argument:

@@ -1,0 +1,379 @@
+"""The decoder of examples/decoder.
+
+Oracles: the decoder again in float64 NumPy, losses and bigrams counted letter by letter in
+Python, the count of forward passes as they run, and uninterrupted runs for interrupted ones.
+"""
+
+import dataclasses
+import importlib
+import itertools
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from eqx_norms.causality import CausalityError
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(name):
+    """A module of the example, which is run from the root of the repository."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        return importlib.import_module(f"examples.decoder.{name}")
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+checkpoint, data, model, report, sample, settings, train = map(
+    load, ("checkpoint", "data", "model", "report", "sample", "settings", "train")
+)
+cli = load("__main__")
+Settings, State = settings.Settings, checkpoint.State
+
+NAMES = [a + b for a in ("an", "ber", "ca", "do", "el") for b in ("son", "ley", "ton", "man", "s")]
+SMALL = Settings(width=8, layers=2, heads=2, context=10, steps=12, batch=8, rate=0.01)
+DATA = data.split(NAMES, SMALL.context)
+SYMBOLS = len(DATA.vocabulary)
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes():
+    """Its Adam takes a Python float to the power of an integer array."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def begin(settings):
+    return State(*train.start(settings, SYMBOLS), 0, ())
+
+
+def assert_same(a, b):
+    """Bit for bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for one, two in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if eqx.is_array(one):
+            np.testing.assert_array_equal(one, two)
+
+
+# ---- The names
+
+
+def test_split_holds_names_out_once():
+    split = data.split([*NAMES, *NAMES, "far_too_long_a_name"], 10)
+    train_names, held_out = (data.as_text(rows, split.vocabulary) for rows in split[:2])
+    assert split.too_long == 1
+    assert sorted(train_names + held_out) == sorted(NAMES)
+    assert len(held_out) == 1  # 5% of 25
+    assert split.train.shape == (24, 10) and split.train.dtype == np.int32
+    row = "".join(split.vocabulary.symbols[i] for i in split.train[0])
+    assert row == train_names[0].ljust(10, ".")
+    assert data.split(NAMES[::-1], 10).fingerprint() == data.split(NAMES, 10).fingerprint()
+    assert data.split(NAMES[1:], 10).fingerprint() != data.split(NAMES, 10).fingerprint()
+
+
+def test_every_epoch_has_every_name_once_in_its_own_order():
+    def epoch(number, seed=0):
+        steps = range(3 * number, 3 * number + 3)  # 24 names in batches of 8
+        rows = [data.batch_at(DATA, step, size=8, seed=seed) for step in steps]
+        return np.concatenate(rows)
+
+    expected = sorted(map(tuple, DATA.train))
+    for rows in (epoch(0), epoch(1), epoch(7), epoch(0, seed=1)):
+        assert sorted(map(tuple, rows)) == expected
+    assert not np.array_equal(epoch(0), epoch(1))
+    assert not np.array_equal(epoch(0), epoch(0, seed=1))
+    np.testing.assert_array_equal(epoch(1), epoch(1))
+
+
+def test_what_is_read_and_counted():
+    names = np.array([[3, 4, 5, 0, 0], [3, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 2, 3, 4, 5]])
+    reads = [[0, 3, 4, 5, 0], [0, 3, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4]]
+    np.testing.assert_array_equal(data.shifted(names), reads)
+    # Letters and one end mark; the last row was cut before its own.
+    np.testing.assert_array_equal(data.counted(names).sum(1), [4, 2, 1, 5])
+    np.testing.assert_array_equal(data.counted(names)[0], [True, True, True, True, False])
+
+
+# ---- The losses
+
+
+def test_bigram_and_evaluate_letter_by_letter():
+    marked = [f".{name}." for name in data.as_text(DATA.train, DATA.vocabulary)]
+    pairs = Counter(pair for name in marked for pair in itertools.pairwise(name))
+    firsts = Counter(letter for name in marked for letter in name[:-1])
+    nats = lambda a, b: -math.log((pairs[a, b] + 1) / (firsts[a] + SYMBOLS))
+    expected = [nats(*pair) for name in marked for pair in itertools.pairwise(name)]
+
+    bigram = sample.Bigram(DATA.train, SYMBOLS)
+    # float32, and 200 of them summed.
+    np.testing.assert_allclose(train.evaluate(bigram, DATA.train), np.mean(expected), rtol=1e-6)
+    np.testing.assert_allclose(train.loss_fn(bigram, DATA.train), np.mean(expected), rtol=1e-6)
+
+
+def layer_norm(x, layer):
+    xc = x - x.mean(-1, keepdims=True)
+    scaled = xc / np.sqrt((xc**2).mean(-1, keepdims=True) + layer.eps)
+    return scaled * layer.weight + layer.bias
+
+
+def oracle(decoder, letters):
+    """The decoder with the per-token norm, its parameters float64 NumPy arrays."""
+    x = decoder.embedding.weight[letters] + decoder.position[: len(letters)]
+    for block in decoder.blocks:
+        h, attention = layer_norm(x, block.norm1.layer), block.attention
+        projections = attention.query_proj, attention.key_proj, attention.value_proj
+        query, key, value = (
+            (h @ projection.weight.T).reshape(len(h), attention.num_heads, -1)
+            for projection in projections
+        )
+        scores = np.einsum("qhf,khf->hqk", query, key) / np.sqrt(query.shape[-1])
+        scores = np.where(np.tri(len(h), dtype=bool), scores, -np.inf)
+        weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        mixed = np.einsum("hqk,khf->qhf", weights, value).reshape(len(h), -1)
+        x = x + mixed @ attention.output_proj.weight.T
+        first, second = block.mlp.layers
+        h = layer_norm(x, block.norm2.layer) @ first.weight.T + first.bias
+        h = h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))  # gelu
+        x = x + h @ second.weight.T + second.bias
+    x = layer_norm(x, decoder.norm.layer)
+    return x @ decoder.readout.weight.T + decoder.readout.bias
+
+
+def test_decoder_against_numpy(getkey):
+    decoder = model.Decoder(SMALL, SYMBOLS, key=getkey())
+    params, static = eqx.partition(decoder, eqx.is_array)
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jr.normal(getkey(), leaf.shape), params)
+    letters = DATA.train[0]
+    found = eqx.filter_jit(eqx.combine(params, static))(letters)
+    wide = eqx.combine(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params), static)
+    expected = oracle(wide, letters)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(found, expected, atol=2e-5)  # some hundred float32 roundings
+
+
+@pytest.mark.parametrize(
+    "norm, option, tolerance",
+    [
+        *((norm, {"norms": "eqx"}, 1e-5) for norm in model.NORMS),
+        ("per-token", {"remat": True}, 1e-5),
+        ("per-token", {"bf16": True}, 0.05),  # two or three digits
+    ],
+)
+def test_options_change_how_not_what(norm, option, tolerance):
+    def loss_and_grads(**option):
+        chosen = dataclasses.replace(SMALL, norm=norm, layers=1, **option)
+        decoder, _ = train.start(chosen, SYMBOLS)
+        loss_and_grads = eqx.filter_jit(eqx.filter_value_and_grad(train.loss_fn))
+        return decoder, *loss_and_grads(decoder, DATA.train[:8])
+
+    _, loss, grads = loss_and_grads()
+    decoder, other_loss, other = loss_and_grads(**option)
+    np.testing.assert_allclose(other_loss, loss, rtol=tolerance)
+    assert isinstance(decoder.norm.layer, model.LAYERS[option.get("norms", "ours")])
+    largest = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(grads))
+    for one, two in zip(jax.tree.leaves(grads), jax.tree.leaves(other), strict=True):
+        assert two.dtype == jnp.float32
+        np.testing.assert_allclose(one, two, atol=tolerance * largest)
+
+
+def test_bf16_computes_in_bfloat16_and_remat_recomputes():
+    """As the traced program says: which dtypes its products have, what it keeps."""
+    letters = jnp.asarray(DATA.train[0])
+
+    def traced(**option):
+        decoder, _ = train.start(dataclasses.replace(SMALL, **option), SYMBOLS)
+        return str(eqx.filter_make_jaxpr(decoder)(letters)[0])
+
+    products = lambda text: set(re.findall(r"(\w+)\[[\d,]*\] = dot_general", text))
+    assert products(traced()) == {"f32"}
+    assert products(traced(bf16=True)) == {"bf16"}
+    assert traced(remat=True).count("checkpoint") == SMALL.layers
+    assert "checkpoint" not in traced()
+
+
+def test_first_step_is_adams():
+    """It moves every parameter by the learning rate, against the sign of its gradient."""
+    chosen = dataclasses.replace(SMALL, warm_up=0, weight_decay=0)
+    before, opt_state = train.start(chosen, SYMBOLS)
+    names = DATA.train[:8]
+    after, _, loss = train.make_step(chosen)(before, opt_state, names)
+    expected, grads = eqx.filter_jit(eqx.filter_value_and_grad(train.loss_fn))(before, names)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    leaves = lambda tree: map(np.asarray, jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
+    for old, new, grad in zip(*map(leaves, (before, after, grads)), strict=True):
+        large = np.abs(grad) > 1e-3  # beside Adam's eps, 1e-8, after clipping
+        moved = -chosen.rate * np.sign(grad)
+        np.testing.assert_allclose((new - old)[large], moved[large], rtol=1e-3)
+
+
+# ---- What they write
+
+
+class Chain(eqx.Module):
+    """Writes its word whatever came before, by place alone."""
+
+    word: jax.Array
+
+    def __call__(self, letters):
+        return jnp.log(jax.nn.one_hot(self.word, SYMBOLS))
+
+
+def test_sample_writes_until_the_end_mark(getkey):
+    word = DATA.vocabulary.encode("ber.son.an")
+    rows = sample.sample(Chain(jnp.asarray(word)), getkey(), count=3, context=10)
+    assert data.as_text(rows, DATA.vocabulary) == ["ber"] * 3
+    assert not rows[:, 3:].any()  # end marks to the end
+
+
+def test_samples_follow_the_bigram(getkey):
+    bigram = sample.Bigram(DATA.train, SYMBOLS)
+    rows = np.asarray(sample.sample(bigram, getkey(), count=4000, context=10))
+    expected = np.exp(bigram.scores[0])  # of the first letter
+    found = np.bincount(rows[:, 0], minlength=SYMBOLS) / len(rows)
+    # Four standard errors of a share, and the bigram's own loss is the mean of what it writes.
+    assert (np.abs(found - expected) < 4 * np.sqrt(expected / len(rows))).all()
+    after = np.asarray(bigram.scores)[np.asarray(data.shifted(rows))]
+    entropy = -(np.exp(after) * after).sum(-1)[np.asarray(data.counted(rows))].mean()
+    np.testing.assert_allclose(train.evaluate(bigram, rows), entropy, rtol=0.03)
+
+
+@pytest.mark.parametrize("norm", model.NORMS)
+def test_future_hidden(norm, getkey):
+    """One letter at a time in Python; only the causal model does not notice."""
+    decoder = eqx.filter_jit(
+        model.Decoder(dataclasses.replace(SMALL, norm=norm), SYMBOLS, key=getkey())
+    )
+    letters = np.asarray(data.shifted(DATA.train[0]))
+    blind = sample.FutureHidden(decoder)(letters)
+    rows = [np.where(np.arange(10) <= place, letters, 0) for place in range(10)]
+    expected = [decoder(row)[place] for place, row in enumerate(rows)]
+    np.testing.assert_allclose(blind, expected, atol=1e-5)
+    change = np.abs(blind - decoder(letters)).max()
+    assert change < 1e-5 if norm == "per-token" else change > 1e-3
+
+
+# ---- The check
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("norm", model.NORMS)
+def test_check_sees_every_leaking_pair(norm, bf16):
+    chosen = dataclasses.replace(SMALL, norm=norm, bf16=bf16)
+    report = train.check(chosen, begin(chosen).model, DATA)
+    assert len(report.pairs()) == (0 if norm == "per-token" else 10 * 9 / 2)
+    assert report.possible_splits == len(report.splits) == 9
+
+
+def test_per_token_model_that_leaks_is_not_trained(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(model.NORMS, "per-token", model.OverTokens)
+    with pytest.raises(CausalityError, match="per-token model is not trained"):
+        train.check(SMALL, begin(SMALL).model, DATA)
+    assert cli.main(["--quick", "--out", str(tmp_path)]) == 1
+    assert "leak: an output reads a later position" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+class Counting(eqx.Module):
+    """Counts every run of the model."""
+
+    model: eqx.Module
+    count: list = eqx.field(static=True)
+
+    def __call__(self, letters):
+        jax.debug.callback(lambda: self.count.append(1))
+        return self.model(letters)
+
+
+def test_check_costs_less_than_2_percent_of_the_default_training():
+    """In floating-point operations, as the compiler counts them, of the model as it is trained."""
+    chosen = Settings()
+    names = data.split(NAMES, chosen.context)
+    symbols = 27  # of the census surnames
+    decoder, opt_state = train.start(chosen, symbols)
+    counting = Counting(decoder, [])
+    train.check(chosen, counting, names)
+    jax.effects_barrier()
+    assert len(counting.count) > chosen.context
+
+    batch = jnp.zeros((chosen.batch, chosen.context), jnp.int32)
+    step = train.make_step(chosen).lower(decoder, opt_state, batch).compile().compiled
+    forward = eqx.filter_jit(decoder).lower(jnp.zeros(chosen.context, jnp.int32)).compile().compiled
+    flops = lambda compiled: compiled.cost_analysis()["flops"]
+    # A forward pass is about 2 flops for every parameter and token.
+    params = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(decoder, eqx.is_array)))
+    assert flops(forward) > params * chosen.context
+    share = len(counting.count) * flops(forward) / (chosen.steps * flops(step))
+    assert 0 < share < 0.02
+
+
+# ---- Stopping and going on
+
+
+@pytest.mark.parametrize("norm", model.NORMS)
+def test_resumed_is_uninterrupted_bit_for_bit(norm, tmp_path):
+    """Over the end of an epoch, which has 3 steps, through a file."""
+    chosen = dataclasses.replace(SMALL, norm=norm)
+    path = tmp_path / "new" / "a.eqx"
+    whole = train.train(chosen, DATA, begin(chosen), tmp_path / "b.eqx")
+    half = train.train(chosen, DATA, begin(chosen), path, until=5)
+    assert half.step == 5
+    resumed = checkpoint.load(path, begin(chosen), chosen, DATA)
+    assert_same(half, resumed)
+    resumed = train.train(chosen, DATA, resumed, path)
+    assert resumed.step == whole.step == 12
+    assert_same(whole, resumed)
+    assert path.read_bytes() == (tmp_path / "b.eqx").read_bytes()
+    assert not np.array_equal(half.model.position, whole.model.position)
+    assert train.train(chosen, DATA, resumed, tmp_path / "none.eqx") is resumed
+    assert not (tmp_path / "none.eqx").exists()
+
+    steps, losses = zip(*whole.history, strict=True)
+    assert steps == tuple(range(13))
+    np.testing.assert_allclose(losses[-1], train.evaluate(whole.model, DATA.held_out))
+    assert losses[-1] < losses[0] - 0.3
+
+
+def names_file(tmp_path, count=400):
+    letters = np.random.default_rng(0).choice(list("abcde"), size=(count, 6))
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join("".join(row) for row in letters))
+    return path
+
+
+def test_ctrl_c_saves_and_resume_ends_at_the_same_bits(tmp_path):
+    """A real SIGINT, against the same command undisturbed."""
+    size = "--quick --width 8 --steps 1500 --context 8 --seed 3".split()
+    command = [sys.executable, "-m", "examples.decoder", "--data", str(names_file(tmp_path)), *size]
+    start = lambda *more: subprocess.Popen(
+        [*command, *more], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    with start("--out", str(stopped)) as run:
+        for line in run.stdout:
+            if "memory" in line:  # printed before the first step
+                break
+        run.send_signal(signal.SIGINT)
+        printed, errors = run.communicate()
+    assert run.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "Stopped and saved. To go on:\n  python -m examples.decoder --data" in printed
+    with (stopped / "per-token.eqx").open("rb") as file:
+        assert 0 <= json.loads(file.readline())["step"] < 1500
+    with start("--out", str(stopped), "--resume") as one, start("--out", str(whole)) as two:
+        for run in (one, two):
+            printed, errors = run.communicate()
+            assert run.returncode == 0, errors
+    assert (stopped / "per-token.eqx").read_bytes() == (whole / "per-token.eqx").read_bytes()
