@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # run as a file, not with -m
     sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -33,7 +34,8 @@ from .checkpoint import State, load
 from .data import Data, batch_at, split
 from .model import LAYERS, NORMS
 from .plot import draw
-from .report import LEGEND, bigram, outcome, some_names, table
+from .report import legend, outcome, some_names, table
+from .sample import Bigram
 from .settings import QUICK, Settings
 from .train import check, start, train
 
@@ -51,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     for field, text in (
         ("width", "features of a token"),
         ("layers", "blocks"),
-        ("context", "letters of the longest name, and one"),
+        ("context", "letters of the longest name, and one more"),
         ("steps", "training steps"),
         ("batch", "names in a step"),
         ("seed", "of parameters, order of names, and samples"),
@@ -75,72 +77,73 @@ def settings_of(args: argparse.Namespace) -> list[Settings]:
     return [Settings(norm=norm, **chosen) for norm in norms]
 
 
-def checkpoint_path(out: Path, settings: Settings) -> Path:
-    return out / f"{settings.norm}.eqx"
+class Run(NamedTuple):
+    settings: Settings
+    state: State
+    path: Path  # of its checkpoint
+    report: CausalityReport | None = None
 
 
-def prepared(args: argparse.Namespace) -> tuple[list[Settings], Data, list[State]]:
-    """What to run, on which names, and from where on."""
-    runs = settings_of(args)
+def prepared(args: argparse.Namespace) -> tuple[list[Run], Data]:
+    """What to train, from where on, and on which names."""
+    chosen = settings_of(args)
     names = read_names(args.data, spanish=args.spanish)
     few = max(1, len(names) // 5000) if args.quick else 1
-    data = split(names[::few], runs[0].context)
-    batch_at(data, 0, size=runs[0].batch, seed=runs[0].seed)  # or an error, before any work
-    states = [State(*start(settings, len(data.vocabulary)), 0, ()) for settings in runs]
+    data = split(names[::few], chosen[0].context)
+    batch_at(data, 0, size=chosen[0].batch, seed=0)  # so that what is too large says so now
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.resume:
-        paths = [checkpoint_path(args.out, settings) for settings in runs]
-        # Of several runs, the last may not have begun.
-        begun = [path.exists() for path in paths] if any(p.exists() for p in paths) else [True]
-        for number, there in enumerate(begun):
-            if there:
-                states[number] = load(paths[number], states[number], runs[number], data)
-    return runs, data, states
+    runs = []
+    for settings in chosen:
+        state = State(*start(settings, len(data.vocabulary)), 0, ())
+        runs.append(Run(settings, state, args.out / f"{settings.norm}.eqx"))
+    return (resumed(runs, data) if args.resume else runs), data
 
 
-def describe(settings: Settings, data: Data, state: State) -> None:
-    names = len(data.train) + len(data.held_out)
-    params = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(state.model, eqx.is_array)))
+def resumed(runs: Sequence[Run], data: Data) -> list[Run]:
+    """Each from its checkpoint. Of several runs, the last may not have begun yet."""
+    begun = [run.path.exists() for run in runs]
+    begun[0] |= not any(begun)  # or none has: an error
+    return [
+        run._replace(state=load(run.path, run.state, run.settings, data)) if there else run
+        for run, there in zip(runs, begun, strict=True)
+    ]
+
+
+def describe(run: Run, data: Data) -> None:
+    settings, names = run.settings, len(data.train) + len(data.held_out)
+    params = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(run.state.model, eqx.is_array)))
     print(f"""\
-names     {names:,}, of which {len(data.held_out):,} held out; {len(data.vocabulary)} symbols
+names     {names:,}, {len(data.held_out):,} of them held out; {len(data.vocabulary)} symbols
 model     {settings.layers} blocks of width {settings.width}, {params:,} parameters
-training  {settings.steps} steps of {settings.batch} names, up to {settings.context - 1} letters""")
+training  {settings.steps} steps of {settings.batch} names""")
     if data.too_long:
-        print(f"left out  {data.too_long:,} names that are longer: --context takes them in")
+        longest = settings.context - 1
+        print(f"left out  {data.too_long:,} names of over {longest} letters: see --context")
 
 
-def checked_and_trained(
-    settings: Settings, data: Data, state: State, out: Path
-) -> tuple[CausalityReport, State]:
-    print(f"\n{settings.norm}")
+def checked_and_trained(run: Run, data: Data) -> Run:
+    print(f"\n{run.settings.norm}")
     began = time.perf_counter()
-    report = check(settings, state.model, data)
+    report = check(run.settings, run.state.model, data)
     checked = time.perf_counter()
     what = "READS THE FUTURE" if report.leak else "does not read the future"
-    print(f"  check     {what}; {report.edits} edits, {checked - began:.1f} s", flush=True)
-    state = train(settings, data, state, checkpoint_path(out, settings))
+    print(f"  check     {checked - began:.1f} s: {what}, by {report.edits} edits", flush=True)
+    state = train(run.settings, data, run.state, run.path)
     step, loss = state.history[-1]
-    print(
-        f"  training  to step {state.step}, {time.perf_counter() - checked:.1f} s; "
-        f"held-out loss {loss:.4f} at step {step}",
-        flush=True,
-    )
-    return report, state
+    seconds = time.perf_counter() - checked
+    print(f"  training  {seconds:.1f} s: held-out loss {loss:.4f} at step {step}", flush=True)
+    return run._replace(state=state, report=report)
 
 
-def summary(
-    runs: Sequence[Settings], data: Data, states: Sequence[State], reports, figure: Path
-) -> None:
+def summary(runs: Sequence[Run], data: Data, figure: Path) -> None:
     """The table, some names, and the figure."""
-    judge = states[0].model if runs[0].norm == "per-token" else None
-    how = {"seed": runs[0].seed, "judge": judge}
-    outcomes = [bigram(data, **how)] + [
-        outcome(run.norm, state.model, data, verdict=report, history=state.history, **how)
-        for run, state, report in zip(runs, states, reports, strict=True)
-    ]
-    print(f"\n{table(outcomes, data)}\n\n{LEGEND}")
-    if judge is None:
-        print("judged     needs the per-token model: give --norm all")
+    settings, state, *_ = runs[0]
+    how = {"seed": settings.seed, "judge": state.model if settings.norm == "per-token" else None}
+    outcomes = [outcome("bigram", Bigram(data.train, len(data.vocabulary)), data, **how)]
+    for settings, state, _, report in runs:
+        seen = {"verdict": report, "history": state.history}
+        outcomes.append(outcome(settings.norm, state.model, data, **seen, **how))
+    print(f"\n{table(outcomes, data)}\n\n{legend(outcomes)}")
     for one in outcomes:
         print(f"\n{one.norm} writes\n  {', '.join(some_names(one, data))}")
     draw(outcomes, data, figure)
@@ -153,24 +156,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser()
     args = commands.parse_args(argv)
     try:
-        runs, data, states = prepared(args)
+        runs, data = prepared(args)
     except (ValueError, ImportError, OSError) as error:
         commands.error(str(error))
-    describe(runs[0], data, states[0])
-    reports = []
-    for number, settings in enumerate(runs):
+    describe(runs[0], data)
+    for number, run in enumerate(runs):
         try:
-            report, state = checked_and_trained(settings, data, states[number], args.out)
+            runs[number] = run = checked_and_trained(run, data)
         except (CausalityError, FloatingPointError) as error:
             print(f"\n{error}")
             return 1
-        if state.step < settings.steps:
+        if run.state.step < run.settings.steps:
             again = shlex.join([*argv, *([] if args.resume else ["--resume"])])
-            print(f"\nStopped and saved. To go on:\n  {commands.prog} {again}")
+            print(f"\nStopped at step {run.state.step} and saved. To go on:")
+            print(f"  {commands.prog} {again}")
             return 130
-        states[number] = state
-        reports.append(report)
-    summary(runs, data, states, reports, args.out / "leak.png")
+    summary(runs, data, args.out / "decoder.png")
     return 0
 
 

@@ -10,11 +10,10 @@ from jaxtyping import Int
 from eqx_norms.causality import CausalityReport
 
 from .data import Data, as_text
-from .sample import Bigram, FutureHidden, sample
+from .sample import FutureHidden, sample
 from .train import evaluate
 
 SAMPLES = 1000
-BLIND = 1000  # held-out names whose every prefix is run on its own
 
 
 class Outcome(NamedTuple):
@@ -23,8 +22,8 @@ class Outcome(NamedTuple):
     norm: str  # or "bigram"
     verdict: CausalityReport | None
     history: Sequence[tuple[int, float]]
-    loss: float  # of the held-out names, every letter with its whole row in view
-    blind: float  # of some of them, without the letters that are yet to come
+    loss: float  # of the held-out names
+    blind: float  # the same, where the letters that are yet to come are hidden
     samples: Int[np.ndarray, "names context"]
     judged: float  # the loss of the samples under the model with the per-token norm
 
@@ -47,22 +46,22 @@ def outcome(
         verdict=verdict,
         history=history,
         loss=float(evaluate(model, data.held_out)),
-        blind=float(evaluate(FutureHidden(model), data.held_out[:BLIND])),
+        blind=float(evaluate(FutureHidden(model), data.held_out)),
         samples=samples,
         judged=float(evaluate(judge, samples)) if judge is not None else np.nan,
     )
 
 
-def bigram(data: Data, **how) -> Outcome:
-    return outcome("bigram", Bigram(data.train, len(data.vocabulary)), data, **how)
-
-
-LEGEND = f"""\
-future?     does an output read later letters, as `check_causal` finds before training
-loss        nats a letter, end marks included, of the held-out names
-blind loss  the same of {BLIND:,} of them, where letters yet to come are hidden from the model
-held out, trained on   which share of {SAMPLES:,} names that it wrote are in these lists
-judged      loss of what it wrote, under the model with the per-token norm"""
+def legend(outcomes: Sequence[Outcome]) -> str:
+    judged = "the loss of what it wrote, under the model with the per-token norm"
+    if not any(np.isfinite(one.judged) for one in outcomes):
+        judged = "wants the model with the per-token norm beside it: --norm all"
+    return f"""\
+reads the future?    as `check_causal` finds before training
+loss                 of the held-out names: nats a letter, where an end mark is a letter
+loss, future hidden  the same, where letters that are yet to come are hidden from the model
+held out, trained    the share of {SAMPLES:,} names it wrote that are in these lists
+judged               {judged}"""
 
 
 def verdict(report: CausalityReport | None) -> str:
@@ -78,7 +77,15 @@ def share(samples: Int[np.ndarray, "names context"], names: Int[np.ndarray, "nam
 
 
 def table(outcomes: Sequence[Outcome], data: Data) -> str:
-    heads = ("norm", "future?", "loss", "blind loss", "held out", "trained on", "judged")
+    heads = (
+        "norm",
+        "reads the future?",
+        "loss",
+        "loss, future hidden",
+        "held out",
+        "trained",
+        "judged",
+    )
     rows: list[tuple[str, ...]] = [heads]
     for one in outcomes:
         row = (
