@@ -107,22 +107,22 @@ def test_docstring_blocks_run(module):
 
 
 TEXTS = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
-CODE = re.compile(r"^( *)```.*?^\1```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`[^`\n]*`")
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)")
 HEADING = re.compile(r"^#+ (.*)", re.MULTILINE)
 
 
 def anchors(path):
-    """Of the headings, as GitHub and mkdocs make them."""
-    text = re.sub(r"^( *)```.*?^\1```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return {
-        re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-") for h in HEADING.findall(text)
-    }
+    """Of the headings, as mkdocs makes them."""
+    text = FENCE.sub("", path.read_text())
+    words = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in HEADING.findall(text))
+    return {re.sub(r"[-\s]+", "-", heading) for heading in words}
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: str(text.relative_to(ROOT)))
 def test_relative_links(text):
-    for target, anchor in LINK.findall(CODE.sub("", text.read_text())):
+    for target, anchor in LINK.findall(CODE.sub("", FENCE.sub("", text.read_text()))):
         path = text.parent / target if target else text
         assert path.exists(), target
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
