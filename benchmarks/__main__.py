@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         results["minutes"] = round((time.perf_counter() - started) / 60, 1)
         write(results, to.out)
     print(f"\n{report(results)}")
-    print(f"Wrote results.json, tables.md and speed.png to {to.out}")
+    print(f"Wrote {', '.join(sorted(path.name for path in to.out.iterdir()))} to {to.out}")
     if results["failed"]:
         sys.exit(f"{len(results['failed'])} rows failed; the end of tables.md says which.")
 

@@ -8,8 +8,8 @@ dtype of the row. Each library does with them what its own mixed-precision recip
 - haiku: the parameters are cast to the dtype of x at the entry, as a jmp policy does.
 - keras (on JAX): the policies `mixed_bfloat16` and `mixed_float16`.
 - plain jnp: x cast to float32, the textbook formula, the result cast back.
-- torch: its kernels take float32 parameters with half-precision x; RMSNorm, which has none that
-  does, gets its weight cast to the dtype of x.
+- torch: its kernels take float32 parameters with half-precision x. That of RMSNorm does not; its
+  weight is cast to the dtype of x, which is faster.
 
 GroupNorm reads x as (batch, channels, spatial), or (batch, spatial, channels) where that is what
 the library is made for.

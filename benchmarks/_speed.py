@@ -18,7 +18,7 @@ import numpy as np
 
 from ._cases import Case
 
-LEAST, MOST = 4, 300  # rounds
+LEAST, MOST = 3, 300  # rounds
 SAMPLE = 2e-3  # seconds that a sample lasts at least: small rows get several calls
 # How long the calls that are not timed go on. OpenMP's threads are asleep, or awake again and on
 # cores of their own, after about 20 ms: then both sides take as long as they do alone.
@@ -26,7 +26,7 @@ SETTLE = {"torch": 30e-3}
 
 
 def speed(rival: str, case: Case, seconds: float) -> list[dict]:
-    """One row of the table, timed for about that many seconds, or for four rounds."""
+    """One row of the table, timed for about that many seconds, or for three rounds."""
     from ._works import thunk
 
     times = compare(thunk("ours", case), thunk(rival, case), seconds, SETTLE.get(rival, 0.0))

@@ -50,16 +50,17 @@ def work_of(rival: str, case: Case) -> Work:
     """The work of `case`, done by `rival`."""
     if rival == "torch":
         return _torch(case)
+    take = lambda a: jnp.asarray(a).astype(case.dtype)
     if rival == "copy":
-        return Work(_copy(case), lambda a: jnp.asarray(a, case.dtype))
+        return Work(_copy(case), take)
     if case.work == "decoder":
         return Work(_decoder(rival, case), lambda a: a)
     norm = make(rival, case.layer, *case.shape, case.dtype)
     run = _JAX[case.work](norm, case)
     if not norm.channels_last:
-        return Work(run, lambda a: jnp.asarray(a, case.dtype))
-    swap = lambda a: np.swapaxes(a, 1, 2) if a.ndim > 1 else a
-    return Work(run, lambda a: jnp.asarray(swap(a), case.dtype), lambda a: swap(np.asarray(a)))
+        return Work(run, take)
+    swap = lambda a: a.swapaxes(1, 2) if a.ndim > 1 else a
+    return Work(run, lambda a: swap(take(a)), lambda a: np.asarray(swap(a)))
 
 
 def _forward(norm: Norm, case: Case):
@@ -160,7 +161,7 @@ def _torch(case: Case) -> Work:
         matrices = [[torch.from_numpy(m).requires_grad_() for m in pair] for pair in weights]
         leaves = [*params, *(m for pair in matrices for m in pair)]
     run = {"forward": forward, "backward": backward, "stack": stack}[case.work]
-    take = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(dtype)
+    take = lambda a: torch.from_numpy(a).to(dtype)
     return Work(run, take, lambda a: a.detach().numpy(), lambda result: result)
 
 
