@@ -78,6 +78,7 @@ def speed_cases(rival: str, layers, rows, dtypes, works) -> list[Case]:
         for work, shape in models
         for dtype in MODEL_DTYPES
         if work in works and dtype in dtypes and "LayerNorm" in layers
+        if shape in rows or tuple(rows) == ROWS
     ]
 
 

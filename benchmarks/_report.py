@@ -1,5 +1,6 @@
 """The results as Markdown: targets first, misses by name, then every table."""
 
+import math
 import statistics
 
 from ._cases import CHANNELS, GROUPS, JAX_RIVALS, NAMES, RIVALS, WORKS
@@ -78,6 +79,8 @@ def _figure(value: float) -> str:
 
 def _exponent(value: float) -> str:
     """`1e-06` as `1e-6`, `1e+06` as `1e6`."""
+    if not math.isfinite(value):
+        return "not finite"
     digits, power = f"{value:.0e}".split("e")
     return f"{digits}e{int(power)}"
 
@@ -171,7 +174,7 @@ def _power_of_ten(value: float) -> str:
 
 
 def _error(value: float | None) -> str:
-    return "not finite" if value is None else _exponent(value)
+    return _exponent(math.inf if value is None else value)
 
 
 def notes(results: dict) -> str:

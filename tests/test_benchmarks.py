@@ -17,7 +17,7 @@ from benchmarks.__main__ import BEGIN, PAGE, PAGE_FILES, filled
 from benchmarks._accuracy import exact
 from benchmarks._cases import JAX_RIVALS, LAYERS, is_installed
 from benchmarks._child import child
-from benchmarks._report import report
+from benchmarks._report import report, targets
 from benchmarks._targets import outcomes
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -96,6 +96,7 @@ def test_an_error_that_is_not_finite_misses():
     row = at | {"y": None, "dx": 0.0, "dweight": 0.0, "dbias": 0.0}
     (outcome,) = outcomes(results_of() | {"accuracy": [row]})
     assert (outcome.value, outcome.verdict) == (math.inf, "missed")
+    assert "scale 1e+30 not finite" in targets([outcome])
 
 
 def test_the_page_shows_its_results():
