@@ -3,13 +3,14 @@
     y = (x - mean) * rstd * weight + bias,    rstd = 1 / sqrt(variance + eps)
 
 with mean and variance over all entries of one example: those under a mask left out, those on
-other devices counted in. In the order of the file: the statistics, the forward, the backward, the
-way from the backward to forward mode, the plain reference, the entry.
+other devices counted in. In the order of the file: the statistics, the forward, the backward, what
+keeps XLA from storing more than they ask for, the way from the backward to forward mode, the plain
+reference, the entry.
 """
 
 import functools as ft
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +40,23 @@ class _Residuals(NamedTuple):
     d: Array | None
     rstd: Array
 
+    def xc(self) -> Example:
+        return _centred(self.x, self.where, self.origin, self.d)
 
-def _mean(spec: _Spec, a: Example, where: Mask | None) -> Array:
+    def weighted(self, g: Example) -> Example:
+        g = _to_compute_dtype(g)
+        return g if self.weight is None else g * self.weight
+
+
+def _mean(spec: _Spec, a: Example, where: Mask | None, settle: bool = False) -> Array:
     """Over what `where` lets through, on all devices of `axis_name`; 0 if that is nothing."""
-    if where is None:
-        mean = jnp.mean(a, keepdims=True)
-        return mean if spec.axis_name is None else jax.lax.pmean(mean, spec.axis_name)
-    both = jnp.sum(a, where=where, keepdims=True), jnp.sum(where, dtype=a.dtype, keepdims=True)
-    total, count = both if spec.axis_name is None else jax.lax.psum(both, spec.axis_name)
-    return total / jnp.maximum(count, 1)
+    total = jnp.sum(a, where=where)
+    if settle:
+        total = _settled(total)
+    count = a.size if where is None else jnp.sum(where, dtype=a.dtype)
+    if spec.axis_name is not None:
+        total, count = jax.lax.psum((total, count), spec.axis_name)
+    return total / (count if where is None else jnp.maximum(count, 1))
 
 
 def _only(where: Mask | None, a: Array) -> Array:
@@ -64,37 +73,42 @@ def _to_compute_dtype(x: Array) -> Array:
     return x.astype(_compute_dtype(x))
 
 
-def _statistics(spec: _Spec, x: Example, where: Mask | None):
-    """`(origin, d, rstd)`, where the mean is `origin + d`.
+def _centred(x: Example, where: Mask | None, origin: Array | None, d: Array | None) -> Example:
+    """`x - mean`, by two subtractions: `origin + d`, rounded, would have lost d again."""
+    x = _only(where, _to_compute_dtype(x))
+    x = x if origin is None else x - origin
+    return x if d is None else x - d
+
+
+def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
+    """`(y, residuals)`. The mean is `origin + d`; `kept` says whether the backward will follow.
 
     A mean is off by an ulp of the largest entry, which at an offset of 1e6 is a tenth of the
     spread. So it only serves as the origin, and the mean of what is left, `d`, says by how much
     it missed. (mean(xc^2) - d^2 would save a pass and is wrong on constant rows, where it is the
     difference of two roundings: dx off by 2e-5 at 1e6, y NaN at 1e9.)
     """
+    again = _again if kept or _BARRIERS_LET_FUSE else lambda *arrays: arrays
     origin = d = None
+    read = x.astype(_read_dtype(x))
     if spec.centre:
         # y is the same for any origin, so the origin has no derivative; d has the mean's.
-        origin = jax.lax.stop_gradient(_mean(spec, x, where))
-        d = _mean(spec, x - origin, where)
-    var = _mean(spec, jnp.square(_centred(x, origin, d)), where)
-    return origin, d, jax.lax.rsqrt(var + spec.eps)
+        xc = _centred(read, where, None, None)
+        origin = jax.lax.stop_gradient(_mean(spec, xc, where, settle=kept))
+        read, origin = again(read, origin)
+        d = _mean(spec, _centred(read, where, origin, None), where, settle=kept)
+        read, origin, d = again(read, origin, d)
+    var = _mean(spec, jnp.square(_centred(read, where, origin, d)), where, settle=kept)
+    rstd = jax.lax.rsqrt(var + spec.eps)
 
-
-def _centred(x: Example, origin: Array | None, d: Array | None) -> Example:
-    """Two subtractions: `origin + d`, rounded, would have lost d again."""
-    return x if origin is None or d is None else (x - origin) - d
-
-
-def _forward(spec: _Spec, x: Example, weight, bias, where) -> tuple[Example, _Residuals]:
-    wide = _only(where, _to_compute_dtype(x))
-    origin, d, rstd = _statistics(spec, wide, where)
-    y = _centred(wide, origin, d) * rstd
+    residuals = _Residuals(x, weight, where, origin, d, rstd)
+    read, origin, d = again(read, origin, d)
+    y = _centred(read, where, origin, d) * rstd
     if weight is not None:
         y = y * weight
     if bias is not None:
         y = y + bias
-    return _only(where, y), _Residuals(x, weight, where, origin, d, rstd)
+    return _only(where, y), residuals
 
 
 def _backward(spec: _Spec, residuals: _Residuals, g: Example):
@@ -104,38 +118,38 @@ def _backward(spec: _Spec, residuals: _Residuals, g: Example):
 
     the last two summed over what was broadcast, the first without mean(gw) if not centred.
     """
-    where = residuals.where
+    # Without it, XLA sees that forward and backward share xc, and keeps that in float32 from the
+    # one to the other: the memory that this rule is here to save. One barrier around all, since
+    # one for each would be as the forward's, and merged with them. But g has its own: the
+    # backward must stay linear in it.
+    residuals = jax.lax.optimization_barrier(residuals)
+    where, dtype = residuals.where, residuals.x.dtype
     g = _only(where, g)
-
-    residuals, g, xc, gw = _reread(residuals, g)
-    rstd = residuals.rstd
-    mean_gw = _mean(spec, gw, where) if spec.centre else None
-    # xhat * mean(gw * xhat) * rstd = xc * k. One factor at a time: rstd**3 would underflow.
-    k = rstd * (rstd * (rstd * _mean(spec, gw * xc, where)))
-
-    residuals, g, xc, gw = _reread(residuals, g)
-    dx = residuals.rstd * (gw if mean_gw is None else gw - mean_gw) - xc * k
-
-    residuals, g, xc, _ = _reread(residuals, g)
-    weight = residuals.weight
-    dweight = None if weight is None else _sum_to(weight.shape, g * (xc * residuals.rstd))
     dbias = None if spec.bias_shape is None else _sum_to(spec.bias_shape, g)
-    return _only(where, dx).astype(residuals.x.dtype), dweight, dbias
 
+    # g was cast up from the dtype of x on its way here: nothing is lost but bytes.
+    read = _read_dtype(residuals.x)
+    residuals, g = residuals._replace(x=residuals.x.astype(read)), g.astype(read)
+    g = jax.lax.optimization_barrier(g)
+    settle = read != dtype
+    mean_gw = None
+    if spec.centre:
+        mean_gw = _mean(spec, residuals.weighted(g), where, settle)
+        residuals, g = _again(residuals, g)
+    # xhat * mean(gw * xhat) * rstd = xc * k. One factor at a time: rstd**3 would underflow.
+    k = _mean(spec, residuals.weighted(g) * residuals.xc(), where, settle)
+    k = residuals.rstd * (residuals.rstd * (residuals.rstd * k))
 
-def _reread(residuals: _Residuals, g: Example):
-    """The same values behind a barrier, and from them xc and gw anew, at every pass over x.
+    residuals, g = _again(residuals, g)
+    gw = residuals.weighted(g)
+    dx = residuals.rstd * (gw if mean_gw is None else gw - mean_gw) - residuals.xc() * k
 
-    Otherwise XLA sees that forward and backward, or two passes of the backward, share `xc`,
-    computes it once and keeps it in float32: the memory that this rule is here to save. It may
-    also fuse none of the passes, for having stored what they share. (Twelve unrolled [norm,
-    matmul, tanh] layers, bytes of temporaries a layer-element: 16 without, 8 with.)
-    """
-    # Two barriers: the backward must stay linear in g, which one around both would hide.
-    residuals, g = jax.lax.optimization_barrier(residuals), jax.lax.optimization_barrier(g)
-    x, weight, where, origin, d, _ = residuals
-    xc = _centred(_only(where, _to_compute_dtype(x)), origin, d)
-    return residuals, g, xc, g if weight is None else g * weight
+    residuals, g = _again(residuals, g)
+    dweight = None
+    if residuals.weight is not None:
+        xhat = residuals.xc() * residuals.rstd
+        dweight = _sum_to(residuals.weight.shape, _to_compute_dtype(g) * xhat)
+    return _only(where, dx).astype(dtype), dweight, dbias
 
 
 def _sum_to(shape: tuple[int, ...], a: Array) -> Array:
@@ -143,10 +157,54 @@ def _sum_to(shape: tuple[int, ...], a: Array) -> Array:
     return a.sum([i for i, n in enumerate(shape) if n != a.shape[i]], keepdims=True)
 
 
+# Forward and backward are some passes over x. What two of them share, a cast or x - origin, XLA for
+# CPU computes once and stores in float32, unless it is kept from seeing it. The figures are from
+# jax 0.10.2 and two cores; `python -m benchmarks` has them all. XLA for GPU fuses passes of its
+# own accord and was not measured, so nothing of this is done there.
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+# A forward by itself, of 4096 examples or more, XLA for CPU makes one fusion of. In jax 0.10 it
+# does so in spite of barriers, in 0.11 and 0.12 they would take twice the time.
+_BARRIERS_LET_FUSE = jax.__version_info__ < (0, 11)
+
+
+def _again(*arrays: Any) -> tuple:
+    """The same values, to be read by one more pass.
+
+    (2048 x 4096 bfloat16: the forward takes .29 of eqx.nn's time with it, 1.2 without; forward and
+    backward .60 and 1.03, and no temporaries instead of 12 bytes an element.)
+    """
+    return jax.tree.map(jax.lax.optimization_barrier, arrays) if _on_cpu() else arrays
+
+
+def _read_dtype(x: Array):
+    """What the passes read: x as it is, but float16 cast up once.
+
+    XLA for CPU takes a cast from bfloat16 into the sum behind it, and one from float16 it stores,
+    for each sum anew. (4096 x 768, forward and backward: .36 of eqx.nn's time, else .75.)
+    """
+    return jnp.float32 if x.dtype == jnp.float16 and _on_cpu() else x.dtype
+
+
+def _settled(total: Array) -> Array:
+    """A sum that is used by later passes, as a result of its own.
+
+    The operation is void: XLA for CPU would fuse the division behind it into the pass, and
+    then, if rows are many and short, store all that is summed. (65536 x 256 float32: the statistics
+    take 5 ms with it, 33 without. Not for a forward by itself, which is one fusion to the end.)
+    """
+    void = _on_cpu() and total.dtype == jnp.float32
+    return jax.lax.reduce_precision(total, exponent_bits=8, mantissa_bits=23) if void else total
+
+
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def normalize_vjp(spec: _Spec, x: Example, weight, bias, where) -> Example:
     """The operation with its hand-written backward, in reverse mode alone."""
-    return _forward(spec, x, weight, bias, where)[0]
+    return _forward(spec, x, weight, bias, where, kept=False)[0]
 
 
 normalize_vjp.defvjp(_forward, lambda *args: (*_backward(*args), None))
@@ -157,7 +215,7 @@ normalize_vjp.defvjp(_forward, lambda *args: (*_backward(*args), None))
 # transpose of the backward, and reverse mode, transposing again, is back at the backward itself.
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalize(spec: _Spec, x: Example, weight, bias, where) -> Example:
-    return _forward(spec, x, weight, bias, where)[0]
+    return _forward(spec, x, weight, bias, where, kept=False)[0]
 
 
 @ft.partial(_normalize.defjvp, symbolic_zeros=True)
