@@ -22,50 +22,58 @@ COLOURS = {
 }
 
 
+LOSS, NAMES, VERDICT = "held-out loss, nats a letter", "what it writes", "check before training"
+
+
 def draw(outcomes: Sequence[Outcome], data: Data, path: Path) -> None:
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(8.5, 3.7), dpi=150, width_ratios=(1, 1.1), layout="constrained"
-    )
-    draw_losses(left, outcomes)
-    write_names(right, outcomes, data)
-    figure.savefig(path)
-    plt.close(figure)
+    with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=(8.2, 3.5), dpi=150, width_ratios=(1, 1.1), layout="constrained"
+        )
+        draw_losses(left, outcomes)
+        write_names(right, outcomes, data)
+        figure.savefig(path)
+        plt.close(figure)
 
 
 def draw_losses(ax, outcomes: Sequence[Outcome]) -> None:
-    """Curves, and beside them the loss of the same models where the future is hidden."""
+    """Curves, and to their right the loss of the same models where the future is hidden."""
     bigram, *trained = outcomes
     end = trained[0].history[-1][0]
-    hidden = 1.13 * end
+    hidden = 1.17 * end
+
+    def label(x: float, loss: float, place: tuple[int, int], colour: str, **style) -> None:
+        text = f"{loss:.2f}" if loss >= 1 else f"{loss:.1g}"
+        ax.annotate(text, (x, loss), place, textcoords="offset points", color=colour, **style)
+
     for one in trained:
         colour = COLOURS[one.norm]
         steps, losses = np.array(one.history).T
         ax.plot(steps, losses, color=colour, lw=2)
         ax.plot([end, hidden], [losses[-1], one.blind], color=colour, lw=1, ls=":")
         ax.plot(hidden, one.blind, "o", color=colour, ms=6)
-        ax.annotate(f"{losses[-1]:.2g}", (end, losses[-1]), (-2, 4), **TEXT, color=colour)
-        ax.annotate(f"{one.blind:.2g}", (hidden, one.blind), (7, -3), **TEXT, color=colour)
+        label(end, losses[-1], (0, -11), colour, ha="right")
+        label(hidden, one.blind, (6, -3), colour)
     ax.axhline(bigram.loss, color=COLOURS["bigram"], lw=1, ls="--", zorder=0)
-    ax.annotate("bigram model", (0, bigram.loss), (2, 3), **TEXT, color=COLOURS["bigram"])
+    ax.text(0.3 * end, 1.15 * bigram.loss, f"bigram model, {bigram.loss:.2f}", color="#555555")
     ax.set_yscale("log")
-    ticks = np.linspace(0, end, 6)[:-1]
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
+    ax.set_xlim(0, 1.35 * end)
+    ticks = np.linspace(0, end, 6)
     ax.set_xticks([*ticks, hidden], [*(f"{tick:,.0f}" for tick in ticks), "future\nhidden"])
-    ax.set_xlim(0, 1.25 * end)
-    ax.set_xlabel("training step", loc="left")
-    ax.set_title("held-out loss, nats a letter", loc="left", fontsize=10, weight="bold")
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-TEXT = {"textcoords": "offset points", "fontsize": 8}
+    ax.annotate("training step", (0, 0), (0, -24), "axes fraction", "offset points", va="top")
+    ax.set_title(LOSS, loc="left", fontsize=9, weight="bold")
 
 
 def write_names(ax, outcomes: Sequence[Outcome], data: Data) -> None:
     """For every norm: does it read the future, and what does it write?"""
     trained = outcomes[1:]
-    ax.set_title("what they write", loc="left", fontsize=10, weight="bold")
+    ax.set_title(NAMES, loc="left", fontsize=9, weight="bold")
+    ax.set_title(VERDICT, loc="right", fontsize=9, weight="bold")
     ax.axis("off")
     for number, one in enumerate(trained):
-        write_some(ax, 1 - number / len(trained), one, data)
+        write_some(ax, 1 - 0.36 * number, one, data)
 
 
 def write_some(ax, top: float, one: Outcome, data: Data) -> None:
@@ -74,11 +82,12 @@ def write_some(ax, top: float, one: Outcome, data: Data) -> None:
 
     leak = one.verdict is not None and one.verdict.leak
     verdict = "LEAK: reads the future" if leak else "does not read the future"
-    colour = COLOURS[one.norm]
-    norm = f"norm {one.norm.replace('-', ' ')}"
-    write(0, 0.02, norm, fontsize=9, color=colour, weight="bold")
-    write(1, 0.02, verdict, fontsize=8, color=colour, ha="right")
-    names = textwrap.wrap(", ".join(some_names(one, data, 24)), 58)[:2]
-    write(0, 0.1, "\n".join(names), fontsize=8.5, linespacing=1.3)
-    found = share(one.samples, data.held_out)
-    write(0, 0.24, f"{found:.1%} of its names are in the held-out list", fontsize=7.5)
+    heading = {"color": COLOURS[one.norm], "weight": "bold"}
+    write(0, 0.02, f"norm {one.norm.replace('-', ' ')}", **heading)
+    write(1, 0.02, verdict, ha="right", **heading)
+    names = textwrap.wrap(", ".join(some_names(one, data, 24)), 56)[:2]
+    write(0, 0.095, "\n".join(names).rstrip(","), fontsize=8.5, linespacing=1.3)
+    found = f"{share(one.samples, data.held_out):.1%} are held-out names"
+    if np.isfinite(one.judged):
+        found += f"; {one.judged:.2f} nats a letter under the per-token model"
+    write(0, 0.225, found, fontsize=7.5, color="#555555")

@@ -110,5 +110,5 @@ def table(outcomes: Sequence[Outcome], data: Data) -> str:
 
 
 def some_names(one: Outcome, data: Data, count: int = 12) -> list[str]:
-    """The first that were written; an empty one in quotes."""
-    return [name or '""' for name in as_text(one.samples[:count], data.vocabulary)]
+    """The first that were written; an empty one by its lack."""
+    return [name or "(nothing)" for name in as_text(one.samples[:count], data.vocabulary)]
