@@ -3,6 +3,7 @@
     python -m examples.decoder                          # census surnames, some minutes
     python -m examples.decoder --norm all               # three norms: a table and a figure
     python -m examples.decoder --data FILE ... --quick  # your own names, in seconds
+    python -m examples.decoder --mesh 4x2               # on eight devices, or a CPU as if it were
 
 Ctrl-C saves; the same command with --resume goes on, bit for bit as if nothing had happened.
 """
@@ -32,6 +33,7 @@ from eqx_norms.causality import CausalityError, CausalityReport
 from ..names_data import read_names
 from .checkpoint import State, load
 from .data import Data, batch_at, split
+from .mesh import Mesh, check_fits, make_mesh
 from .model import LAYERS, NORMS
 from .plot import draw
 from .report import legend, outcome, some_names, table
@@ -62,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rate", type=float, help=f"the highest learning rate; by default {Settings.rate}")
     add("--bf16", action="store_true", default=None, help="bfloat16 activations")
     add("--remat", action="store_true", default=None, help="recompute blocks in the backward")
+    add("--mesh", help="devices, as 8 or 4x2: the batch over 4, the features over 2")
     add("--quick", action="store_true", help="a small model, seconds")
     add("--out", type=Path, default=Path("decoder"), help="for checkpoints and the figure")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
@@ -82,6 +85,15 @@ class Run(NamedTuple):
     state: State
     path: Path  # of its checkpoint
     report: CausalityReport | None = None
+
+
+def mesh_of(args: argparse.Namespace) -> Mesh | None:
+    """Before anything is computed: JAX makes its devices once."""
+    if args.mesh is None:
+        return None
+    mesh = make_mesh(args.mesh)
+    check_fits(mesh, settings_of(args)[0])
+    return mesh
 
 
 def prepared(args: argparse.Namespace) -> tuple[list[Run], Data]:
@@ -121,14 +133,14 @@ training  {settings.steps} steps of {settings.batch} names""")
         print(f"left out  {data.too_long:,} names of over {longest} letters: see --context")
 
 
-def checked_and_trained(run: Run, data: Data) -> Run:
+def checked_and_trained(run: Run, data: Data, mesh: Mesh | None) -> Run:
     print(f"\n{run.settings.norm}")
     began = time.perf_counter()
     report = check(run.settings, run.state.model, data)
     checked = time.perf_counter()
     what = "READS THE FUTURE" if report.leak else "does not read the future"
     print(f"  check     {checked - began:.1f} s: {what}, by {report.edits} edits", flush=True)
-    state = train(run.settings, data, run.state, run.path)
+    state = train(run.settings, data, run.state, run.path, mesh=mesh)
     step, loss = state.history[-1]
     seconds = time.perf_counter() - checked
     print(f"  training  {seconds:.1f} s: held-out loss {loss:.4f} at step {step}", flush=True)
@@ -156,13 +168,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser()
     args = commands.parse_args(argv)
     try:
+        mesh = mesh_of(args)
         runs, data = prepared(args)
     except (ValueError, ImportError, OSError) as error:
         commands.error(str(error))
     describe(runs[0], data)
     for number, run in enumerate(runs):
         try:
-            runs[number] = run = checked_and_trained(run, data)
+            runs[number] = run = checked_and_trained(run, data, mesh)
         except (CausalityError, FloatingPointError) as error:
             print(f"\n{error}")
             return 1

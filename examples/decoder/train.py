@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from eqx_norms.causality import CausalityReport, assert_causal, check_causal
 
 from .checkpoint import State, save
 from .data import AnyArray, Data, batch_at, counted, shifted
+from .mesh import on_one_device, place, place_batch
 from .model import Decoder
 from .settings import Settings
 
@@ -70,7 +72,9 @@ def start(settings: Settings, symbols: int) -> tuple[Decoder, PyTree]:
     return model, make_optimiser(settings).init(eqx.filter(model, eqx.is_array))
 
 
-def make_step(settings: Settings) -> Any:  # a Callable that can also be lowered
+def make_step(
+    settings: Settings, mesh: Mesh | None = None
+) -> Any:  # a Callable that can also be lowered
     """The training step, one jitted function: (model, opt_state, names) -> the same and the loss.
 
     A benchmark exchanges the norms by one argument:
@@ -87,7 +91,7 @@ def make_step(settings: Settings) -> Any:  # a Callable that can also be lowered
         loss, grads = eqx.filter_value_and_grad(loss_fn)(model, names)
         params = eqx.filter(model, eqx.is_array)
         updates, opt_state = optimiser.update(grads, opt_state, params)
-        return eqx.apply_updates(model, updates), opt_state, loss
+        return *place((eqx.apply_updates(model, updates), opt_state), mesh), loss
 
     return step
 
@@ -114,39 +118,49 @@ def check(settings: Settings, model: Decoder, data: Data) -> CausalityReport:
 
 
 def train(
-    settings: Settings, data: Data, state: State, path: Path, *, until: int | None = None
+    settings: Settings,
+    data: Data,
+    state: State,
+    path: Path,
+    *,
+    until: int | None = None,
+    mesh: Mesh | None = None,
 ) -> State:
     """Goes on from `state` to the last step, or to step `until`, with checkpoints at `path`.
 
-    Ctrl-C ends it after the step that is under way; then the state's step says how far it came.
+    These have whole arrays, whatever the mesh. Ctrl-C ends it after the step that is under way;
+    then the state's step says how far it came.
     """
     last = settings.steps if until is None else until
     looks = {round(settings.steps * look / LOOKS) for look in range(1, LOOKS + 1)}
-    batch = lambda step: batch_at(data, step, size=settings.batch, seed=settings.seed)
+    names = lambda step: batch_at(data, step, size=settings.batch, seed=settings.seed)
+    batch = lambda step: place_batch(names(step), mesh)
     if state.step >= last:
         return state
     with first_ctrl_c() as stop, progress(settings, state) as bar:
         bar.set_postfix_str("compiling")
-        step = make_step(settings).lower(state.model, state.opt_state, batch(0)).compile()
+        state = place(state, mesh)
+        step = make_step(settings, mesh).lower(*state[:2], batch(0)).compile()
         memory = step.compiled.memory_analysis().temp_size_in_bytes
-        bar.write(f"  memory    {memory / 2**20:.1f} MiB of temporaries in a training step")
+        each = "" if mesh is None else ", on each device"
+        bar.write(f"  memory    {memory / 2**20:.1f} MiB of temporaries in a training step{each}")
         if not state.history:
-            state = looked(state, data)
+            state = looked(state, data, mesh)
         while state.step < last and not stop.is_set():
             model, opt_state, loss = step(state.model, state.opt_state, batch(state.step))
             state = State(model, opt_state, state.step + 1, state.history)
             bar.set_postfix_str(f"loss {float(loss):.3f}")
             bar.update()
             if state.step in looks:
-                state = looked(state, data)
+                state = looked(state, data, mesh)
                 save(path, state, settings, data)
     save(path, state, settings, data)
-    return state
+    return on_one_device(state, mesh)
 
 
-def looked(state: State, data: Data) -> State:
+def looked(state: State, data: Data, mesh: Mesh | None = None) -> State:
     """With the held-out loss in its history."""
-    loss = float(evaluate(state.model, data.held_out))
+    loss = float(evaluate(on_one_device(state.model, mesh), data.held_out))
     if not np.isfinite(loss):
         raise FloatingPointError(
             f"the held-out loss is {loss} at step {state.step}; give a lower --rate"
