@@ -4,6 +4,7 @@
     python -m examples.decoder --norm all               # three norms: a table and a figure
     python -m examples.decoder --data FILE ... --quick  # your own names, in seconds
     python -m examples.decoder --mesh 4x2               # on eight devices, or a CPU as if it were
+    python -m examples.decoder --memory                 # what a step takes, nothing is trained
 
 Ctrl-C saves; the same command with --resume goes on, bit for bit as if nothing had happened.
 """
@@ -33,6 +34,7 @@ from eqx_norms.causality import CausalityError, CausalityReport
 from ..names_data import read_names
 from .checkpoint import State, load
 from .data import Data, batch_at, split
+from .memory import memory_table
 from .mesh import Mesh, check_fits, make_mesh
 from .model import LAYERS, NORMS
 from .plot import draw
@@ -65,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add("--bf16", action="store_true", default=None, help="bfloat16 activations")
     add("--remat", action="store_true", default=None, help="recompute blocks in the backward")
     add("--mesh", help="devices, as 8 or 4x2: the batch over 4, the features over 2")
+    add("--memory", action="store_true", help="print what a training step takes, and end")
     add("--quick", action="store_true", help="a small model, seconds")
     add("--out", type=Path, default=Path("decoder"), help="for checkpoints and the figure")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
@@ -168,6 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser()
     args = commands.parse_args(argv)
     try:
+        if args.memory:
+            print(memory_table(settings_of(args)[0]))
+            return 0
         mesh = mesh_of(args)
         runs, data = prepared(args)
     except (ValueError, ImportError, OSError) as error:

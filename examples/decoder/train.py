@@ -72,12 +72,10 @@ def start(settings: Settings, symbols: int) -> tuple[Decoder, PyTree]:
     return model, make_optimiser(settings).init(eqx.filter(model, eqx.is_array))
 
 
-def make_step(
-    settings: Settings, mesh: Mesh | None = None
-) -> Any:  # a Callable that can also be lowered
+def make_step(settings: Settings, mesh: Mesh | None = None) -> Any:
     """The training step, one jitted function: (model, opt_state, names) -> the same and the loss.
 
-    A benchmark exchanges the norms by one argument:
+    It can be lowered too, which no type says. A benchmark exchanges the norms by one argument:
 
         settings = Settings(norms="ours")  # or "eqx"
         model, opt_state = start(settings, symbols=27)
