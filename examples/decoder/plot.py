@@ -41,6 +41,7 @@ def draw_losses(ax, outcomes: Sequence[Outcome]) -> None:
     bigram, *trained = outcomes
     end = trained[0].history[-1][0]
     hidden = 1.17 * end
+    worst = max(one.blind for one in trained)
 
     def label(x: float, loss: float, place: tuple[int, int], colour: str, **style) -> None:
         text = f"{loss:.2f}" if loss >= 1 else f"{loss:.1g}"
@@ -53,12 +54,15 @@ def draw_losses(ax, outcomes: Sequence[Outcome]) -> None:
         ax.plot([end, hidden], [losses[-1], one.blind], color=colour, lw=1, ls=":")
         ax.plot(hidden, one.blind, "o", color=colour, ms=6)
         label(end, losses[-1], (0, -11), colour, ha="right")
-        label(hidden, one.blind, (6, -3), colour)
+        label(hidden, one.blind, (6, -1 if one.blind == worst else -5), colour)
     ax.axhline(bigram.loss, color=COLOURS["bigram"], lw=1, ls="--", zorder=0)
-    ax.text(0.3 * end, 1.15 * bigram.loss, f"bigram model, {bigram.loss:.2f}", color="#555555")
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("")
+    place = {"xytext": (0, 3), "textcoords": "offset points"}
+    name = f"bigram model, {bigram.loss:.2f}"
+    ax.annotate(name, (0.3 * end, bigram.loss), **place, color=COLOURS["bigram"])
+    if min(one.loss for one in trained) < 1:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+    ax.margins(y=0.1)
     ax.set_xlim(0, 1.35 * end)
     ticks = np.linspace(0, end, 6)
     ax.set_xticks([*ticks, hidden], [*(f"{tick:,.0f}" for tick in ticks), "future\nhidden"])
@@ -73,10 +77,10 @@ def write_names(ax, outcomes: Sequence[Outcome], data: Data) -> None:
     ax.set_title(VERDICT, loc="right", fontsize=9, weight="bold")
     ax.axis("off")
     for number, one in enumerate(trained):
-        write_some(ax, 1 - 0.36 * number, one, data)
+        write_some(ax, 1 - 0.36 * number, one, data, lines=2 if len(trained) > 1 else 10)
 
 
-def write_some(ax, top: float, one: Outcome, data: Data) -> None:
+def write_some(ax, top: float, one: Outcome, data: Data, lines: int) -> None:
     def write(x: float, down: float, words: str, **style) -> None:
         ax.text(x, top - down, words, transform=ax.transAxes, va="top", **style)
 
@@ -85,9 +89,9 @@ def write_some(ax, top: float, one: Outcome, data: Data) -> None:
     heading = {"color": COLOURS[one.norm], "weight": "bold"}
     write(0, 0.02, f"norm {one.norm.replace('-', ' ')}", **heading)
     write(1, 0.02, verdict, ha="right", **heading)
-    names = textwrap.wrap(", ".join(some_names(one, data, 24)), 56)[:2]
+    names = textwrap.wrap(", ".join(some_names(one, data, 12 * lines)), 56)[:lines]
     write(0, 0.095, "\n".join(names).rstrip(","), fontsize=8.5, linespacing=1.3)
     found = f"{share(one.samples, data.held_out):.1%} are held-out names"
     if np.isfinite(one.judged):
         found += f"; {one.judged:.2f} nats a letter under the per-token model"
-    write(0, 0.225, found, fontsize=7.5, color="#555555")
+    write(0, 0.095 + 0.065 * lines, found, fontsize=7.5, color="#555555")
