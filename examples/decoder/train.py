@@ -144,10 +144,11 @@ def train(
         bar.write(f"  memory    {memory / 2**20:.1f} MiB of temporaries in a training step{each}")
         if not state.history:
             state = looked(state, data, mesh)
+        bar.unpause()  # its clock, so that compiling counts for no step
         while state.step < last and not stop.is_set():
             model, opt_state, loss = step(state.model, state.opt_state, batch(state.step))
             state = State(model, opt_state, state.step + 1, state.history)
-            bar.set_postfix_str(f"loss {float(loss):.3f}")
+            bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
             bar.update()
             if state.step in looks:
                 state = looked(state, data, mesh)
