@@ -137,10 +137,11 @@ def test_split_features_need_three_sums_a_norm():
     assert added == {"all-reduce": 3 * norms}
     eqxs = lambda _: train.start(dataclasses.replace(SMALL, norms="eqx"), SYMBOLS)[0]
     assert of_forward(mesh, eqxs) - of_forward(mesh, without_norms) == {"all-reduce": 2 * norms}
-    # Forward and backward: two means more, which JAX 0.10 sends together. As many as eqx.nn's.
+    # Forward and backward: two means more, which XLA may send together (jax 0.10.2: always; 0.12:
+    # in some processes, not in others).
     added = of_backward(mesh) - of_backward(mesh, without_norms)
-    each = 4 if jax.__version_info__ < (0, 11) else 5
-    assert added == {"all-reduce": each * norms}
+    assert set(added) == {"all-reduce"}
+    assert 4 * norms <= added["all-reduce"] <= 5 * norms
 
 
 def test_collectives_are_counted():
