@@ -5,7 +5,6 @@ histograms and singular values, closed forms, and the numbers of the notebook.
 """
 
 import functools as ft
-import importlib
 import json
 import math
 import pathlib
@@ -21,25 +20,24 @@ import optax
 import pytest
 
 from eqx_norms.diagnostics import activation_stats
+from examples.activations_and_gradients import (
+    _common as common,
+    _plots as plots,
+    _study as study,
+    b_s_bias_and_directions as bias,
+    d_data,
+    e1_e2_e4_e5_inside as inside,
+    e3_gain as gain,
+    e6_update_ratios as e6,
+    e7_activations as e7,
+    e8_batch_norm as e8,
+    e9_skips as e9,
+    i_initialisation as initialisation,
+    l_g_layer_norm_by_hand as layer_norm_by_hand,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-
-def load(name):
-    """A module of the studies, which are run from the root of the repository."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        return importlib.import_module(f"examples.activations_and_gradients.{name}")
-    finally:
-        sys.path.remove(str(ROOT))
-
-
-common, plots, study = load("_common"), load("_plots"), load("_study")
-initialisation, inside, gain = load("i_initialisation"), load("e1_e2_e4_e5_inside"), load("e3_gain")
-layer_norm_by_hand, bias = load("l_g_layer_norm_by_hand"), load("b_s_bias_and_directions")
-e6, e7, e8, e9 = (
-    load(name) for name in ("e6_update_ratios", "e7_activations", "e8_batch_norm", "e9_skips")
-)
 
 NAMES = ["ada", "grace", "barbara", "frances", "hedy"]
 PAIRS = common.letter_pairs(NAMES)
@@ -350,7 +348,7 @@ def test_studies_of_layer_norm_bias_and_directions(settings):
 
 
 def test_studies_of_data_and_initialisation(settings):
-    data = load("d_data").study(settings)
+    data = d_data.study(settings)
     assert data.numbers["pairs"] == sum(map(len, NAMES)) + len(NAMES)
     assert data.claims[0].holds == "other data"
     begun = initialisation.study(settings)

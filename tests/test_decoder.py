@@ -6,7 +6,6 @@ Python, the count of forward passes as they run, and uninterrupted runs for inte
 
 import contextlib
 import dataclasses
-import importlib
 import io
 import itertools
 import json
@@ -29,23 +28,21 @@ import numpy as np
 import pytest
 
 from eqx_norms.causality import CausalityError
+from examples.decoder import (
+    __main__ as cli,
+    checkpoint,
+    data,
+    model,
+    plot,
+    report,
+    sample,
+    settings,
+    train,
+)
 
 ROOT = Path(__file__).parent.parent
 
 
-def load(name):
-    """A module of the example, which is run from the root of the repository."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        return importlib.import_module(f"examples.decoder.{name}")
-    finally:
-        sys.path.remove(str(ROOT))
-
-
-checkpoint, data, model, plot, report, sample, settings, train = map(
-    load, ("checkpoint", "data", "model", "plot", "report", "sample", "settings", "train")
-)
-cli = load("__main__")
 Settings, State = settings.Settings, checkpoint.State
 
 NAMES = [a + b for a in ("an", "ber", "ca", "do", "el") for b in ("son", "ley", "ton", "man", "s")]

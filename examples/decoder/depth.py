@@ -24,7 +24,7 @@ from eqx_norms.diagnostics import capture_grads
 
 from ..names_data import read_names
 from .data import Data, batch_at, split
-from .model import NORMS, Block, Decoder
+from .model import Block, Decoder, is_norm
 from .settings import Settings
 from .train import evaluate, loss_fn, make_optimiser, make_step, start
 
@@ -38,7 +38,6 @@ COLOURS = {"with norms": "#0072B2", "without": "#D55E00"}  # Okabe and Ito's
 
 def without_norms(model: Decoder) -> Decoder:
     """Each of them replaced by the identity."""
-    is_norm = lambda node: isinstance(node, tuple(NORMS.values()))
     swap = lambda node: eqx.nn.Identity() if is_norm(node) else node
     return jax.tree.map(swap, model, is_leaf=is_norm)
 

@@ -62,6 +62,10 @@ NORMS = {
 }
 
 
+def is_norm(node) -> bool:
+    return isinstance(node, tuple(NORMS.values()))
+
+
 class Block(eqx.Module):
     norm1: Callable
     attention: eqx.nn.MultiheadAttention
@@ -114,6 +118,5 @@ class Decoder(eqx.Module):
 
 def in_bfloat16(model: Decoder) -> Decoder:
     """Casts parameters for use; norms keep theirs, for they compute in float32 anyway."""
-    is_norm = lambda node: isinstance(node, tuple(NORMS.values()))
     cast = lambda leaf: leaf.astype(jnp.bfloat16) if eqx.is_inexact_array(leaf) else leaf
     return jax.tree.map(lambda leaf: leaf if is_norm(leaf) else cast(leaf), model, is_leaf=is_norm)
