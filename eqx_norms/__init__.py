@@ -2,6 +2,7 @@
 
 from ._ada_layer_norm import AdaLayerNorm as AdaLayerNorm
 from ._group_norm import GroupNorm as GroupNorm, group_norm as group_norm
+from ._is_norm import is_norm as is_norm
 from ._layer_norm import LayerNorm as LayerNorm, layer_norm as layer_norm
 from ._normalize import normalize_reference as normalize_reference
 from ._replace import replace_norms as replace_norms

@@ -11,6 +11,7 @@ import textwrap
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import pytest
 
@@ -85,6 +86,7 @@ BATCH = {"features": 4, "x": draw(2, 5, 4)}
 ADA = {"ada_layer_norm": eqx_norms.AdaLayerNorm(4, 3, key=jr.key(0))}
 # What the text around a block speaks of.
 GIVEN = {
+    "_is_norm": [{"jnp": jnp, "model": eqx.nn.LayerNorm(4)}],
     "_layer_norm": [BATCH],
     "_rms_norm": [BATCH],
     "_ada_layer_norm": [
