@@ -17,7 +17,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from examples.decoder import __main__ as cli, data, depth, memory, model, train
+from eqx_norms import is_norm
+from examples.decoder import __main__ as cli, data, depth, memory, train
 from examples.decoder.settings import Settings
 
 # More than ten: "blocks[10]" sorts before "blocks[2]".
@@ -63,13 +64,13 @@ def test_without_norms_only_the_norms_go():
     decoder, _ = train.start(DEEP, 9)
     bare = depth.without_norms(decoder)
     blocks = zip(decoder.blocks, bare.blocks, strict=True)
-    is_identity = lambda norm: isinstance(norm, eqx.nn.Identity)
+    is_identity = lambda norm: isinstance(norm.layer, eqx.nn.Identity)
     assert is_identity(bare.norm)
     for block, other in blocks:
         assert is_identity(other.norm1) and is_identity(other.norm2)
         assert not is_identity(block.norm1)
         assert eqx.tree_equal((block.attention, block.mlp), (other.attention, other.mlp))
-    assert not any(isinstance(leaf, model.PerToken) for leaf in jax.tree.leaves(bare))
+    assert not any(map(is_norm, jax.tree.leaves(bare, is_leaf=is_norm)))
 
 
 def printed_by(main, command):

@@ -34,13 +34,14 @@ from eqx_norms.causality import CausalityError, CausalityReport
 from ..names_data import read_names
 from .checkpoint import State, load
 from .data import Data, batch_at, split
+from .instead import INSTEAD
 from .memory import memory_table
 from .mesh import Mesh, check_fits, make_mesh
 from .model import LAYERS, NORMS
 from .plot import draw
 from .report import legend, outcome, some_names, table
 from .sample import Bigram
-from .settings import QUICK, Settings
+from .settings import PLACEMENTS, QUICK, Settings
 from .train import check, start, train
 
 
@@ -50,8 +51,11 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m examples.decoder", description=(__doc__ or "").split("\n", 1)[0]
     )
     add = parser.add_argument
-    add("--norm", nargs="+", default=["per-token"], choices=[*NORMS, "all"], help="its axes")
+    axes = f"its axes, all {len(NORMS)} of these, or what stands in its place: {', '.join(INSTEAD)}"
+    choices = [*NORMS, "all", *INSTEAD]
+    add("--norm", nargs="+", default=["per-token"], choices=choices, help=axes)
     add("--norms", choices=[*LAYERS], help="whose norm layers; by default ours")
+    add("--placement", choices=PLACEMENTS, help="of the norms in a block; by default pre")
     add("--data", nargs="+", default=[], metavar="FILE", help="a name a line, or CSV")
     add("--spanish", action="store_true", help="clean the names as Spanish surnames")
     for field, text in (
@@ -75,11 +79,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings_of(args: argparse.Namespace) -> list[Settings]:
-    """One for each norm, in the order of `NORMS`: the others are judged by the first."""
+    """One for each norm, per-token first if it is there: the others are judged by it."""
     fields = {field.name for field in dataclasses.fields(Settings)} - {"norm"}
     given = {key: v for key, v in vars(args).items() if key in fields and v is not None}
     chosen = {**(QUICK if args.quick else {}), **given}
-    norms = NORMS if "all" in args.norm else [norm for norm in NORMS if norm in args.norm]
+    wanted = {*args.norm, *(NORMS if "all" in args.norm else ())}
+    norms = [norm for norm in (*NORMS, *INSTEAD) if norm in wanted]
     return [Settings(norm=norm, **chosen) for norm in norms]
 
 

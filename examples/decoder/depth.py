@@ -20,11 +20,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from eqx_norms import is_norm
 from eqx_norms.diagnostics import capture_grads
 
 from ..names_data import read_names
 from .data import Data, batch_at, split
-from .model import Block, Decoder, is_norm
+from .model import Block, Decoder
 from .settings import Settings
 from .train import evaluate, loss_fn, make_optimiser, make_step, start
 
@@ -101,6 +102,16 @@ def ending(name: str, one: Trained) -> str:
     )
 
 
+def tidy(ax, title: str, below: str) -> None:
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+    ax.set_title(title, loc="left", fontsize=10, weight="bold")
+    ax.set_xlabel(below, loc="left")
+    ax.spines[["top", "right"]].set_visible(False)
+
+
 def draw(results: dict[str, Trained], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.3), dpi=150, layout="constrained")
     for name, one in results.items():
@@ -113,13 +124,7 @@ def draw(results: dict[str, Trained], path: Path) -> None:
         axes[2].plot(1 + np.arange(len(one.losses)), one.losses, color=colour, lw=1, label=name)
     titles = "residual stream", "gradient there", "training loss, nats a letter"
     for ax, title, below in zip(axes, titles, ("block", "block", "step"), strict=True):
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(ticker.NullFormatter())
-        ax.set_title(title, loc="left", fontsize=10, weight="bold")
-        ax.set_xlabel(below, loc="left")
-        ax.spines[["top", "right"]].set_visible(False)
+        tidy(ax, title, below)
     axes[0].set_ylabel("root mean square")
     axes[0].plot([], [], color="0.3", lw=1.2, ls="--", label="before training")
     axes[0].plot([], [], color="0.3", lw=2, marker="o", ms=3, label="after")

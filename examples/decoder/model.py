@@ -1,7 +1,7 @@
-"""A pre-norm decoder, written for ONE sequence. Who needs a batch maps it outside, once.
+"""A decoder, written for ONE sequence. Who needs a batch maps it outside, once.
 
 Three norms, of which one belongs in a decoder. The others average over tokens, so that every
-output reads the letters that it should predict.
+output reads the letters that it should predict. In its place, what is none, from instead.py.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,9 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import eqx_norms
+from eqx_norms import is_norm
 
+from .instead import INSTEAD, LayerScale
 from .settings import Settings
 
 LAYERS = {"ours": eqx_norms.LayerNorm, "eqx": eqx.nn.LayerNorm}
@@ -60,30 +62,60 @@ NORMS = {
     "over-tokens-and-features": OverTokensAndFeatures,
     "over-tokens": OverTokens,
 }
+LEAKING = ("over-tokens-and-features", "over-tokens")
 
 
-def is_norm(node) -> bool:
-    return isinstance(node, tuple(NORMS.values()))
+def make_norm(settings: Settings) -> Callable:
+    """A new one; norms draw no random numbers."""
+    size = settings.context, settings.width
+    if settings.norm in INSTEAD:
+        return PerToken(INSTEAD[settings.norm], *size)
+    return NORMS[settings.norm](LAYERS[settings.norms], *size)
+
+
+def make_after(settings: Settings) -> Callable:
+    """What the output of attention or MLP goes through before it is added."""
+    if settings.norm == "layer-scale":
+        return PerToken(LayerScale, settings.context, settings.width)
+    return make_norm(settings) if settings.placement in ("sandwich", "peri") else eqx.nn.Identity()
 
 
 class Block(eqx.Module):
+    """Attention and MLP, each added to the residual stream, with norms as `placement` says.
+
+    "pre", "sandwich" and "peri" differ in what `after1` and `after2` are.
+    """
+
     norm1: Callable
     attention: eqx.nn.MultiheadAttention
+    after1: Callable
     norm2: Callable
     mlp: eqx.nn.MLP
+    after2: Callable
+    placement: str = eqx.field(static=True)
 
-    def __init__(self, norm: Callable, settings: Settings, *, key: PRNGKeyArray):
+    def __init__(self, settings: Settings, *, key: PRNGKeyArray):
         key1, key2 = jr.split(key)
-        width = settings.width
-        self.norm1 = norm()
+        width, self.placement = settings.width, settings.placement
+        self.norm1 = make_norm(settings)
         self.attention = eqx.nn.MultiheadAttention(settings.heads, width, key=key1)
-        self.norm2 = norm()
+        self.after1 = make_after(settings)
+        self.norm2 = eqx.nn.Identity() if self.placement == "parallel" else make_norm(settings)
         self.mlp = eqx.nn.MLP(width, width, 4 * width, depth=1, activation=jax.nn.gelu, key=key2)
+        self.after2 = make_after(settings)
 
     def __call__(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
-        h = self.norm1(x)
-        x = x + self.attention(h, h, h, mask=jnp.tri(len(x), dtype=bool))
-        return x + jax.vmap(self.mlp)(self.norm2(x))
+        mask = jnp.tri(len(x), dtype=bool)
+        attend = lambda h: self.after1(self.attention(h, h, h, mask=mask))
+        feed = lambda h: self.after2(jax.vmap(self.mlp)(h))
+        if self.placement == "post":
+            x = self.norm1(x + attend(x))
+            return self.norm2(x + feed(x))
+        if self.placement == "parallel":
+            h = self.norm1(x)
+            return x + attend(h) + feed(h)
+        x = x + attend(self.norm1(x))
+        return x + feed(self.norm2(x))
 
 
 class Decoder(eqx.Module):
@@ -91,6 +123,7 @@ class Decoder(eqx.Module):
 
     embedding: eqx.nn.Embedding
     position: Float[Array, "context features"]
+    norm_in: Callable  # of the embeddings, in "peri" alone
     blocks: list[Block]
     norm: Callable
     readout: eqx.nn.Linear
@@ -100,17 +133,18 @@ class Decoder(eqx.Module):
     def __init__(self, settings: Settings, symbols: int, *, key: PRNGKeyArray):
         key1, key2, key3, *keys = jr.split(key, 3 + settings.layers)
         width, context = settings.width, settings.context
-        norm = lambda: NORMS[settings.norm](LAYERS[settings.norms], context, width)
+        norm_if = lambda there: make_norm(settings) if there else eqx.nn.Identity()
         self.embedding = eqx.nn.Embedding(symbols, width, key=key1)
         self.position = jr.normal(key2, (context, width))
-        self.blocks = [Block(norm, settings, key=key) for key in keys]
-        self.norm = norm()
+        self.norm_in = norm_if(settings.placement == "peri")
+        self.blocks = [Block(settings, key=key) for key in keys]
+        self.norm = norm_if(settings.placement != "post")  # there the last block ends with one
         self.readout = eqx.nn.Linear(width, symbols, key=key3)
         self.bf16, self.remat = settings.bf16, settings.remat
 
     def __call__(self, letters: Int[Array, " tokens"]) -> Float[Array, "tokens symbols"]:
         model = in_bfloat16(self) if self.bf16 else self
-        x = jax.vmap(model.embedding)(letters) + model.position[: len(letters)]
+        x = model.norm_in(jax.vmap(model.embedding)(letters) + model.position[: len(letters)])
         for block in model.blocks:
             x = eqx.filter_checkpoint(block)(x) if self.remat else block(x)
         return jax.vmap(model.readout)(model.norm(x)).astype(jnp.float32)

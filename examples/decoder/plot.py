@@ -1,5 +1,6 @@
 """The figure: what the loss says, and what the model writes."""
 
+import argparse
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.backend_bases import FigureCanvasBase
 
 from .data import Data
 from .report import Outcome, share, some_names
@@ -19,7 +21,20 @@ COLOURS = {
     "per-token": "#0072B2",
     "over-tokens-and-features": "#D55E00",
     "over-tokens": "#B0578C",
+    "scale-norm": "#56B4E9",
+    "dyt": "#009E73",
+    "derf": "#E69F00",
+    "layer-scale": "#8C6D31",
+    "none": "#999999",
 }
+
+
+def figure_path(text: str) -> Path:
+    """An argument of a command: before all the work, and with the suffix that is written."""
+    path, known = Path(text), FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in known:
+        raise argparse.ArgumentTypeError(f"a figure ends in .{', .'.join(known)}; got {text!r}")
+    return path
 
 
 LOSS, NAMES, VERDICT = "held-out loss, nats a letter", "what it writes", "check before training"
@@ -27,11 +42,13 @@ LOSS, NAMES, VERDICT = "held-out loss, nats a letter", "what it writes", "check 
 
 def draw(outcomes: Sequence[Outcome], data: Data, path: Path) -> None:
     with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        rows = max(3, len(outcomes) - 1)  # on the right
+        size = 8.2, 3.5 * rows / 3
         figure, (left, right) = plt.subplots(
-            1, 2, figsize=(8.2, 3.5), dpi=150, width_ratios=(1, 1.1), layout="constrained"
+            1, 2, figsize=size, dpi=150, width_ratios=(1, 1.1), layout="constrained"
         )
         draw_losses(left, outcomes)
-        write_names(right, outcomes, data)
+        write_names(right, outcomes, data, rows)
         figure.savefig(path)
         plt.close(figure)
 
@@ -43,7 +60,12 @@ def draw_losses(ax, outcomes: Sequence[Outcome]) -> None:
     hidden = 1.17 * end
     worst = max(one.blind for one in trained)
 
+    labelled = []
+
     def label(x: float, loss: float, place: tuple[int, int], colour: str, **style) -> None:
+        if any(x == there and abs(loss / other - 1) < 0.05 for there, other in labelled):
+            return  # they would cover each other, and the table has all
+        labelled.append((x, loss))
         text = f"{loss:.2f}" if loss >= 1 else f"{loss:.1g}"
         ax.annotate(text, (x, loss), place, textcoords="offset points", color=colour, **style)
 
@@ -70,19 +92,23 @@ def draw_losses(ax, outcomes: Sequence[Outcome]) -> None:
     ax.set_title(LOSS, loc="left", fontsize=9, weight="bold")
 
 
-def write_names(ax, outcomes: Sequence[Outcome], data: Data) -> None:
+def write_names(ax, outcomes: Sequence[Outcome], data: Data, rows: int) -> None:
     """For every norm: does it read the future, and what does it write?"""
     trained = outcomes[1:]
     ax.set_title(NAMES, loc="left", fontsize=9, weight="bold")
     ax.set_title(VERDICT, loc="right", fontsize=9, weight="bold")
     ax.axis("off")
     for number, one in enumerate(trained):
-        write_some(ax, 1 - 0.36 * number, one, data, lines=2 if len(trained) > 1 else 10)
+        top, lines = 1.08 * number / rows, 2 if len(trained) > 1 else 10
+        write_some(ax, top, 3 / rows, one, data, lines)
 
 
-def write_some(ax, top: float, one: Outcome, data: Data, lines: int) -> None:
+def write_some(ax, top: float, unit: float, one: Outcome, data: Data, lines: int) -> None:
+    """From `top` on downwards; a length of 1 is `unit` of the height."""
+
     def write(x: float, down: float, words: str, **style) -> None:
-        ax.text(x, top - down, words, transform=ax.transAxes, va="top", **style)
+        y = 1 - top - unit * down
+        ax.text(x, y, words, transform=ax.transAxes, va="top", **style)
 
     leak = one.verdict is not None and one.verdict.leak
     verdict = "LEAK: reads the future" if leak else "does not read the future"

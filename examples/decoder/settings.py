@@ -2,13 +2,17 @@
 
 import dataclasses
 
+# Where the norms of a block stand, `model.Block` says how.
+PLACEMENTS = ("pre", "post", "sandwich", "peri", "parallel")
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The defaults are the run that the documentation shows."""
 
-    norm: str = "per-token"  # what a norm averages over, one of `model.NORMS`
+    norm: str = "per-token"  # of `model.NORMS`, or what stands instead, of `instead.INSTEAD`
     norms: str = "ours"  # whose layers: "ours" or "eqx"
+    placement: str = "pre"  # one of `PLACEMENTS`
     width: int = 96
     layers: int = 3
     heads: int = 4
@@ -27,6 +31,10 @@ class Settings:
         for name in ("width", "layers", "heads", "context", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.placement not in PLACEMENTS:
+            raise ValueError(
+                f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}"
+            )
         if self.width % self.heads:
             raise ValueError(
                 f"width must be a multiple of the {self.heads} heads, got {self.width}; "
