@@ -225,13 +225,15 @@ LOSSES = {
 
 
 def test_table_of_comparison():
-    assert compare.table(LOSSES).splitlines() == [
-        "| | rate | held-out loss | less a's | |",
-        "|---|---:|---:|---:|---|",
-        "| a | 0.1 | 2.0000 ± 0.5774 |  |  |",  # 1 / sqrt(3)
-        "| a | 0.2 | 2.0000 ± 0.0000 |  | 1 of 3 diverged |",
-        "| b | 0.1 | 2.5000 ± 0.5774 | +0.5000 ± 0.0000 |  |",
-        "| b | 0.2 | - | - | 3 of 3 diverged |",
+    assert compare.tables(LOSSES).splitlines() == [
+        "| held-out loss, at a learning rate of | 0.1 | 0.2 |",
+        "|---|---:|---:|",
+        "| a | 2.0000 ± 0.5774 | 2.0000 ± 0.0000, 1 of 3 diverged |",  # 1 / sqrt(3)
+        "| b | 2.5000 ± 0.5774 | 3 of 3 diverged |",
+        "",
+        "| less that of a, at a learning rate of | 0.1 | 0.2 |",
+        "|---|---:|---:|",
+        "| b | +0.5000 ± 0.0000 | 3 of 3 diverged |",
     ]
 
 
@@ -269,7 +271,7 @@ def test_command_that_compares(tmp_path):
     names.write_text("\n".join(NAMES))
     size = "--layers 1 --width 8 --batch 8 --steps 3 --seeds 2 --rate 0.01"
     printed = printed_by(compare.main, f"--data {names} --out {out} {size} --placement all")
-    rows = re.findall(r"^\| (\S+), (\w+) \| 0.01 \| (\d\.\d+) ± ", printed, re.M)
+    rows = re.findall(r"^\| ([\w-]+), (\w+) \| (\d\.\d+) ± ", printed, re.M)
     assert len(rows) == 6 * 5 and f"figure {out.resolve()}" in printed and out.exists()
 
 

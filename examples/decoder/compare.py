@@ -11,7 +11,7 @@ of the names, so that differences between rows are taken seed by seed.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from .train import evaluate, make_optimiser, make_step
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 SMALL = Settings(width=48, batch=64, steps=600)
 AT_ONCE = 20  # steps in a call
@@ -89,24 +90,42 @@ def diverged(values: Float[np.ndarray, " seeds"]) -> str:
     return f"{lost} of {len(values)} diverged" if lost else ""
 
 
+def axes_of(losses: Losses) -> tuple[list[str], list[float]]:
+    """Names and learning rates."""
+    names, rates = ([*dict.fromkeys(keys)] for keys in zip(*losses, strict=True))
+    return names, rates
+
+
 def cell(values: Float[np.ndarray, " seeds"], sign: str = "") -> str:
     mean, error = mean_and_error(values)
-    return f"{mean:{sign}.4f} ± {error:.4f}" if np.isfinite(error) else "-"
+    parts = [f"{mean:{sign}.4f} ± {error:.4f}"] if np.isfinite(error) else []
+    return ", ".join([*parts, *filter(None, [diverged(values)])])
 
 
-def table(losses: Losses) -> str:
-    """Markdown; differences from the first row of the same rate, seed by seed."""
-    first = next(iter(losses))[0]
-    lines = [f"| | rate | held-out loss | less {first}'s | |", "|---|---:|---:|---:|---|"]
-    for (name, rate), values in losses.items():
-        less = cell(values - losses[first, rate], "+") if name != first else ""
-        lines.append(f"| {name} | {rate:g} | {cell(values)} | {less} | {diverged(values)} |")
+def tables(losses: Losses) -> str:
+    """Markdown: the losses, and their differences from the first row, seed by seed."""
+    (first, *others), rates = axes_of(losses)
+    less = lambda name, rate: cell(losses[name, rate] - losses[first, rate], "+")
+    return "\n\n".join(
+        (
+            table("held-out loss", [first, *others], rates, lambda *at: cell(losses[at])),
+            table(f"less that of {first}", others, rates, less),
+        )
+    )
+
+
+def table(title: str, names: Sequence[str], rates: Sequence[float], cell_at: Callable) -> str:
+    lines = [
+        f"| {title}, at a learning rate of | {' | '.join(f'{rate:g}' for rate in rates)} |",
+        "|---|" + "---:|" * len(rates),
+        *(f"| {name} | {' | '.join(cell_at(name, rate) for rate in rates)} |" for name in names),
+    ]
     return "\n".join(lines)
 
 
 def draw(losses: Losses, path: Path) -> None:
-    names, rates = ([*dict.fromkeys(keys)] for keys in zip(*losses, strict=True))
-    size = 1.5 + 3 * len(rates), 1 + 0.32 * len(names)
+    names, rates = axes_of(losses)
+    size = 1.2 + 2.35 * len(rates), 1 + 0.32 * len(names)
     figure, axes = plt.subplots(
         1, len(rates), figsize=size, dpi=150, sharex=True, sharey=True, squeeze=False
     )
@@ -122,6 +141,7 @@ def draw(losses: Losses, path: Path) -> None:
         ax.set_title(f"learning rate {rate:g}", loc="left", fontsize=9, weight="bold")
         ax.set_xlabel("held-out loss, nats a letter", loc="left", fontsize=9)
         ax.tick_params(labelsize=8)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.grid(axis="x", color="0.9")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_yticks(range(len(names)), names)
@@ -188,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for (name, rate), settings in chosen.items():
             bar.set_description(f"{name}, {rate:g}")
             losses[name, rate] = trained(settings, data, seeds, bar)
-    print(table(losses))
+    print(tables(losses))
     draw(losses, out)
     print(f"\nfigure {out.resolve()}")
     return 0
