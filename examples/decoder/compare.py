@@ -1,6 +1,6 @@
 """Norms, what stands in their place, or where they stand: decoders trained over some seeds.
 
-    python -m examples.decoder.compare                  # instead of a norm; half an hour
+    python -m examples.decoder.compare                  # instead of a norm, at three rates
     python -m examples.decoder.compare --norm per-token --placement all
     python -m examples.decoder.compare --norm per-token dyt --rate 0.006 --steps 2500
 

@@ -29,15 +29,15 @@ COLOURS = {
 }
 
 
+LOSS, NAMES, VERDICT = "held-out loss, nats a letter", "what it writes", "check before training"
+
+
 def figure_path(text: str) -> Path:
     """An argument of a command: before all the work, and with the suffix that is written."""
     path, known = Path(text), FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in known:
         raise argparse.ArgumentTypeError(f"a figure ends in .{', .'.join(known)}; got {text!r}")
     return path
-
-
-LOSS, NAMES, VERDICT = "held-out loss, nats a letter", "what it writes", "check before training"
 
 
 def draw(outcomes: Sequence[Outcome], data: Data, path: Path) -> None:
@@ -59,7 +59,6 @@ def draw_losses(ax, outcomes: Sequence[Outcome]) -> None:
     end = trained[0].history[-1][0]
     hidden = 1.17 * end
     worst = max(one.blind for one in trained)
-
     labelled = []
 
     def label(x: float, loss: float, place: tuple[int, int], colour: str, **style) -> None:

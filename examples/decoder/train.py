@@ -98,7 +98,7 @@ def make_step(settings: Settings, mesh: Mesh | None = None) -> Any:
 
 
 def check(settings: Settings, model: Decoder, data: Data) -> CausalityReport:
-    """Does the model read letters that it should predict? But with two norms it must not.
+    """Does the model read letters that it should predict? With the `LEAKING` norms alone it may.
 
     Raises `eqx_norms.causality.CausalityError` if it does.
     """
