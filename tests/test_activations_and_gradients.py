@@ -9,7 +9,6 @@ import json
 import math
 import pathlib
 import re
-import sys
 
 import equinox as eqx
 import jax
