@@ -7,12 +7,21 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import draws
 import jax.random as jr
 import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--draw", type=int, default=0, help="shifts every random draw of the tests")
+
+
+def pytest_configure(config):
+    draws.shift = config.getoption("--draw")
 
 
 @pytest.fixture
 def getkey():
     """A function that gives a new random key at each call, the same ones in each run."""
     counter = iter(range(1_000_000))
-    return lambda: jr.fold_in(jr.key(20240607), next(counter))
+    return lambda: jr.fold_in(jr.key(draws.seed(20240607)), next(counter))
