@@ -1,0 +1,470 @@
+"""Proof from the structure: where no chain of operations leads from an input to an output.
+
+The traced function is gone through once, with the inputs that every entry of every intermediate
+result may read in place of its value. What this says holds for every finite input of this shape
+and any finite values of the floating-point parameters.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool
+
+from ._flow import LARGE, RULES, connect_all
+from ._known import Known, bounds_of, constant, everything, known, parameter, spread
+
+# As many words of 64 inputs at a time as keep the largest intermediate result below this.
+_BYTES = 2**28
+# A loop is gone through step by step up to so many equations, else to a fixed point.
+_STEPS = 50_000
+# Beyond this a bound is no bound: it comes from a number that may be any finite one.
+_FREE = 1e300
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_LOOPS = ("scan", "while", "cond")
+
+
+@dataclasses.dataclass
+class Context:
+    """What one pass through a function has besides its values.
+
+    - `assume_bounded`: whether scores that meet a mask of a large number are below a tenth of it.
+    - `cut`: the equations, by their path, whose results are taken to read nothing.
+    - `masks`: the tenths that were assumed; `opaque`: names of what is not in the table.
+    - `merging`, `moving`: where they are asked for, the equations that bring inputs together, and
+        those that move entries; by path, each with its line.
+    - `calls`: the equations that the present one is inside of.
+    """
+
+    assume_bounded: bool
+    cut: frozenset = frozenset()
+    masks: set = dataclasses.field(default_factory=set)
+    opaque: set = dataclasses.field(default_factory=set)
+    merging: dict | None = None
+    moving: dict | None = None
+    calls: list = dataclasses.field(default_factory=list)
+
+    def bounded_beside_masks(self, values, beside=()) -> Sequence[Known]:
+        if not self.assume_bounded:
+            return values
+        largest = max((_mask_size(x) for x in (*values, *beside)), default=0.0)
+        if not largest:
+            return values
+        limit = largest / 10
+        return [self._clipped(x, limit) for x in values]
+
+    def _clipped(self, x: Known, limit: float) -> Known:
+        varies = x.low != x.high
+        below, above = varies & (x.low < -_FREE), varies & (x.high > _FREE)
+        if not ((below | above).any() and jnp.issubdtype(x.dtype, jnp.floating)):
+            return x
+        self.masks.add(limit)
+        low, high = np.where(below, -limit, x.low), np.where(above, limit, x.high)
+        return Known(x.shape, x.dtype, x.reads, low, high)
+
+
+def _mask_size(x: Known) -> float:
+    """The size of the largest negative number that is the whole value of an entry."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return 0.0
+    large = (x.high <= -LARGE) & ((x.low > -_FREE) | (x.low == x.high)) & (x.low > -np.inf)
+    return float(-np.min(np.where(large, x.low, 0.0))) if np.any(large) else 0.0
+
+
+def evaluate(context: Context, closed: Any, args: Sequence[Known], path=()) -> list[Known]:
+    """What is known of the results of a jaxpr, from what is known of its arguments."""
+    jaxpr = getattr(closed, "jaxpr", closed)
+    consts = [parameter(const, LARGE) for const in getattr(closed, "consts", ())]
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not _literal(v)}
+    last |= dict.fromkeys((v for v in jaxpr.outvars if not _literal(v)), len(jaxpr.eqns))
+
+    def read(atom):
+        return constant(atom.val) if _literal(atom) else values[atom]
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        operands = [read(atom) for atom in eqn.invars]
+        for atom in set(filter(lambda a: not _literal(a), eqn.invars)):
+            if last[atom] == i:
+                del values[atom]
+        results = _equation(context, eqn, operands, (*path, i))
+        values.update((v, x) for v, x in zip(eqn.outvars, results, strict=True) if v in last)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _literal(atom: Any) -> bool:
+    return isinstance(atom, jex.Literal)
+
+
+def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) -> list[Known]:
+    name = eqn.primitive.name.replace("-", "_")
+    inner = next((eqn.params[key] for key in _CALLS if key in eqn.params), None)
+    if name in _CONTROL or (inner is not None and name not in _OPAQUE):
+        context.calls.append(eqn)
+        run = _CONTROL.get(name, lambda *_: evaluate(context, inner, operands, path))
+        results = run(context, eqn, operands, path)
+        context.calls.pop()
+    elif all(x.value is not None for x in operands) and not eqn.effects and name not in _OPAQUE:
+        return _computed(eqn, operands)
+    else:
+        if name not in RULES:
+            context.opaque.add(name)
+        results = RULES.get(name, _unknown)(context, eqn, *operands)
+        if context.merging is not None:
+            merges = _merges(operands, results)
+            group = context.merging if merges else context.moving
+            group.setdefault(path, (eqn, _line([*context.calls, eqn])))
+            if merges:  # What comes later is judged as if this did not.
+                return [dataclasses.replace(x, reads=None) for x in results]
+    if path in context.cut:
+        results = [dataclasses.replace(x, reads=None) for x in results]
+    return results
+
+
+def _merges(operands: Sequence[Known], results: Sequence[Known]) -> bool:
+    """Whether an entry of the results reads together what no entry of some operand does."""
+    rows = lambda x: set(np.unique(x.reads)) if x.reads is not None else set()
+    found = set().union(*map(rows, results)) - {0}
+    return any(x.reads is not None and not found <= rows(x) for x in operands)
+
+
+_OPAQUE = ("shard_map", "pallas_call", "pure_callback", "io_callback", "custom_partitioning")
+
+
+def _unknown(context, eqn, *operands):
+    return connect_all(eqn, *operands)
+
+
+def _computed(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> list[Known]:
+    args = [jnp.asarray(x.value) for x in operands]
+    outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return [constant(out) for out in (outs if eqn.primitive.multiple_results else [outs])]
+
+
+# Loops and branches
+
+
+def _scan(context: Context, eqn, operands: list[Known], path) -> list[Known]:
+    """Step by step, so that a carry is known by position; a very long loop to a fixed point."""
+    body, length = eqn.params["jaxpr"], eqn.params["length"]
+    inside = getattr(body, "jaxpr", body)
+    # Constants and carries have the same rank inside, what is scanned over has one axis less:
+    # counted so, for each JAX version keeps the numbers in another parameter.
+    carried = _equal_rank(eqn.outvars, inside.outvars)
+    held = _equal_rank(eqn.invars, inside.invars) - carried
+    consts, carry, xs = operands[:held], operands[held : held + carried], operands[held + carried :]
+    if length * _size(inside) > _STEPS:
+        xs = [_any_step(x) for x in xs]
+        carry, outs = _to_fixed_point(
+            carry, lambda carry: evaluate(context, body, [*consts, *carry, *xs], path)
+        )
+        ys = [_every_step(y, length) for y in outs[carried:]]
+        return [*carry, *ys]
+    rows = []
+    for i in range(length)[:: -1 if eqn.params["reverse"] else 1]:
+        steps = [_step(x, i) for x in xs]
+        outs = evaluate(context, body, [*consts, *carry, *steps], path)
+        carry, row = outs[:carried], outs[carried:]
+        rows.append(row)
+    rows = rows[:: -1 if eqn.params["reverse"] else 1]
+    avals = [v.aval for v in eqn.outvars[carried:]]
+    ys = [_stacked([row[k] for row in rows], aval) for k, aval in enumerate(avals)]
+    return [*carry, *ys]
+
+
+def _equal_rank(outside, inside) -> int:
+    return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outside, inside, strict=True))
+
+
+def _size(jaxpr: Any) -> int:
+    return len(jaxpr.eqns) + sum(
+        _size(inner) * eqn.params.get("length", 1)
+        for eqn in jaxpr.eqns
+        for inner in jex.subjaxprs(jex.Jaxpr((), (), (), [eqn]))
+    )
+
+
+def _step(x: Known, i: int) -> Known:
+    row = lambda a: a[i] if np.ndim(a) == len(x.shape) else a
+    reads = None if x.reads is None or not x.reads[i].any() else x.reads[i]
+    value = None if x.value is None else x.value[i]
+    return Known(x.shape[1:], x.dtype, reads, row(x.low), row(x.high), value)
+
+
+def _any_step(x: Known) -> Known:
+    reads = None if x.reads is None else np.bitwise_or.reduce(x.reads, 0)
+    ends = [np.broadcast_to(end, x.shape) for end in (x.low, x.high)]
+    return Known(x.shape[1:], x.dtype, reads, ends[0].min(0), ends[1].max(0))
+
+
+def _every_step(y: Known, length: int) -> Known:
+    reads = None if y.reads is None else np.broadcast_to(y.reads, (length, *y.reads.shape))
+    return Known((length, *y.shape), y.dtype, reads, y.low, y.high)
+
+
+def _stacked(rows: list[Known], aval: Any) -> Known:
+    if not rows:
+        return known(aval)
+    words = [row.reads.shape[-1] for row in rows if row.reads is not None]
+    reads = None
+    if words:
+        none = np.zeros((*rows[0].shape, words[0]), np.uint64)
+        reads = np.stack([none if row.reads is None else row.reads for row in rows])
+    ends = []
+    for end in ("low", "high"):
+        parts = [np.broadcast_to(getattr(row, end), row.shape) for row in rows]
+        ends.append(np.stack(parts))
+    value = None
+    if all(row.value is not None for row in rows):
+        value = jnp.stack([jnp.asarray(row.value) for row in rows])
+    return Known(aval.shape, aval.dtype, reads, *ends, value)
+
+
+def _to_fixed_point(carry: list[Known], step) -> tuple[list[Known], list[Known]]:
+    """The carry joined with its results until it no longer reads more; no bounds survive."""
+    carry = [_loose(x) for x in carry]
+    while True:
+        outs = step(carry)
+        joined = [_joined(x, y) for x, y in zip(carry, outs, strict=False)]
+        if all(_same_reads(x, y) for x, y in zip(carry, joined, strict=True)):
+            return carry, outs
+        carry = joined
+
+
+def _loose(x: Known) -> Known:
+    return Known(x.shape, x.dtype, x.reads, *map(np.float64, bounds_of(x.dtype)))
+
+
+def _joined(x: Known, y: Known) -> Known:
+    reads = y.reads if x.reads is None else x.reads if y.reads is None else x.reads | y.reads
+    return dataclasses.replace(x, reads=reads)
+
+
+def _same_reads(x: Known, y: Known) -> bool:
+    return (x.reads is None and y.reads is None) or (
+        x.reads is not None and y.reads is not None and np.array_equal(x.reads, y.reads)
+    )
+
+
+def _while(context: Context, eqn, operands: list[Known], path) -> list[Known]:
+    """As often as the condition is known to hold; where it is not, to a fixed point."""
+    test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    test_consts, body_consts, carry = operands[:a], operands[a : a + b], operands[a + b :]
+    budget = _STEPS
+    while True:
+        (holds,) = evaluate(context, test, [*test_consts, *carry], (*path, 0))
+        budget -= _size(getattr(body, "jaxpr", body)) + 1
+        if not holds.constant.all() or budget < 0:
+            break
+        if not holds.low:
+            return carry
+        carry = evaluate(context, body, [*body_consts, *carry], (*path, 1))
+
+    def step(carry):
+        (holds,) = evaluate(context, test, [*test_consts, *carry], (*path, 0))
+        outs = evaluate(context, body, [*body_consts, *carry], (*path, 1))
+        row = everything(holds)
+        return [_reading(x, row) for x in outs]
+
+    return [_reading(x, everything(holds)) for x in _to_fixed_point(carry, step)[0]]
+
+
+def _reading(x: Known, row) -> Known:
+    if row is None:
+        return x
+    reads = spread(row, x.shape)
+    return dataclasses.replace(x, reads=reads if x.reads is None else x.reads | reads, value=None)
+
+
+def _cond(context: Context, eqn, operands: list[Known], path) -> list[Known]:
+    """The branch, if it is known; else what any branch reads, and the choice."""
+    which, *operands = operands
+    branches = eqn.params["branches"]
+    run = lambda i: evaluate(context, branches[i], operands, (*path, i))
+    if which.constant.all():
+        return run(int(np.clip(which.low, 0, len(branches) - 1)))
+    results = [run(i) for i in range(len(branches))]
+    row = everything(which)
+    return [_reading(_either(parts), row) for parts in zip(*results, strict=True)]
+
+
+def _either(parts: Sequence[Known]) -> Known:
+    first, *rest = parts
+    low, high, reads = first.low, first.high, first.reads
+    for part in rest:
+        low, high = np.minimum(low, part.low), np.maximum(high, part.high)
+        reads = _joined(dataclasses.replace(first, reads=reads), part).reads
+    return Known(first.shape, first.dtype, reads, low, high)
+
+
+_CONTROL = {"scan": _scan, "while": _while, "cond": _cond}
+
+
+# The question
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What the structure of a function says.
+
+    - `holds`: no forbidden pair is connected.
+    - `connected`: `connected[t, j]`, whether a chain of operations leads from input j to output t.
+    - `assumptions`: what else has to hold, in sentences.
+    - `obstacles`: what connects forbidden pairs, in sentences.
+    """
+
+    holds: bool
+    connected: Bool[np.ndarray, "T_out T_in"]
+    assumptions: tuple[str, ...]
+    obstacles: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A traced function, its input, and where positions lie in them."""
+
+    closed: Any
+    leaves: Sequence[Any]
+    in_axes: Sequence[int]
+    out_axes: Sequence[int]
+
+    def connected(self, context: Context, columns=None) -> Bool[np.ndarray, "T_out columns"]:
+        """Whether a chain of operations leads from input `columns[k]` to output t."""
+        length = np.shape(self.leaves[0])[self.in_axes[0]]
+        columns = np.arange(length) if columns is None else np.asarray(columns)
+        words = max(1, min(-(-len(columns) // 64), _BYTES // (8 * _largest(self.closed))))
+        parts = []
+        for start in range(0, len(columns), 64 * words):
+            chosen = columns[start : start + 64 * words]
+            pairs = zip(self.leaves, self.in_axes, strict=True)
+            outs = evaluate(context, self.closed, [_input(x, axis, chosen) for x, axis in pairs])
+            parts.append(_by_position(outs, self.out_axes, len(chosen)))
+        return np.concatenate(parts, 1)
+
+
+def prove(
+    question: Question, allowed: Bool[np.ndarray, "T_out T_in"], assume_bounded: bool
+) -> Proof:
+    """Whether no chain of operations leads from an input to an output that must not read it."""
+    for assume in (False, True)[: 1 + assume_bounded]:
+        context = Context(assume)
+        found = question.connected(context)
+        if not (found & ~allowed).any():
+            return Proof(True, found, _assumptions(context), ())
+    return Proof(False, found, (), _obstacles(question, context, found & ~allowed))
+
+
+def _assumptions(context: Context) -> tuple[str, ...]:
+    return tuple(
+        f"Scores that meet a mask of {-10 * limit:.2g} are below {limit:.2g} in size."
+        for limit in sorted(context.masks)
+    )
+
+
+def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ...]:
+    """A smallest set of operations without which nothing forbidden is connected."""
+    columns = np.flatnonzero(forbidden.any(0))[:64]
+    allowed = ~forbidden[:, columns]
+    look = Context(context.assume_bounded, merging={}, moving={})
+    question.connected(look, columns)
+
+    def holds(cut) -> bool:
+        trial = Context(context.assume_bounded, frozenset(cut))
+        return not (question.connected(trial, columns) & ~allowed).any()
+
+    candidates = list(look.merging)
+    if not holds(candidates):
+        candidates += list(look.moving)
+    if not holds(candidates):
+        return ("The output is the input, moved.",)
+    equations = {**look.moving, **look.merging}
+    blamed = _smallest(holds, candidates)
+    lines = []
+    for path in blamed:
+        trial = Context(context.assume_bounded, frozenset(set(blamed) - {path}))
+        reached = (question.connected(trial, columns) & ~allowed).any(1)
+        lines.append(_sentence(*equations[path], reached, context.opaque))
+    return tuple(dict.fromkeys(lines))
+
+
+def _smallest(holds, candidates: list, base: tuple = ()) -> list:
+    """QuickXplain (Junker 2004): a set with `holds` from which nothing can be left out."""
+    if len(candidates) == 1:
+        return candidates
+    half = len(candidates) // 2
+    first, second = candidates[:half], candidates[half:]
+    needed = [] if holds([*base, *first]) else _smallest(holds, second, (*base, *first))
+    rest = [] if needed and holds([*base, *needed]) else _smallest(holds, first, (*base, *needed))
+    return [*rest, *needed]
+
+
+def _sentence(eqn: jex.JaxprEqn, line: str, reached, opaque) -> str:
+    outputs = np.flatnonzero(reached)
+    which = f"outputs {outputs[0]} to {outputs[-1]}" if len(outputs) > 1 else f"output {outputs[0]}"
+    why = ", which the proof has no rule for," if eqn.primitive.name in opaque else ""
+    return f"`{eqn.primitive.name}`{why} in {line} connects {which} with what must not be read."
+
+
+def _line(calls: Sequence[jex.JaxprEqn]) -> str:
+    """The line of the user's source that traced to the last of these equations, each in the next.
+
+    What is inside a library's jitted function was traced once, for whoever called it first: there
+    the line is that of the call.
+    """
+    line = "an unknown line"
+    for eqn in calls:
+        line = _user_line(eqn) or line
+        inner = next((eqn.params[key] for key in _CALLS if key in eqn.params), None)
+        source = str(getattr(getattr(inner, "jaxpr", inner), "debug_info", None))
+        if eqn.primitive.name in ("jit", "pjit") and _INSTALLED in source:
+            break
+    return line
+
+
+_INSTALLED = os.path.dirname(os.path.dirname(jax.__file__))
+_OURS = os.path.dirname(__file__)
+
+
+def _user_line(eqn: jex.JaxprEqn) -> str | None:
+    frames = getattr(eqn.source_info.traceback, "frames", ())
+    outside = lambda f: not f.file_name.startswith((_INSTALLED, _OURS, "<"))
+    frame = next(filter(outside, frames), None)
+    return frame and f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+
+
+def _input(leaf: Any, axis: int, columns: np.ndarray) -> Known:
+    """Position `columns[k]` of the axis reads bit k."""
+    shape, words = np.shape(leaf), -(-len(columns) // 64)
+    bits = np.zeros((shape[axis], words * 64), np.uint8)
+    bits[columns, np.arange(len(columns))] = 1
+    rows = np.packbits(bits, axis=-1, bitorder="little").view(np.uint64)
+    rows = rows.reshape(*(-1 if i == axis else 1 for i in range(len(shape))), words)
+    reads = np.broadcast_to(rows, (*shape, words))
+    return Known(shape, leaf.dtype, reads, *map(np.float64, bounds_of(leaf.dtype)))
+
+
+def _by_position(outs: Sequence[Known], out_axes, count: int) -> Bool[np.ndarray, "T columns"]:
+    found = None
+    for out, axis in zip(outs, out_axes, strict=True):
+        length = out.shape[axis]
+        bits = np.zeros((length, count), bool)
+        if out.reads is not None:
+            rows = np.moveaxis(out.reads, axis, 0).reshape(length, -1, out.reads.shape[-1])
+            row = np.bitwise_or.reduce(rows, 1)
+            bits = np.unpackbits(row.view(np.uint8), axis=-1, bitorder="little")[:, :count] > 0
+        found = bits if found is None else found | bits
+    return found
+
+
+def _largest(closed: Any) -> int:
+    jaxpr = getattr(closed, "jaxpr", closed)
+    sizes = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
+    inner = [_largest(inner) for inner in jex.subjaxprs(jaxpr)]
+    return max([1, *sizes, *inner])
