@@ -35,10 +35,23 @@ def rule(*names: str):
     return enter
 
 
-def connect_all(eqn: jex.JaxprEqn, *operands: Known) -> list[Known]:
+def connect_all(eqn: Any, *operands: Known) -> list[Known]:
     """Every entry of every result reads what any entry of any operand reads."""
     row = everything(*operands)
     return [known(var.aval, spread(row, var.aval.shape)) for var in eqn.outvars]
+
+
+# A draw reads the whole key, and the other functions run a loop until every entry has converged:
+# an entry's last bits depend on how long the others take.
+_WHOLE = (
+    "random_bits random_fold_in random_gamma random_seed random_split random_unwrap random_wrap "
+    "rng_bit_generator rng_uniform igamma igammac igamma_grad_a regularized_incomplete_beta"
+)
+
+
+@rule(*_WHOLE.split())
+def _whole(context, eqn, *operands):
+    return connect_all(eqn, *operands)
 
 
 # Entry by entry. `_BOUNDS` has those whose results have bounds that masks need.
@@ -63,11 +76,11 @@ def _to_shape(x: Known, shape: tuple[int, ...]) -> Known:
 for _name in (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "
     "clamp clz complex conj convert_element_type copy copy_p cos cosh device_put digamma div eq "
-    "erf erf_inv erfc expm1 floor ge gt igamma igammac imag integer_pow is_finite le "
+    "erf erf_inv erfc expm1 floor ge gt imag integer_pow is_finite le "
     "lgamma log log1p lt max min name ne neg nextafter not or polygamma "
-    "population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt "
+    "population_count pow real reduce_precision rem round rsqrt "
     "sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt "
-    "square sub tan tanh xor zeta bessel_i0 bessel_i1 log2 one_minus_square eq_to le_to lt_to"
+    "square sub tan tanh xor zeta log2 one_minus_square threefry2x32"
 ).split():
     RULES[_name] = _elementwise
 
@@ -78,6 +91,13 @@ def _exp(context, eqn, x):
     (out,) = _elementwise(context, eqn, x)
     underflows = np.broadcast_to((out.high == 0) & (x.low != x.high), out.shape)
     return [_without(out, underflows)] if out.reads is not None and underflows.any() else [out]
+
+
+@rule("bitcast_convert_type")
+def _bits(context, eqn, x):
+    """Entry by entry, unless an entry becomes several or several one."""
+    same = x.shape == eqn.outvars[0].aval.shape
+    return _elementwise(context, eqn, x) if same else connect_all(eqn, x)
 
 
 @rule("optimization_barrier", "stop_gradient")
@@ -154,6 +174,9 @@ def _max(context, eqn, a, b):
 
 
 def _without(x: Known, where: np.ndarray) -> Known:
+    """Reads nothing there."""
+    if x.reads is None:
+        return x
     return Known(x.shape, x.dtype, np.where(where[..., None], np.uint64(0), x.reads), x.low, x.high)
 
 
@@ -172,12 +195,11 @@ def _outward(low, high, dtype):
         least, most = bounds_of(dtype)
         wraps = (low < least) | (high > most)
         return np.where(wraps, least, low), np.where(wraps, most, high)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         wide = low - np.abs(low) / 64, high + np.abs(high) / 64
-    # What was finite stays so.
-    return (
+    return tuple(
         np.where(np.isfinite(end), np.clip(out, -ANY, ANY), end)
-        for end, out in zip((low, high), wide)
+        for end, out in zip((low, high), wide, strict=True)
     )
 
 
@@ -329,7 +351,9 @@ _BOUNDS: dict[str, Callable] = {
 
 
 def _moved(eqn, sources: np.ndarray, *operands: Known) -> Known:
-    """`sources`: for each entry of the result, its place in all operands one after the other, or -1."""
+    """Each entry of the result is one of an operand: that in this place, counted through all, or,
+    where the place is -1, one from outside.
+    """
     aval = eqn.outvars[0].aval if not isinstance(eqn, _Aval) else eqn
     outside = sources < 0
     low, high = (_taken(sources, [getattr(x, end) for x in operands], operands) for end in _ENDS)
@@ -388,7 +412,7 @@ def _bind(eqn, *args, **changed) -> np.ndarray:
 _NUMPY_MOVES: dict[str, Callable] = {
     "reshape": lambda a, p: a.reshape(p["new_sizes"]),
     "squeeze": lambda a, p: a.squeeze(p["dimensions"]),
-    "expand_dims": lambda a, p: np.expand_dims(a, p["dimensions"]),
+    "tile": lambda a, p: np.tile(a, p["reps"]),
     "transpose": lambda a, p: a.transpose(p["permutation"]),
     "rev": lambda a, p: np.flip(a, p["dimensions"]),
     "slice": lambda a, p: a[
@@ -443,12 +467,10 @@ def _dynamic_update_slice(context, eqn, x, update, *starts):
     return [_moved(eqn, _bind(eqn, *_numbers(x, update), *np.int32(where)), x, update)]
 
 
-def _at_constants(x: Known, starts: Sequence[Known], axes) -> tuple[Known, list, Any]:
+def _at_constants(x: Known, starts: Sequence[Known], axes) -> tuple[Known, list[Any], Any]:
     """Where an index along an axis is not a constant, every entry along it may be meant."""
-    chosen, unknown = [], []
-    for axis, start in zip(axes, starts, strict=True):
-        chosen.append(np.int32(start.low) if start.constant.all() else np.int32(0))
-        unknown += [] if start.constant.all() else [axis]
+    chosen = [np.int32(start.low if start.constant.all() else 0) for start in starts]
+    unknown = [a for a, start in zip(axes, starts, strict=True) if not start.constant.all()]
     return _any_along(x, unknown), chosen, everything(*starts)
 
 
@@ -565,7 +587,7 @@ def _reduced_bounds(x: Known, axes: tuple[int, ...], name: str):
     if not _real(x):
         return None, None
     low, high = np.broadcast_to(x.low, x.shape), np.broadcast_to(x.high, x.shape)
-    if name in ("reduce_max", "reduce_or") and x.dtype != jnp.bool_ or name == "reduce_max":
+    if name == "reduce_max":
         return low.max(axes), high.max(axes)
     if name == "reduce_min":
         return low.min(axes), high.min(axes)
@@ -599,15 +621,19 @@ def _cumulative(context, eqn, x):
     return [known(eqn.outvars[0].aval, reads)]
 
 
-@rule("sort", "top_k", "approx_top_k", "fft", "random_permutation")
+_ALONG: dict[str, Callable[[dict], tuple[int, ...]]] = {
+    "sort": lambda p: (p["dimension"],),
+    "top_k": lambda p: (p.get("axis", -1),),
+    "approx_top_k": lambda p: (p["reduction_dimension"],),
+    "fft": lambda p: tuple(range(-len(p["fft_lengths"]), 0)),
+}
+
+
+@rule(*_ALONG)
 def _along(context, eqn, *operands):
     """All along an axis, or the axes, of all operands."""
     shape = operands[0].shape
-    axes = {
-        "sort": lambda p: (p["dimension"],),
-        "fft": lambda p: tuple(range(len(shape) - len(p["fft_lengths"]), len(shape))),
-        "approx_top_k": lambda p: (p["reduction_dimension"] % len(shape),),
-    }.get(eqn.primitive.name, lambda p: (p.get("axis", -1) % len(shape),))(eqn.params)
+    axes = tuple(axis % len(shape) for axis in _ALONG[eqn.primitive.name](eqn.params))
     reads = union(shape, *operands)
     if reads is not None:
         reads = np.bitwise_or.reduce(reads, axes, keepdims=True)

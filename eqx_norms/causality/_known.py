@@ -28,8 +28,12 @@ class Known:
     shape: tuple[int, ...]
     dtype: Any
     reads: UInt64[np.ndarray, "*shape words"] | None = None
-    low: Float[np.ndarray, "..."] = dataclasses.field(default_factory=lambda: np.float64(-ANY))
-    high: Float[np.ndarray, "..."] = dataclasses.field(default_factory=lambda: np.float64(ANY))
+    low: Float[np.ndarray, "..."] | np.float64 = dataclasses.field(
+        default_factory=lambda: np.float64(-ANY)
+    )
+    high: Float[np.ndarray, "..."] | np.float64 = dataclasses.field(
+        default_factory=lambda: np.float64(ANY)
+    )
     value: Any = None
 
     @property
@@ -60,6 +64,12 @@ def known(aval: Any, reads=None, low=None, high=None) -> Known:
     if reads is not None and not reads.any():
         reads = None
     return Known(aval.shape, aval.dtype, reads, low, high)
+
+
+def free(shape: tuple[int, ...], dtype: Any, reads=None) -> Known:
+    """An array of which nothing is known but what it reads."""
+    low, high = bounds_of(dtype)
+    return Known(shape, dtype, reads, np.float64(low), np.float64(high))
 
 
 def constant(value: Any) -> Known:

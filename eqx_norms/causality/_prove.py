@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from ._flow import LARGE, RULES, connect_all
-from ._known import Known, bounds_of, constant, everything, known, parameter, spread
+from ._known import Known, constant, everything, free, known, parameter, spread
 
 # As many words of 64 inputs at a time as keep the largest intermediate result below this.
 _BYTES = 2**28
@@ -37,8 +37,8 @@ class Context:
     - `assume_bounded`: whether scores that meet a mask of a large number are below a tenth of it.
     - `cut`: the equations, by their path, whose results are taken to read nothing.
     - `masks`: the tenths that were assumed; `opaque`: names of what is not in the table.
-    - `merging`, `moving`: where they are asked for, the equations that bring inputs together, and
-        those that move entries; by path, each with its line.
+    - `looking`: whether to look for what may be to blame: `merging` are then the equations that
+        bring inputs together, `moving` the others, by path, each with its line.
     - `calls`: the equations that the present one is inside of.
     """
 
@@ -46,8 +46,9 @@ class Context:
     cut: frozenset = frozenset()
     masks: set = dataclasses.field(default_factory=set)
     opaque: set = dataclasses.field(default_factory=set)
-    merging: dict | None = None
-    moving: dict | None = None
+    looking: bool = False
+    merging: dict = dataclasses.field(default_factory=dict)
+    moving: dict = dataclasses.field(default_factory=dict)
     calls: list = dataclasses.field(default_factory=list)
 
     def bounded_beside_masks(self, values, beside=()) -> Sequence[Known]:
@@ -107,8 +108,10 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
     inner = next((eqn.params[key] for key in _CALLS if key in eqn.params), None)
     if name in _CONTROL or (inner is not None and name not in _OPAQUE):
         context.calls.append(eqn)
-        run = _CONTROL.get(name, lambda *_: evaluate(context, inner, operands, path))
-        results = run(context, eqn, operands, path)
+        if name in _CONTROL:
+            results = _CONTROL[name](context, eqn, operands, path)
+        else:
+            results = evaluate(context, inner, operands, path)
         context.calls.pop()
     elif all(x.value is not None for x in operands) and not eqn.effects and name not in _OPAQUE:
         return _computed(eqn, operands)
@@ -116,7 +119,7 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
         if name not in RULES:
             context.opaque.add(name)
         results = RULES.get(name, _unknown)(context, eqn, *operands)
-        if context.merging is not None:
+        if context.looking:
             merges = _merges(operands, results)
             group = context.merging if merges else context.moving
             group.setdefault(path, (eqn, _line([*context.calls, eqn])))
@@ -183,10 +186,11 @@ def _equal_rank(outside, inside) -> int:
 
 
 def _size(jaxpr: Any) -> int:
+    """How many equations there are, those of a loop once for each step."""
     return len(jaxpr.eqns) + sum(
-        _size(inner) * eqn.params.get("length", 1)
+        _size(getattr(inner, "jaxpr", inner)) * eqn.params.get("length", 1)
         for eqn in jaxpr.eqns
-        for inner in jex.subjaxprs(jex.Jaxpr((), (), (), [eqn]))
+        for inner in jex.jaxprs_in_params(eqn.params)
     )
 
 
@@ -216,14 +220,11 @@ def _stacked(rows: list[Known], aval: Any) -> Known:
     if words:
         none = np.zeros((*rows[0].shape, words[0]), np.uint64)
         reads = np.stack([none if row.reads is None else row.reads for row in rows])
-    ends = []
-    for end in ("low", "high"):
-        parts = [np.broadcast_to(getattr(row, end), row.shape) for row in rows]
-        ends.append(np.stack(parts))
+    stacked = lambda end: np.stack([np.broadcast_to(getattr(row, end), row.shape) for row in rows])
     value = None
     if all(row.value is not None for row in rows):
         value = jnp.stack([jnp.asarray(row.value) for row in rows])
-    return Known(aval.shape, aval.dtype, reads, *ends, value)
+    return Known(aval.shape, aval.dtype, reads, stacked("low"), stacked("high"), value)
 
 
 def _to_fixed_point(carry: list[Known], step) -> tuple[list[Known], list[Known]]:
@@ -238,7 +239,7 @@ def _to_fixed_point(carry: list[Known], step) -> tuple[list[Known], list[Known]]
 
 
 def _loose(x: Known) -> Known:
-    return Known(x.shape, x.dtype, x.reads, *map(np.float64, bounds_of(x.dtype)))
+    return free(x.shape, x.dtype, x.reads)
 
 
 def _joined(x: Known, y: Known) -> Known:
@@ -353,11 +354,13 @@ def prove(
     question: Question, allowed: Bool[np.ndarray, "T_out T_in"], assume_bounded: bool
 ) -> Proof:
     """Whether no chain of operations leads from an input to an output that must not read it."""
-    for assume in (False, True)[: 1 + assume_bounded]:
-        context = Context(assume)
+    context = Context(assume_bounded=False)
+    found = question.connected(context)
+    if assume_bounded and (found & ~allowed).any():
+        context = Context(assume_bounded=True)
         found = question.connected(context)
-        if not (found & ~allowed).any():
-            return Proof(True, found, _assumptions(context), ())
+    if not (found & ~allowed).any():
+        return Proof(True, found, _assumptions(context), ())
     return Proof(False, found, (), _obstacles(question, context, found & ~allowed))
 
 
@@ -372,7 +375,7 @@ def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ..
     """A smallest set of operations without which nothing forbidden is connected."""
     columns = np.flatnonzero(forbidden.any(0))[:64]
     allowed = ~forbidden[:, columns]
-    look = Context(context.assume_bounded, merging={}, moving={})
+    look = Context(context.assume_bounded, looking=True)
     question.connected(look, columns)
 
     def holds(cut) -> bool:
@@ -390,7 +393,8 @@ def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ..
     for path in blamed:
         trial = Context(context.assume_bounded, frozenset(set(blamed) - {path}))
         reached = (question.connected(trial, columns) & ~allowed).any(1)
-        lines.append(_sentence(*equations[path], reached, context.opaque))
+        eqn, line = equations[path]
+        lines.append(_sentence(eqn, line, reached, context.opaque))
     return tuple(dict.fromkeys(lines))
 
 
@@ -447,19 +451,16 @@ def _input(leaf: Any, axis: int, columns: np.ndarray) -> Known:
     rows = np.packbits(bits, axis=-1, bitorder="little").view(np.uint64)
     rows = rows.reshape(*(-1 if i == axis else 1 for i in range(len(shape))), words)
     reads = np.broadcast_to(rows, (*shape, words))
-    return Known(shape, leaf.dtype, reads, *map(np.float64, bounds_of(leaf.dtype)))
+    return free(shape, leaf.dtype, reads)
 
 
 def _by_position(outs: Sequence[Known], out_axes, count: int) -> Bool[np.ndarray, "T columns"]:
-    found = None
+    found = np.zeros((outs[0].shape[out_axes[0]], count), bool)
     for out, axis in zip(outs, out_axes, strict=True):
-        length = out.shape[axis]
-        bits = np.zeros((length, count), bool)
         if out.reads is not None:
-            rows = np.moveaxis(out.reads, axis, 0).reshape(length, -1, out.reads.shape[-1])
+            rows = np.moveaxis(out.reads, axis, 0).reshape(len(found), -1, out.reads.shape[-1])
             row = np.bitwise_or.reduce(rows, 1)
-            bits = np.unpackbits(row.view(np.uint8), axis=-1, bitorder="little")[:, :count] > 0
-        found = bits if found is None else found | bits
+            found |= np.unpackbits(row.view(np.uint8), axis=-1, bitorder="little")[:, :count] > 0
     return found
 
 
