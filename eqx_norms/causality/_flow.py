@@ -74,13 +74,13 @@ def _to_shape(x: Known, shape: tuple[int, ...]) -> Known:
 
 
 for _name in (
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "
+    "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "
     "clamp clz complex conj convert_element_type copy copy_p cos cosh device_put digamma div eq "
     "erf erf_inv erfc expm1 floor ge gt imag integer_pow is_finite le "
     "lgamma log log1p lt max min name ne neg nextafter not or polygamma "
     "population_count pow real reduce_precision rem round rsqrt "
     "sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt "
-    "square sub tan tanh xor zeta log2 one_minus_square threefry2x32"
+    "square tan tanh xor zeta log2 one_minus_square threefry2x32"
 ).split():
     RULES[_name] = _elementwise
 
@@ -117,6 +117,20 @@ def _mul(context, eqn, a, b):
             x = Known(x.shape, x.dtype, cut, x.low, x.high)
         parts.append(x)
     low, high = _product(a, b) if _real(aval) else (None, None)
+    return [known(aval, union(aval.shape, *parts), low, high)]
+
+
+@rule("add", "add_any", "sub")
+def _sum(context, eqn, a, b):
+    """What is added to minus infinity is not read: inputs are finite."""
+    aval = eqn.outvars[0].aval
+    low, high = _sum_bounds(context, eqn, a, b)
+    parts = []
+    for x, other in ((a, b), (b, a)):
+        endless = (other.low == other.high) & np.isinf(other.low)
+        finite = np.isfinite(x.low) & np.isfinite(x.high)
+        x = _to_shape(x, aval.shape)
+        parts.append(_without(x, endless & finite) if np.any(endless & finite) else x)
     return [known(aval, union(aval.shape, *parts), low, high)]
 
 
@@ -177,6 +191,7 @@ def _without(x: Known, where: np.ndarray) -> Known:
     """Reads nothing there."""
     if x.reads is None:
         return x
+    where = np.broadcast_to(where, x.shape)
     return Known(x.shape, x.dtype, np.where(where[..., None], np.uint64(0), x.reads), x.low, x.high)
 
 
@@ -324,9 +339,6 @@ def _abs_bounds(context, eqn, x):
 
 
 _BOUNDS: dict[str, Callable] = {
-    "add": _sum_bounds,
-    "add_any": _sum_bounds,
-    "sub": _sum_bounds,
     "neg": lambda context, eqn, x: (-x.high, -x.low) if _real(x) else (None, None),
     "exp": _exp_bounds,
     "exp2": _exp_bounds,
@@ -460,11 +472,10 @@ def _dynamic_slice(context, eqn, x, *starts):
 
 @rule("dynamic_update_slice")
 def _dynamic_update_slice(context, eqn, x, update, *starts):
-    unknown = [axis for axis, start in enumerate(starts) if not start.constant.all()]
-    if unknown:
+    if not all(start.constant.all() for start in starts):
         return connect_all(eqn, x, update, *starts)
-    where = [int(start.low) for start in starts]
-    return [_moved(eqn, _bind(eqn, *_numbers(x, update), *np.int32(where)), x, update)]
+    where = [np.int32(start.low) for start in starts]
+    return [_moved(eqn, _bind(eqn, *_numbers(x, update), *where), x, update)]
 
 
 def _at_constants(x: Known, starts: Sequence[Known], axes) -> tuple[Known, list[Any], Any]:
