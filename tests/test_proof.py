@@ -7,6 +7,8 @@ import functools
 
 import causality_zoo as zoo
 import equinox as eqx
+import flax.linen as nn
+import haiku as hk
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -327,3 +329,41 @@ def test_a_convolutional_net(getkey):
     assert proof(causal, floats(), CAUSAL).holds
     centred = eqx.nn.Conv1d(4, 4, 3, padding=1, key=getkey())
     assert not proof(lambda x: centred(x.T).T, floats(), CAUSAL).holds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", (True, False))
+def test_a_flax_transformer(masked):
+    class Transformer(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            x = nn.Embed(16, 8)(ids)
+            mask = nn.make_causal_mask(ids) if masked else None
+            for _ in range(2):
+                x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x), mask=mask)
+                x = x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x))))
+            return x
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        model = Transformer()
+        params = model.init(jr.key(seed(0)), tokens())
+        assert proof(lambda ids: model.apply(params, ids), tokens(), CAUSAL).holds == masked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", (True, False))
+def test_a_haiku_transformer(masked):
+    def transformer(ids):
+        x = hk.Embed(16, 8)(ids)
+        mask = jnp.tri(len(ids), dtype=bool)[None] if masked else None
+        for _ in range(2):
+            y = hk.LayerNorm(-1, True, True)(x)
+            init = hk.initializers.VarianceScaling()
+            x = x + hk.MultiHeadAttention(2, 4, w_init=init)(y, y, y, mask=mask)
+            x = x + hk.nets.MLP([16, 8], activation=jax.nn.gelu)(hk.LayerNorm(-1, True, True)(x))
+        return x
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        model = hk.without_apply_rng(hk.transform(transformer))
+        params = model.init(jr.key(seed(0)), tokens())
+        assert proof(lambda ids: model.apply(params, ids), tokens(), CAUSAL).holds == masked
