@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from oracles import error, exact_norm
+from draws import seed
+from oracles import assert_rounded_once, error, exact_norm, terms, ulps
 
 from eqx_norms import LayerNorm, layer_norm, normalize_reference, rms_norm
 
@@ -28,9 +29,12 @@ def value_and_vjp(x, weight, bias, g, norm="layer_norm"):
     return y, *vjp(g)
 
 
-def draw(n, seed=0, rows=ROWS):
+EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+def draw(n, rows=ROWS):
     """x, weight, bias, and a random cotangent: a constant one cancels in a norm."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed(0))
     x = rng.normal(size=(rows, n))
     # LayerNorm of two entries, RMSNorm of one: far apart, so that dx all but vanishes; see the test
     # of close pairs.
@@ -92,23 +96,34 @@ def test_close_pairs():
     assert (np.abs(dx - exact_norm(x, weight, bias, g).dx) / terms).max() < 5e-7
 
 
+@ft.cache
+def xla_casts_to(dtype):
+    """XLA for CPUs has no cast to float16 below AVX: "Symbols not found: [ __truncsfhf2 ]"."""
+    try:
+        jax.jit(lambda x: x.astype(dtype))(jnp.ones(1)).block_until_ready()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("n", (17, 768, 4096))
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
 @pytest.mark.parametrize("offset", (0, 10, 1000))
 @pytest.mark.parametrize("norm", NORMS)
 def test_half_precision_is_rounded_once(n, dtype, offset, norm):
-    """The result is the exact one rounded, but for the few where float32 rounded across a tie."""
+    """The result is the exact one rounded, but where float32 rounded across a tie."""
+    if not xla_casts_to(dtype):
+        pytest.skip(f"on this processor XLA fails at a plain x.astype({dtype!r})")
     x, weight, bias, g = draw(n, rows=64)
     x, g = jnp.asarray(x + offset, dtype), jnp.asarray(g, dtype)
     y, dx, dweight, dbias = value_and_vjp(x, weight, bias, g, norm)
     want = exact_norm(x, weight, bias, g, centre=norm == "layer_norm")
-    rounded_once = lambda a, b: np.mean(np.asarray(a) == b.astype(a.dtype))
+    size = terms(x, weight, bias, g, centre=norm == "layer_norm")
     assert y.dtype == dx.dtype == dtype and dweight.dtype == dbias.dtype == jnp.float32
-    assert rounded_once(y, want.y) >= 0.999
-    # At 1000 a row has few different values, and dx entries that cancel as close pairs do.
-    if offset < 1000:
-        assert rounded_once(dx, want.dx) >= 0.999
-    assert error(dweight, want.dweight) < 1e-6 and error(dbias, want.dbias) < 1e-6
+    assert_rounded_once(y, want.y, ulps(n) * EPS * size.y)
+    assert_rounded_once(dx, want.dx, ulps(n) * EPS * size.dx)
+    assert (np.abs(dweight - want.dweight) <= ulps(n) * EPS * size.dweight).all()
+    assert (np.abs(dbias - want.dbias) <= ulps(len(x)) * EPS * size.dbias).all()
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
