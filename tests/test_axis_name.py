@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from draws import seed
 from jax.sharding import AxisType, PartitionSpec as P
 from oracles import error, exact_norm
 
@@ -119,7 +120,7 @@ def _without_mask(way, norm):
 @WAYS
 @pytest.mark.parametrize("offset", (0, 1e4, 1e6))
 def test_float32_at_an_offset(way, norm, offset):
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed(0))
     x, g = rng.normal(size=(2, ROWS, N)).astype(np.float32)
     weight, bias = rng.normal(size=(2, N)).astype(np.float32)
     x += np.float32(offset)

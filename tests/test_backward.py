@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import seed
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from oracles import error, exact_norm
@@ -25,7 +26,7 @@ ROWS, FEATURES = 8, 6
 
 def random_arrays(dtype=jnp.float32, rows=ROWS, features=FEATURES):
     """x, weight, bias and a cotangent; the parameters in float32."""
-    rng = np.random.default_rng(20240607)
+    rng = np.random.default_rng(seed(20240607))
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     x, g = (jnp.asarray(draw(rows, features), dtype) for _ in range(2))
     return x, jnp.asarray(1 + draw(features)), jnp.asarray(draw(features)), g

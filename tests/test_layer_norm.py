@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from draws import seed
 
 from eqx_norms import LayerNorm, RMSNorm, layer_norm, rms_norm
 
@@ -49,7 +50,7 @@ CALLS = [
 @EACH_LAYER
 @pytest.mark.parametrize("shape, got, axes, call", CALLS)
 def test_missing_vmap_error_ends_in_the_call_that_works(layer, shape, got, axes, call):
-    module, x = layer(shape), jr.normal(jr.key(0), got)
+    module, x = layer(shape), jr.normal(jr.key(seed(0)), got)
     name = LAYERS[layer].__name__
     call = call.replace("layer_norm", name)
     with pytest.raises(ValueError) as info:

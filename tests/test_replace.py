@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from draws import seed
 
 from eqx_norms import GroupNorm, LayerNorm, RMSNorm, replace_norms
 
@@ -76,7 +77,7 @@ def test_where_is_asked_with_the_path(model):
 
 def test_nothing_found_is_an_error(model):
     with pytest.raises(ValueError, match=r"found no equinox.nn.LayerNorm, RMSNorm or GroupNorm"):
-        replace_norms(eqx.nn.MLP(2, 2, 2, 1, key=jr.key(0)))
+        replace_norms(eqx.nn.MLP(2, 2, 2, 1, key=jr.key(seed(0))))
     with pytest.raises(ValueError, match=r"for which `where\(path, norm\)` is true"):
         replace_norms(model, where=lambda path, norm: False)
     with pytest.raises(ValueError, match="found no"):
@@ -147,7 +148,7 @@ def test_partitioned_models(model):
     params, static = eqx.partition(model, eqx.is_array)
     both = eqx.combine(replace_norms(params), replace_norms(static))
     assert eqx.tree_equal(both, replace_norms(model))
-    shapes = replace_norms(eqx.filter_eval_shape(Model, jr.key(0)))
+    shapes = replace_norms(eqx.filter_eval_shape(Model, jr.key(seed(0))))
     assert shapes.channels.weight == jax.ShapeDtypeStruct((6,), jnp.float32)
 
 
