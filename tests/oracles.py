@@ -72,6 +72,15 @@ def ulps(n: int) -> float:
     return 16 + n**0.5
 
 
+def assert_close(got, want: Exact, size: Exact, n: int, *, margin=1.0):
+    """Every entry, within `margin * ulps(n)` ulps of its terms in the dtype that it has."""
+    for name, a, b, terms in zip(want._fields, got, want, size, strict=True):
+        assert a.shape == b.shape
+        bound = margin * ulps(n) * np.finfo(a.dtype).eps * terms
+        wrong = ~(np.abs(np.asarray(a, np.float64) - b) <= bound)
+        assert not wrong.any(), (name, np.asarray(a)[wrong], b[wrong], bound[wrong])
+
+
 def assert_rounded_once(got, want, margin):
     """In a narrow dtype: what `want` gives when rounded, had it been off by at most `margin`.
 
