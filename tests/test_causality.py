@@ -600,7 +600,7 @@ def test_the_signature_is_the_documented_one():
     assert (
         names
         == (
-            "fn x axis out_axis strict splits scales token_values noise_ulps confirm_x64 "
+            "fn x axis out_axis strict splits scales token_values fixed noise_ulps confirm_x64 "
             "batch_size key perturb_params err_msg"
         ).split()
     )

@@ -1,6 +1,6 @@
 """The entry points: edit what must not be read, compare what must not change."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from ._edits import Edit, Editor, make_editor, mixing_edits, nothing, vocabulary
+from ._edits import MASK, Edit, Editor, TokenValues, called, make_editor, mixing_edits, nothing
 from ._inputs import Problem, make_problem, perturbed, require_same_length, traced
 from ._judge import DIFFERS_FROM_ITSELF, function_eps, judge
 from ._matrix import locate
@@ -36,7 +36,8 @@ def assert_causal(
     strict: bool = False,
     splits: Sequence[int] | str = "auto",
     scales: Sequence[float] = (1.0, 10.0, 100.0),
-    token_values: Sequence[int] | None = None,
+    token_values: TokenValues = None,
+    fixed: str | Iterable[str] = (),
     noise_ulps: float = 64,
     confirm_x64: bool = True,
     batch_size: int = 8,
@@ -72,7 +73,9 @@ def assert_causal(
     - `fn`: any function of one argument that JAX can trace: an Equinox module, or a closure
         over a Flax or Haiku one. Keys and other arguments go in by closure.
     - `x`: its input, an array or a pytree of arrays that share `axis`: floats of any dtype,
-        complex numbers, integer tokens, bools. Its values should be typical ones.
+        complex numbers, integer tokens, bools. Its values should be typical ones. An array that
+        holds only 0 and 1, such as a mask, is edited within them; but not if it is all of `x`
+        and constant.
     - `axis`: the axis of the positions in every array of `x`; at least 2 long.
     - `out_axis`: that in every array of the output, by default `axis`. It must be as long.
     - `strict`: output `t` must not read input `t` either, as where inputs are not yet shifted.
@@ -81,7 +84,10 @@ def assert_causal(
     - `scales`: how large the replaced floats are, in units of the root mean square of `x`.
     - `token_values`: ids that mean something special, such as padding or the end of the text,
         and the largest id if `x` does not contain it. The ids that edits draw run to the
-        largest of `x` and `token_values`.
+        largest of `x` and `token_values`. For every array of integers that holds more than 0
+        and 1; or for some by name, as in `{"ids": (0, 49), "text.segment": (3,)}`.
+    - `fixed`: the names of what is left alone, as in `"mask"` or `("mask", "text.segment")`. It is
+        given to `fn` as it is, so that it need not have positions, nor be an array.
     - `noise_ulps`: how many eps of the output's magnitude count as rounding.
     - `confirm_x64`: whether to re-run smaller changes in float64. If not, they count as noise.
     - `batch_size`: how many edited inputs are sent to the device at a time. One forward pass
@@ -102,7 +108,7 @@ def assert_causal(
         is not finite on `x`, or the shapes, the axes or an option are wrong.
     """
     kind = "strictly causal" if strict else "causal"
-    how = How(scales, token_values, noise_ulps, confirm_x64, batch_size, key, perturb_params)
+    how = How(scales, token_values, fixed, noise_ulps, confirm_x64, batch_size, key, perturb_params)
     report = _check(kind, fn, x, axis, out_axis, splits, how)
     if report.leak:
         raise CausalityError(report, err_msg)
@@ -117,7 +123,8 @@ def assert_independent(
     out_axis: int | None = None,
     splits: Sequence[int] | str = "auto",
     scales: Sequence[float] = (1.0, 10.0, 100.0),
-    token_values: Sequence[int] | None = None,
+    token_values: TokenValues = None,
+    fixed: str | Iterable[str] = (),
     noise_ulps: float = 64,
     confirm_x64: bool = True,
     batch_size: int = 8,
@@ -143,7 +150,7 @@ def assert_independent(
 
     As [`eqx_norms.causality.assert_causal`][] does.
     """
-    how = How(scales, token_values, noise_ulps, confirm_x64, batch_size, key, perturb_params)
+    how = How(scales, token_values, fixed, noise_ulps, confirm_x64, batch_size, key, perturb_params)
     report = _check("independent", fn, x, axis, out_axis, splits, how)
     if report.leak:
         raise CausalityError(report, err_msg)
@@ -170,7 +177,8 @@ class How(NamedTuple):
     """The options that both checks share, as `assert_causal` documents them."""
 
     scales: Sequence[float]
-    token_values: Sequence[int] | None
+    token_values: TokenValues
+    fixed: str | Iterable[str]
     noise_ulps: float
     confirm_x64: bool
     batch_size: int
@@ -195,10 +203,12 @@ def _check(
     rng = np.random.default_rng(0)
     if how.perturb_params is not None:
         fn = perturbed(fn, how.perturb_params, rng)
-    problem = make_problem(fn, x, axis, out_axis)
+    problem = make_problem(fn, x, axis, out_axis, how.fixed)
     require_same_length(problem, axis, out_axis)
     _require_same_trace(problem)
-    editor = make_editor(problem.leaves, problem.in_axes, how.scales, how.token_values, how.key)
+    editor = make_editor(
+        problem.leaves, problem.in_axes, how.scales, how.token_values, how.key, problem.names
+    )
     rule = Rule(kind, problem.length)
     tried = rule.choose(splits, rng)
 
@@ -269,10 +279,18 @@ def _inert(rule: Rule, edits: Sequence[Edit], moved: np.ndarray) -> list[str]:
 def _token_notes(editor: Editor) -> list[str]:
     notes = []
     for leaf in editor.leaves:
-        if jnp.issubdtype(leaf.dtype, jnp.integer):
-            ids = vocabulary(editor, leaf)
-            source = "x and token_values" if editor.token_values else "x; token_values= adds ids"
-            notes += [f"Tokens were drawn from {ids[0]} to {ids[-1]}, as found in {source}."]
+        if leaf.ids is None or leaf.values.dtype == np.bool_:
+            continue
+        if leaf.ids == MASK:
+            more = (
+                "; token_values= adds ids" if jnp.issubdtype(leaf.values.dtype, jnp.integer) else ""
+            )
+            notes += [f"{called(leaf.name)} holds only 0 and 1, and was edited within them{more}."]
+            continue
+        what = f"{called(leaf.name)} was" if leaf.name else "Tokens were"
+        first, last = leaf.ids.drawn[0], leaf.ids.drawn[-1]
+        source = "x and token_values" if leaf.ids.given else "x; token_values= adds ids"
+        notes += [f"{what} drawn from {first} to {last}, as found in {source}."]
     return notes
 
 

@@ -1,6 +1,6 @@
 """Who reads whom: every input edited alone, or gradients from every output."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._edits import Edit, make_editor, nothing, single_edits
+from ._edits import Edit, TokenValues, make_editor, nothing, single_edits
 from ._inputs import Problem, make_problem
 from ._judge import Verdict, function_eps, judge_singles
 from ._probe import make_probe
@@ -27,7 +27,8 @@ def dependency_matrix(
     out_axis: int | None = None,
     method: Literal["perturb", "vjp"] = "perturb",
     scales: Sequence[float] = (1.0, 10.0, 100.0),
-    token_values: Sequence[int] | None = None,
+    token_values: TokenValues = None,
+    fixed: str | Iterable[str] = (),
     batch_size: int = 8,
     key: PRNGKeyArray | None = None,
 ) -> Float[np.ndarray, "T_out T_in"]:
@@ -47,7 +48,7 @@ def dependency_matrix(
     **Arguments:**
 
     - `method`: `"perturb"` or `"vjp"`.
-    - `fn`, `x`, `axis`, `out_axis`, `scales`, `token_values`, `batch_size`, `key`: as for
+    - `fn`, `x`, `axis`, `out_axis`, `scales`, `token_values`, `fixed`, `batch_size`, `key`: as for
         [`eqx_norms.causality.assert_causal`][]. The output may have any number of positions.
 
     **Returns:**
@@ -59,12 +60,12 @@ def dependency_matrix(
     `ValueError` for an unknown method or a wrong axis, `TypeError` for `method="vjp"` of an `x`
     or an output that has no floats.
     """
-    problem = make_problem(fn, x, axis, out_axis)
+    problem = make_problem(fn, x, axis, out_axis, fixed)
     if method == "vjp":
         return _vjp_matrix(problem, jr.key(0) if key is None else key)
     if method != "perturb":
         raise ValueError(f'method must be "perturb" or "vjp", got {method!r}')
-    editor = make_editor(problem.leaves, problem.in_axes, scales, token_values, key)
+    editor = make_editor(problem.leaves, problem.in_axes, scales, token_values, key, problem.names)
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), batch_size)
     edits = [nothing(editor), *single_edits(editor, range(problem.length))]
     changes = probe.measure(edits, "dependency matrix")
