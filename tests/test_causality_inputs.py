@@ -3,15 +3,18 @@
 The oracle is a model whose answer is known by construction, or the edited arrays themselves.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
 import pytest
 from draws import seed
 
 from eqx_norms.causality import check_causal, dependency_matrix
 from eqx_norms.causality._edits import Edit, make_editor
+from eqx_norms.causality._inputs import perturbed
 
 T, D, VOCABULARY = 8, 4, 50
 
@@ -172,3 +175,74 @@ def test_report_names_what_it_took_for_a_mask(ids):
     batch = {"ids": ids, "mask": MASKS["full"].astype(jnp.float32)}
     report = check_causal(attend, batch)
     assert "'mask' holds only 0 and 1, and was edited within them." in str(report)
+
+
+# What perturb_params moves
+
+
+class LinearAttention(eqx.Module):
+    """Its mask is held as an array of floats; its branches start at zero, and one of them leaks."""
+
+    mask: jax.Array
+    scale: jax.Array = eqx.field(default_factory=lambda: jnp.zeros(()))
+    leak: jax.Array | None = None
+
+    def __call__(self, x):
+        x = x + self.scale * ((x @ x.T) * self.mask @ x)
+        return x if self.leak is None else x + self.leak * x.mean(0, keepdims=True)
+
+
+@pytest.fixture
+def x():
+    return jr.normal(jr.key(seed(2)), (T, D))
+
+
+@pytest.mark.parametrize("sigma", [0.02, 1e-6])
+def test_noise_leaves_a_mask_of_floats_alone(x, sigma):
+    model = LinearAttention(jnp.tri(T))
+    report = check_causal(model, x, perturb_params=sigma)
+    assert not report.leak, str(report)
+    assert "It was not added to mask." in " ".join(str(report).split())
+    # What starts at zero is moved: the attention shows, and with it a branch that leaks.
+    assert not any("react to no input but their own" in note for note in report.notes)
+    leaky = LinearAttention(jnp.tri(T), leak=jnp.zeros(()))
+    assert not check_causal(leaky, x).leak and check_causal(leaky, x, perturb_params=sigma).leak
+
+
+def test_trainable_says_what_noise_moves(x):
+    model = LinearAttention(0.5 * jnp.tri(T))
+    report = check_causal(model, x, perturb_params=0.02)
+    assert report.leak and "trainable=" in str(report)
+    only = eqx.tree_at(lambda m: m.scale, jax.tree.map(lambda _: False, model), True)
+    not_the_mask = lambda leaf: eqx.is_inexact_array(leaf) and leaf.shape != (T, T)
+    for spec in (only, not_the_mask):
+        report = check_causal(model, x, perturb_params=0.02, trainable=spec)
+        assert not report.leak, str(report)
+        assert not any("react to no input but their own" in note for note in report.notes)
+
+
+def test_noise_leaves_state_alone():
+    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(D, "batch", mode="batch")
+    index = eqx.nn.StateIndex(jnp.full(3, 0.5))
+    fn = jtu.Partial(lambda *args: None, norm, state, index)
+    noisy, skipped = perturbed(fn, 1.0, np.random.default_rng(0), None)
+    assert eqx.tree_equal(noisy.args[1:], fn.args[1:])
+    before, after = (f.args[0].weight for f in (fn, noisy))
+    assert (before != after).all()
+    assert skipped == ["0.1", "0.2"]
+
+
+def test_messages_mention_the_noise(x):
+    model = jtu.Partial(lambda variance, x: x / jnp.sqrt(variance), jnp.full((1, D), 1e-6))
+    with pytest.raises(ValueError, match="must return finite numbers") as caught:
+        check_causal(model, x, perturb_params=10.0)
+    (note,) = caught.value.__notes__
+    assert "Noise of size 10 was added to the parameters." in note and "trainable=" in note
+
+
+def test_noise_that_is_none_is_refused(x):
+    for sigma in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="perturb_params must be positive and finite"):
+            check_causal(LinearAttention(jnp.tri(T)), x, perturb_params=sigma)
+    with pytest.raises(TypeError, match="float arrays that trainable= selects"):
+        check_causal(LinearAttention(jnp.tri(T)), x, perturb_params=1, trainable=False)

@@ -43,6 +43,7 @@ def assert_causal(
     batch_size: int = 8,
     key: PRNGKeyArray | None = None,
     perturb_params: float | None = None,
+    trainable: PyTree | None = None,
     err_msg: str = "",
 ) -> CausalityReport:
     """Raises `CausalityError` if output `t` of `fn(x)` reads an input later than `t`.
@@ -93,8 +94,12 @@ def assert_causal(
     - `batch_size`: how many edited inputs are sent to the device at a time. One forward pass
         runs at a time, so that this costs memory for inputs and outputs only.
     - `key`: a JAX PRNG key for the edits; by default the same edits at each call.
-    - `perturb_params`: the size of normal noise to add to every float array of `fn`, which must
-        then be a pytree such as an Equinox module. Shows what zero-initialised branches hide.
+    - `perturb_params`: the size of normal noise to add to the parameters of `fn`, which must then
+        be a pytree such as an Equinox module. Shows what zero-initialised branches hide.
+    - `trainable`: which arrays these are, a filter spec as in `equinox.partition`. By default
+        every float array but those of zeros and ones, which are masks, and what an
+        `equinox.nn.State` or `StateIndex` holds. A mask of other numbers or running statistics
+        elsewhere, which noise would make wrong, are left out by hand.
     - `err_msg`: a line to begin the error message with.
 
     **Returns:**
@@ -108,7 +113,17 @@ def assert_causal(
         is not finite on `x`, or the shapes, the axes or an option are wrong.
     """
     kind = "strictly causal" if strict else "causal"
-    how = How(scales, token_values, fixed, noise_ulps, confirm_x64, batch_size, key, perturb_params)
+    how = How(
+        scales,
+        token_values,
+        fixed,
+        noise_ulps,
+        confirm_x64,
+        batch_size,
+        key,
+        perturb_params,
+        trainable,
+    )
     report = _check(kind, fn, x, axis, out_axis, splits, how)
     if report.leak:
         raise CausalityError(report, err_msg)
@@ -130,6 +145,7 @@ def assert_independent(
     batch_size: int = 8,
     key: PRNGKeyArray | None = None,
     perturb_params: float | None = None,
+    trainable: PyTree | None = None,
     err_msg: str = "",
 ) -> CausalityReport:
     """Raises `CausalityError` if output `b` of `fn(x)` reads an input other than `b`.
@@ -150,7 +166,17 @@ def assert_independent(
 
     As [`eqx_norms.causality.assert_causal`][] does.
     """
-    how = How(scales, token_values, fixed, noise_ulps, confirm_x64, batch_size, key, perturb_params)
+    how = How(
+        scales,
+        token_values,
+        fixed,
+        noise_ulps,
+        confirm_x64,
+        batch_size,
+        key,
+        perturb_params,
+        trainable,
+    )
     report = _check("independent", fn, x, axis, out_axis, splits, how)
     if report.leak:
         raise CausalityError(report, err_msg)
@@ -184,6 +210,7 @@ class How(NamedTuple):
     batch_size: int
     key: PRNGKeyArray | None
     perturb_params: float | None
+    trainable: PyTree | None
 
 
 def _check(
@@ -201,8 +228,7 @@ def _check(
             f"batch_size={how.batch_size}, noise_ulps={how.noise_ulps}"
         )
     rng = np.random.default_rng(0)
-    if how.perturb_params is not None:
-        fn = perturbed(fn, how.perturb_params, rng)
+    fn, noise_notes = _with_noise(fn, how, rng)
     problem = make_problem(fn, x, axis, out_axis, how.fixed)
     require_same_length(problem, axis, out_axis)
     _require_same_trace(problem)
@@ -216,7 +242,12 @@ def _check(
     trials = [*rule.edits(tried, editor.kinds), *mixing_edits(problem.length)]
     edits = [nothing(editor), *trials, nothing(editor)]
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), how.batch_size)
-    verdict = judge(problem, probe, edits, rule.watch(edits), how.noise_ulps, how.confirm_x64)
+    try:
+        verdict = judge(problem, probe, edits, rule.watch(edits), how.noise_ulps, how.confirm_x64)
+    except ValueError as error:
+        for note in noise_notes:
+            error.add_note(note)
+        raise
     status, worst, notes = verdict.status, verdict.worst, list(verdict.notes)
     if status == "leak":
         matrix, joint, note = locate(problem, rule, verdict, edits, how.noise_ulps, how.confirm_x64)
@@ -235,7 +266,7 @@ def _check(
         possible_splits=len(rule.possible),
         edits=len(trials),
         joint=joint,
-        notes=(*notes, *note, *_token_notes(editor), *_perturbed_note(how)),
+        notes=(*notes, *note, *_token_notes(editor), *noise_notes),
         kind=kind,
     )
 
@@ -294,7 +325,12 @@ def _token_notes(editor: Editor) -> list[str]:
     return notes
 
 
-def _perturbed_note(how: How) -> list[str]:
+def _with_noise(fn: Callable, how: How, rng: np.random.Generator) -> tuple[Callable, list[str]]:
     if how.perturb_params is None:
-        return []
-    return [f"Noise of size {how.perturb_params:g} was added to the parameters."]
+        return fn, []
+    fn, skipped = perturbed(fn, how.perturb_params, rng, how.trainable)
+    note = f"Noise of size {how.perturb_params:g} was added to the parameters."
+    if skipped:
+        more = ", ..." if len(skipped) > 3 else ""
+        note += f" It was not added to {', '.join(skipped[:3])}{more}."
+    return fn, [f"{note} If it moved what is no parameter, say what is one: trainable=."]

@@ -166,7 +166,7 @@ def _given_values(
         require_names("token_values", given, integers, "integers")
     else:
         values = tuple(token_values or ())
-        tokens = [name for name, leaf in integers.items() if not _is_mask(leaf, len(named) == 1)]
+        tokens = [name for name, leaf in integers.items() if not is_mask(leaf, len(named) == 1)]
         given = dict.fromkeys(tokens or integers, values)
         if values and len(given) > len(tokens) + 1:
             raise ValueError(
@@ -188,7 +188,7 @@ def _by_name(given: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _ids(name: str, leaf: np.ndarray, given: tuple[int, ...], alone: bool) -> Ids | None:
-    if leaf.dtype == np.bool_ or (not given and _is_mask(leaf, alone)):
+    if leaf.dtype == np.bool_ or (not given and is_mask(leaf, alone)):
         return MASK
     if not jnp.issubdtype(leaf.dtype, jnp.integer):
         return None
@@ -204,7 +204,7 @@ def _ids(name: str, leaf: np.ndarray, given: tuple[int, ...], alone: bool) -> Id
     return Ids(drawn, tuple(dict.fromkeys([*given, *usual])), given)
 
 
-def _is_mask(leaf: np.ndarray, alone: bool) -> bool:
+def is_mask(leaf: np.ndarray, alone: bool) -> bool:
     """Whether a leaf holds only 0 and 1, so that edits should keep to them.
 
     In an input that is one array both must occur: ones alone stand for any floats.

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ._edits import require_names
+from ._edits import is_mask, require_names
 from ._widen import trace
 
 
@@ -97,13 +97,20 @@ def require_same_length(problem: Problem, axis: int, out_axis: int | None) -> No
         )
 
 
-def perturbed(fn: Callable, sigma: float, rng: np.random.Generator) -> Callable:
-    """`fn` with normal noise of size `sigma` on its float leaves."""
-    params, static = eqx.partition(fn, eqx.is_inexact_array)
+def perturbed(
+    fn: Callable, sigma: float, rng: np.random.Generator, trainable: PyTree | None
+) -> tuple[Callable, list[str]]:
+    """`fn` with normal noise of size `sigma` on what is `trainable`, and the paths of the rest."""
+    if not 0 < sigma < np.inf:
+        raise ValueError(f"perturb_params must be positive and finite, got {sigma}; try 0.02")
+    spec = _trainable(fn) if trainable is None else trainable
+    params, static = eqx.partition(fn, spec)
+    params, others = eqx.partition(params, eqx.is_inexact_array)
     if not jax.tree.leaves(params):
+        selected = "" if trainable is None else "that trainable= selects, "
         raise TypeError(
-            "perturb_params needs a fn that is a pytree with float arrays, as an Equinox module "
-            f"is, got {type(fn).__name__}; wrap parameters with "
+            f"perturb_params needs a fn that is a pytree with float arrays {selected}as an Equinox "
+            f"module is, got {type(fn).__name__}; wrap parameters with "
             "jax.tree_util.Partial(apply, params)"
         )
 
@@ -111,12 +118,25 @@ def perturbed(fn: Callable, sigma: float, rng: np.random.Generator) -> Callable:
         noise = sigma * rng.standard_normal(leaf.shape)
         return leaf + jnp.asarray(noise.astype(leaf.dtype))
 
-    return eqx.combine(jax.tree.map(noisy, params), static)
+    rest, _ = _named_leaves(static, is_leaf=_is_state)
+    holds_floats = lambda node: any(map(eqx.is_inexact_array, jax.tree.leaves(node)))
+    skipped = [name for name, node in rest.items() if holds_floats(node)]
+    return eqx.combine(jax.tree.map(noisy, params), others, static), skipped
 
 
-def _named_leaves(x: PyTree) -> tuple[dict[str, Any], Any]:
+def _trainable(fn: Callable) -> PyTree:
+    """Every float array, but for masks and for what an Equinox layer keeps as its state."""
+    chosen = lambda leaf: eqx.is_inexact_array(leaf) and not is_mask(np.asarray(leaf), alone=True)
+    return jax.tree.map(lambda node: not _is_state(node) and chosen(node), fn, is_leaf=_is_state)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, eqx.nn.State | eqx.nn.StateIndex)
+
+
+def _named_leaves(x: PyTree, is_leaf: Callable | None = None) -> tuple[dict[str, Any], Any]:
     """The leaves by their paths, as in `batch.ids` or, in a tuple, `0`."""
-    leaves, treedef = jax.tree.flatten_with_path(x)
+    leaves, treedef = jax.tree.flatten_with_path(x, is_leaf)
     named = {jtu.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) < len(leaves):  # a key with a dot in it, or the keys 0 and "0"
         named = {jtu.keystr(path): leaf for path, leaf in leaves}
