@@ -13,10 +13,12 @@ import pytest
 from draws import seed
 
 from eqx_norms.causality import check_causal, dependency_matrix
-from eqx_norms.causality._edits import Edit, make_editor
+from eqx_norms.causality._edits import Edit, at_one, make_editor, nothing
 from eqx_norms.causality._inputs import perturbed
+from eqx_norms.causality._rules import Rule
 
 T, D, VOCABULARY = 8, 4, 50
+SCALES = (1.0, 10.0, 100.0)  # the default
 
 
 def embed(ids):
@@ -246,3 +248,51 @@ def test_noise_that_is_none_is_refused(x):
             check_causal(LinearAttention(jnp.tri(T)), x, perturb_params=sigma)
     with pytest.raises(TypeError, match="float arrays that trainable= selects"):
         check_causal(LinearAttention(jnp.tri(T)), x, perturb_params=1, trainable=False)
+
+
+# One input at a time
+
+
+@pytest.mark.parametrize("kind", ["floats", "tokens"])
+def test_a_leak_of_one_value_that_only_the_leaking_edit_drew(x, ids, kind):
+    """Edits of single positions draw other values, and say nothing about this one."""
+    x, token_values = (x, None) if kind == "floats" else (ids, (10**6,))
+    editor = make_editor((np.asarray(x),), (0,), SCALES, token_values, None)
+    leaking = next(Rule("causal", T).edits((3,), editor.kinds))
+    special = editor.apply(leaking)[0][5].ravel()[0]
+
+    def fn(x):
+        hit = (x[5].ravel()[0] == special).astype(jnp.float32)
+        return x.reshape(T, -1)[:, 0].astype(jnp.float32).at[1].add(hit)
+
+    report = check_causal(fn, x, splits=[3], token_values=token_values)
+    assert [(pair.output, pair.input) for pair in report.pairs()] == [(1, 5)]
+    assert not report.joint and "No input does it alone" not in str(report)
+
+
+def test_one_position_keeps_the_value_of_the_edit_it_is_taken_from(x):
+    editor = make_editor((np.asarray(x), np.arange(T)), (0, 0), (1.0,), None, None)
+    for kind in range(editor.kinds):
+        whole = Edit(np.arange(T) >= 3, kind, seed(kind))
+        before, edited = editor.apply(nothing(editor)), editor.apply(whole)
+        alone = editor.apply(at_one(whole, 5))
+        for old, new, one in zip(before, edited, alone, strict=True):
+            assert np.array_equal(one[5], new[5])
+            assert np.array_equal(np.delete(one, 5, 0), np.delete(old, 5, 0))
+
+
+def test_two_inputs_that_leak_only_together_still_do(x):
+    both = lambda x: x.at[1].add(((x[5:7, 0] != jnp.asarray(x0)[5:7, 0]).all()).astype(x.dtype))
+    x0 = np.asarray(x)
+    report = check_causal(both, x)
+    assert report.joint and "No input does it alone" in str(report)
+
+
+def test_long_sequences_say_how_many_inputs_were_tried_alone():
+    x = jr.normal(jr.key(seed(3)), (600, 1))
+    old = np.asarray(x)
+    both = lambda x: x.at[1].add((x != jnp.asarray(old))[-2:].all().astype(x.dtype))
+    report = check_causal(both, x, splits=[2])
+    assert report.joint
+    words = " ".join(str(report).split())
+    assert "512 of 598 values of the leaking edits were tried alone" in words

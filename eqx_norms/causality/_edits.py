@@ -15,12 +15,14 @@ TokenValues = Sequence[int] | Mapping[str, Sequence[int]] | None
 class Edit(NamedTuple):
     """Replace the positions where `where` holds, in the way numbered `kind`.
 
-    `seed` names the random draw, so that an edit can be made again in another precision.
+    `seed` names the random draw, so that an edit can be made again in another precision. Values are
+    drawn for the positions `drawn`, for those of `where` if that is None.
     """
 
     where: Bool[np.ndarray, " T"]
     kind: int
     seed: int
+    drawn: Bool[np.ndarray, " T"] | None = None
 
 
 class Ids(NamedTuple):
@@ -78,12 +80,15 @@ class Editor:
 
     def _edited(self, leaf: Leaf, edit: Edit, rng: np.random.Generator) -> np.ndarray:
         pure = (edit.kind - 1) % self._pure_kinds(leaf) if edit.kind else None
-        replaced = (slice(None),) * leaf.axis + (edit.where,)
-        edited = leaf.values.copy()
+        drawn = edit.where if edit.drawn is None else edit.drawn
+        before = (slice(None),) * leaf.axis
+        old = leaf.values[*before, drawn]
         if leaf.ids is None:
-            edited[replaced] = _floats(leaf, self.scales, edited[replaced], pure, rng)
+            new = _floats(leaf, self.scales, old, pure, rng)
         else:
-            edited[replaced] = _tokens(leaf.ids, edited[replaced], pure, rng)
+            new = _tokens(leaf.ids, old, pure, rng)
+        edited = leaf.values.copy()
+        edited[*before, edit.where] = new[*before, edit.where[drawn]]
         return edited
 
     def _pure_kinds(self, leaf: Leaf) -> int:
@@ -128,6 +133,11 @@ def single_edits(editor: Editor, positions: Sequence[int]) -> Iterator[Edit]:
         for turn in range(each):
             kind = 1 + (number * (each - 1) + turn - 1) % (editor.kinds - 1) if turn else 0
             yield Edit(where, kind, seed=1_000_000 + position * editor.kinds + turn)
+
+
+def at_one(edit: Edit, position: int) -> Edit:
+    """Of `edit` the value at one position alone."""
+    return edit._replace(where=np.arange(len(edit.where)) == position, drawn=edit.where)
 
 
 def mixing_edits(length: int) -> Iterator[Edit]:

@@ -9,13 +9,14 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._edits import Edit, TokenValues, make_editor, nothing, single_edits
+from ._edits import Edit, TokenValues, at_one, make_editor, nothing, single_edits
 from ._inputs import Problem, make_problem
 from ._judge import Verdict, function_eps, judge_singles
 from ._probe import make_probe
 from ._rules import Rule
 
 _LOCATED_UP_TO = 128
+_OWN_VALUES = 512
 _COTANGENTS = 4
 
 
@@ -92,7 +93,32 @@ def locate(
         note = [f"{len(positions)} of {rule.length} inputs were edited alone to locate the leak."]
     if (~rule.allowed & (matrix > 0)).any():
         return matrix, False, note
+    # Those drew values of their own; what leaks may be the values of the edit that did.
+    own, possible = _own_values(verdict, edits)
+    singles = [edits[0], *own]
+    watch = rule.watch(singles)
+    size = judge_singles(problem, verdict.probe, singles, watch, noise_ulps, confirm_x64)
+    matrix = np.fmax(matrix, _by_input(size, singles, rule.length))
+    if (~rule.allowed & (matrix > 0)).any():
+        return matrix, False, note
+    if len(own) < possible:
+        note += [f"{len(own)} of {possible} values of the leaking edits were tried alone."]
     return _joint(rule, verdict, edits, matrix), True, note
+
+
+def _own_values(verdict: Verdict, edits: Sequence[Edit]) -> tuple[list[Edit], int]:
+    """Each position of the smallest leaking edits alone, up to 512, and how many there are."""
+    outputs = np.flatnonzero(verdict.leaks.any(0)).tolist()
+    rows = sorted({_smallest(verdict, edits, output) for output in outputs})
+    every = [(row, at) for row in rows for at in np.flatnonzero(edits[row].where).tolist()]
+    chosen = np.linspace(0, len(every) - 1, min(len(every), _OWN_VALUES)).astype(int)
+    return [at_one(edits[row], at) for row, at in map(every.__getitem__, chosen)], len(every)
+
+
+def _smallest(verdict: Verdict, edits: Sequence[Edit], output: int) -> int:
+    """The number of the edit of fewest positions under which an output leaks."""
+    rows = np.flatnonzero(verdict.leaks[:, output]).tolist()
+    return min(rows, key=lambda row: int(edits[row].where.sum()))
 
 
 def _by_input(size: np.ndarray, edits: Sequence[Edit], length: int) -> np.ndarray:
@@ -107,8 +133,7 @@ def _joint(rule, verdict: Verdict, edits: Sequence[Edit], matrix: np.ndarray) ->
     """Marks, for each leaking output, the first forbidden input of the smallest edit."""
     matrix = matrix.copy()
     for output in np.flatnonzero(verdict.leaks.any(0)).tolist():
-        rows = np.flatnonzero(verdict.leaks[:, output])
-        row = min(rows.tolist(), key=lambda row: int(edits[row].where.sum()))
+        row = _smallest(verdict, edits, output)
         forbidden = edits[row].where & ~rule.allowed[output]
         matrix[output, int(forbidden.argmax())] = verdict.size[row, output]
     return matrix
