@@ -601,8 +601,8 @@ def test_the_signature_is_the_documented_one():
     assert (
         names
         == (
-            "fn x axis out_axis strict splits scales token_values noise_ulps confirm_x64 "
-            "batch_size key perturb_params err_msg"
+            "fn x axis out_axis strict splits scales token_values fixed noise_ulps confirm_x64 "
+            "batch_size key perturb_params trainable err_msg"
         ).split()
     )
     assert inspect.signature(assert_causal).parameters["scales"].default == (1.0, 10.0, 100.0)
