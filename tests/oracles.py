@@ -81,6 +81,16 @@ def assert_close(got, want: Exact, size: Exact, n: int, *, margin=1.0):
         assert not wrong.any(), (name, np.asarray(a)[wrong], b[wrong], bound[wrong])
 
 
+def assert_alike(got, want, n: int):
+    """Two computations of the same in one dtype, neither exact; in units of the largest entry.
+
+    For arrays that have an entry as large as their terms; else `assert_close`.
+    """
+    got, want = np.asarray(got), np.asarray(want)
+    atol = 4 * ulps(n) * np.finfo(got.dtype).eps * np.abs(want).max()
+    np.testing.assert_allclose(got, want, rtol=0, atol=atol)
+
+
 def assert_rounded_once(got, want, margin):
     """In a narrow dtype: what `want` gives when rounded, had it been off by at most `margin`.
 

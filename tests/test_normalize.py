@@ -170,12 +170,6 @@ def test_every_layout_is_as_exact():
 # Derivatives, against the plain reference differentiated by JAX, all in float64.
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 BOTH = (True, True)
 CASES = [
     *(((5,), (5,), present, 2) for present in it.product((True, False), repeat=2)),
