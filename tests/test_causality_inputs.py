@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 from draws import seed
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from eqx_norms.causality import check_causal, dependency_matrix
 from eqx_norms.causality._edits import Edit, at_one, make_editor, nothing
@@ -296,3 +297,37 @@ def test_long_sequences_say_how_many_inputs_were_tried_alone():
     assert report.joint
     words = " ".join(str(report).split())
     assert "512 of 598 values of the leaking edits were tried alone" in words
+
+
+# Arrays that are split over devices
+
+
+@pytest.mark.parametrize("spec", [P(None, "d"), P("d", None)])
+def test_explicit_sharding_is_kept(x, spec):
+    """In the unedited input, the edits, the float64 re-run and the gradients."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+
+    def model(x):
+        assert jax.typeof(x).sharding.spec == spec
+        return x + jnp.zeros_like(x)
+
+    def faint(x):  # told by float64, through a loop whose carry is split
+        return jax.lax.fori_loop(0, 2, lambda _, h: h + 1e-6 * jnp.roll(x, -1, 0), model(x))
+
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, spec))
+        assert check_causal(model, split).status == "clear"
+        if spec[0] is None:
+            assert check_causal(faint, split).leak
+        for method in ("perturb", "vjp"):
+            matrix = dependency_matrix(model, split, method=method)
+            assert np.array_equal(matrix > 0, np.eye(T, dtype=bool))
+
+
+def test_weakly_typed_input_is_traced_as_it_is_run():
+    """Else the trace has one dtype inside, and what runs another."""
+    weak = jnp.where(jnp.arange(T) < 3, 1.0, 2.0)
+    assert weak.weak_type
+    seen = []
+    check_causal(lambda x: seen.append(x.weak_type) or x.cumsum(), weak)
+    assert not any(seen)

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, PRNGKeyArray
+from jaxtyping import Array, Bool, PRNGKeyArray
 
 TokenValues = Sequence[int] | Mapping[str, Sequence[int]] | None
 
@@ -45,6 +45,7 @@ class Leaf(NamedTuple):
     unit: float
     signed: bool
     ids: Ids | None
+    sharding: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Editor:
 
 
 def make_editor(
-    leaves: Sequence[np.ndarray],
+    leaves: Sequence[Array | np.ndarray],
     axes: Sequence[int],
     scales: Sequence[float],
     token_values: TokenValues,
@@ -110,13 +111,16 @@ def make_editor(
     scales = tuple(float(scale) for scale in scales)
     if not scales or not all(0 < scale < np.inf for scale in scales):
         raise ValueError(f"scales must be positive and finite, got {scales}; try (1., 10., 100.)")
-    named = dict(zip(names or map(str, range(len(leaves))), leaves, strict=True))
+    numbers = map(str, range(len(leaves)))
+    named = dict(zip(names or numbers, map(np.asarray, leaves), strict=True))
     given = _given_values(token_values, named)
     described = []
-    for (name, leaf), axis in zip(named.items(), axes, strict=True):
-        ids = _ids(name, leaf, given.get(name, ()), alone=len(named) == 1)
-        signed = bool((np.real(leaf) < 0).any())
-        described.append(Leaf(name, leaf, axis, _unit(leaf) if ids is None else 1, signed, ids))
+    for (name, values), axis, leaf in zip(named.items(), axes, leaves, strict=True):
+        ids = _ids(name, values, given.get(name, ()), alone=len(named) == 1)
+        unit = _unit(values) if ids is None else 1
+        signed = bool((np.real(values) < 0).any())
+        sharding = getattr(leaf, "sharding", None)
+        described.append(Leaf(name, values, axis, unit, signed, ids, sharding))
     return Editor(tuple(described), scales, _entropy(key))
 
 

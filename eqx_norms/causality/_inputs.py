@@ -20,7 +20,7 @@ class Problem(NamedTuple):
     """A function of flat leaves, the leaves, and where the positions lie in them."""
 
     fn: Callable[..., tuple[Array, ...]]
-    leaves: tuple[np.ndarray, ...]
+    leaves: tuple[Array, ...]
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
     closed: jex.ClosedJaxpr
@@ -74,7 +74,7 @@ def make_problem(
     return Problem(flat, leaves, in_axes, out_axes, closed, outs, tuple(edited))
 
 
-def traced(flat: Callable, leaves: Sequence[np.ndarray]) -> jex.ClosedJaxpr:
+def traced(flat: Callable, leaves: Sequence[Array]) -> jex.ClosedJaxpr:
     """The trace of `flat`; an error of the user's function is theirs, with a remark of ours."""
     try:
         return trace(flat, leaves)
@@ -151,7 +151,7 @@ def _fixed_leaves(named: Mapping[str, Any], fixed: str | Iterable[str]) -> dict[
     return {name: as_jax(leaf) for name, leaf in named.items() if name in fixed}
 
 
-def _input_leaf(leaf: Any) -> np.ndarray:
+def _input_leaf(leaf: Any) -> Array:
     if not eqx.is_array_like(leaf) or isinstance(leaf, bool | int | float | complex):
         raise TypeError(
             f"x must be an array or a pytree of arrays, got a {type(leaf).__name__} in it; give "
@@ -162,8 +162,10 @@ def _input_leaf(leaf: Any) -> np.ndarray:
             "x holds a PRNG key, which cannot be edited; give it to fn by closure, "
             "lambda x: model(x, key=key), or name it in fixed="
         )
-    # As JAX would take it: float64 becomes float32 unless 64-bit mode is on.
-    return np.asarray(jnp.asarray(leaf))
+    # As JAX would take it: float64 becomes float32 unless 64-bit mode is on. And as edits come,
+    # which are not weakly typed.
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(leaf.dtype)
 
 
 def _output_leaf(leaf: Any) -> Array:

@@ -200,5 +200,5 @@ def _largest(grad: Array, axis: int) -> Array:
 
 def _at(out: Array, axis: int, position: Array, key: PRNGKeyArray) -> Array:
     index = jnp.arange(out.shape[axis]).reshape([-1 if i == axis else 1 for i in range(out.ndim)])
-    noise = jr.normal(key, out.shape, out.dtype)
-    return jnp.where(index == position, noise, jnp.zeros_like(noise))
+    zeros = jnp.zeros_like(out)  # which are sharded as `out` is
+    return jnp.where(index == position, zeros + jr.normal(key, out.shape, out.dtype), zeros)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from ._edits import Edit, Editor
@@ -66,11 +67,13 @@ class Probe:
         ]
         return _combine(leaves, len(edits), self.eps)
 
-    def _inputs(self, batch: Sequence[Edit]) -> tuple[np.ndarray, ...]:
+    def _inputs(self, batch: Sequence[Edit]) -> tuple[np.ndarray | Array, ...]:
         # A short last batch repeats its last edit: another shape would be another executable.
         full = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
         stacked = [np.stack(leaf) for leaf in zip(*map(self.editor.apply, full), strict=True)]
-        return tuple(_widened(leaf) if self.wide else leaf for leaf in stacked)
+        stacked = [_widened(leaf) if self.wide else leaf for leaf in stacked]
+        lies = [leaf.sharding for leaf in self.editor.leaves]
+        return tuple(map(_placed, stacked, lies))
 
 
 def make_probe(fn, editor: Editor, out_axes, eps: float, batch_size: int, wide=False) -> Probe:
@@ -143,6 +146,13 @@ def _widened(leaf: np.ndarray) -> np.ndarray:
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf
     return leaf.astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
+
+
+def _placed(batch: np.ndarray, sharding: Any) -> np.ndarray | Array:
+    """A batch laid over devices as the input is, for `fn` may rely on it."""
+    if not isinstance(sharding, NamedSharding):
+        return batch
+    return jax.device_put(batch, NamedSharding(sharding.mesh, P(None, *sharding.spec)))
 
 
 def _batches(edits: Sequence[Edit], size: int) -> Iterator[list[Edit]]:

@@ -120,7 +120,9 @@ def _wide_jaxpr(closed: Any) -> Any:
     if not _is_jaxpr(closed):
         return closed
     avals = [_aval(var) for var in _open(closed).invars]
-    structs = [jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype)) for a in avals]
+    structs = [
+        jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype), sharding=a.sharding) for a in avals
+    ]
     wide = jax.make_jaxpr(lambda *args: _evaluate(closed, args))(*structs)
     return wide if isinstance(closed, jex.ClosedJaxpr) else _open(wide)
 
