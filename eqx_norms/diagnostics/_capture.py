@@ -75,7 +75,7 @@ def capture(
     of time, put the `jax.vmap` around `capture`, not inside `fn`.
 
     In a `jax.lax.cond` or `switch`, what the branch not taken would have returned is NaN (zero for
-    integers). Under `jax.vmap` with a mapped predicate, JAX computes all branches for all
+    integers, and where `jax_debug_nans` is set, which would stop at it). Under `jax.vmap` with a mapped predicate, JAX computes all branches for all
     examples, and these values are captured.
 
     **Raises:**
@@ -119,7 +119,8 @@ def capture_grads(
     - the values, as [`eqx_norms.diagnostics.capture`][] returns them;
     - the derivatives of the loss with respect to the values, under the same keys, each of the
         structure, shapes and dtypes of its value. Integers have `None`, what the loss does not
-        depend on has zero. A value that is shared by several examples or steps has the sum;
+        depend on has zero. A value that is shared by several examples, steps or shards has the
+        sum;
     - the derivatives with respect to the model, as `equinox.filter_grad` gives them.
 
     **Raises:**

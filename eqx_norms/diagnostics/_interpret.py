@@ -89,7 +89,6 @@ def _jit(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], M
         out_shardings=(_given(params["out_shardings"]), None),
         keep_unused=params["keep_unused"],
         inline=params["inline"],
-        compiler_options=dict(params["compiler_options_kvs"]),
     )
     return jitted(args, shifts)
 
