@@ -153,3 +153,50 @@ def test_the_layers_take_it_as_an_option(layer, getkey):
 def test_without_the_axis_it_is_jax_that_says_so():
     with pytest.raises(NameError, match="features"):
         LayerNorm(4, axis_name="features")(jnp.ones(4))
+
+
+# What may stand outside the vmap that names the axis; each takes f(x, weight, bias) of one row.
+OUTSIDE = {
+    "jit": lambda f: jax.jit(jax.vmap(f, (0, None, None))),
+    "checkpoint": lambda f: jax.checkpoint(jax.vmap(f, (0, None, None))),
+    "vmap of jit": lambda f: jax.vmap(jax.jit(f), (0, None, None)),
+    "scan": lambda f: lambda x, *p: jax.lax.scan(lambda c, x: (c, f(x, *p)), 0, x)[1],
+    "map": lambda f: lambda x, *p: jax.lax.map(lambda x: f(x, *p), x),
+    "cond": lambda f: (
+        lambda x, *p: jax.lax.cond(
+            x[0, 0] < 99, lambda x: jax.vmap(f, (0, None, None))(x, *p), jnp.sin, x
+        )
+    ),
+}
+
+
+OUTSIDE_CASES = [
+    pytest.param(norm, way, marks=[] if (norm, way) == (layer_norm, "jit") else pytest.mark.slow)
+    for norm, way in it.product((layer_norm, rms_norm), OUTSIDE)
+]
+
+
+@pytest.mark.parametrize("norm, outside", OUTSIDE_CASES)
+def test_a_named_vmap_inside_other_transformations(outside, norm, getkey):
+    """They are differentiated when the vmap, and the name with it, has long gone."""
+    outside = OUTSIDE[outside]
+
+    def in_parts(x, weight, bias):
+        split = (a.reshape(4, -1) for a in (x, weight, bias))
+        one = lambda *args: norm(*args, axis_name="features")
+        return jax.vmap(one, axis_name="features")(*split).ravel()
+
+    with jax.enable_x64(True):
+        draw = lambda *shape: jr.normal(getkey(), shape)
+        args = draw(ROWS, N), draw(N), draw(N)
+        tangents = draw(ROWS, N), draw(N), draw(N)
+        g = draw(ROWS, N)
+        # `derivatives` gives the mask to the function as one more argument.
+        f = lambda norm: lambda x, weight, bias, where: outside(norm)(x, weight, bias)
+        got, want = (
+            jax.jit(ft.partial(derivatives, f(norm)))(args, tangents, g, None)
+            for norm in (in_parts, norm)
+        )
+    for name in want:
+        for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(want[name]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11, err_msg=name)

@@ -347,3 +347,14 @@ def test_parameter_gradients_of_narrow_inputs(dtype, weight, bias, x):
         assert (np.abs(got[name] - want[name]) <= ulps(LONG) * EPS * size[name]).all()
     if "x" in got:
         assert_rounded_once(got["x"], want["x"], ulps(NARROW) * EPS * size["x"])
+
+
+def test_what_is_kept_of_a_trace_does_not_grow_with_eps():
+    x = jnp.arange(4.0)
+    run = lambda eps: jax.jvp(lambda x: layer_norm(x, eps=eps), (x,), (x,))
+    run(1.0)
+    before = op._tangent_map.cache_info()
+    for n in range(20):
+        run(2.0 + n)
+    after = op._tangent_map.cache_info()
+    assert after.currsize == before.currsize and after.maxsize is not None

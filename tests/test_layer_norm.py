@@ -8,10 +8,12 @@ import math
 import pathlib
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 from draws import seed
 from oracles import assert_alike
@@ -137,3 +139,27 @@ def test_good_eps(eps):
     x = jnp.array([1.0, 3.0])
     y = (x - 2) / np.sqrt(1 + float(eps))
     assert_alike(LayerNorm(2, eps)(x), y, 2)
+
+
+@pytest.mark.parametrize("layer", (LayerNorm, RMSNorm))
+@pytest.mark.parametrize("unit_offset", (False, True))
+def test_an_optimiser_step_is_traced_once(layer, unit_offset):
+    """Weakly typed parameters would be other ones, to `jax.jit`, than those that Adam returns."""
+    traces = 0
+    optimiser = optax.adam(1e-2)
+
+    @eqx.filter_jit
+    def step(norm, state, x):
+        nonlocal traces
+        traces += 1
+        grads = eqx.filter_grad(lambda norm: jnp.sum(norm(x) ** 3))(norm)
+        updates, state = optimiser.update(grads, state)
+        return eqx.apply_updates(norm, updates), state
+
+    norm = layer(4, unit_offset=unit_offset)
+    assert not norm.weight.weak_type and not norm.bias.weak_type
+    state = optimiser.init(norm)
+    with jax.numpy_dtype_promotion("standard"):  # For Optax.
+        for _ in range(3):
+            norm, state = step(norm, state, jnp.arange(4.0))
+    assert traces == 1

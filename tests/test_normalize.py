@@ -12,7 +12,7 @@ import pytest
 from draws import seed
 from oracles import assert_close, assert_rounded_once, exact_norm, terms, ulps
 
-from eqx_norms import LayerNorm, layer_norm, normalize_reference, rms_norm
+from eqx_norms import LayerNorm, group_norm, layer_norm, normalize_reference, rms_norm
 
 SIZES = (1, 2, 3, 17, 127, 768, 1023, 4096)
 OFFSETS = (0, 1e2, 1e4, 1e6)
@@ -312,3 +312,15 @@ def test_filter_grad_of_a_frozen_layer(getkey):
     for dx in (alone, both[0]):
         got = layer(x)[None], dx[None], both[1].weight, both[1].bias
         assert_close(got, want, size, 5)
+
+
+@pytest.mark.parametrize("f", [layer_norm, rms_norm, lambda x: group_norm(x, 2)])
+def test_float64_made_in_64_bit_mode_and_used_outside(f):
+    """To JAX it is float32 from there on, without a warning, but for the type of its gradient."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(seed(0)).normal(size=8))
+    assert x.dtype == jnp.float64 and f(x).dtype == jnp.float32
+    loss = lambda x: f(x)[0]
+    dx, want = jax.grad(loss)(x), jax.grad(loss)(jnp.asarray(np.float32(x)))
+    assert dx.dtype == jnp.float64
+    np.testing.assert_array_equal(dx, want)

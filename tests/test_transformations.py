@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.jet import jet
+from jax.experimental.sparse import sparsify
 from transformations import MODULE_TRANSFORMATIONS, TRANSFORMATIONS, Arrays, Case
 
 from eqx_norms import (
@@ -240,3 +241,16 @@ def test_jet_of_the_reference():
     for got, want in [(y, y0), (first, first0), (second, second0)]:
         # A few ulp of float64.
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-13 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("f", [LayerNorm(CASE.shape), jax.nn.relu], ids=["LayerNorm", "relu"])
+def test_sparsify_raises(f):
+    """As with jet: a documented exception, and one that JAX makes of every custom rule."""
+    with pytest.raises(KeyError, match="subfuns"):
+        sparsify(lambda x: f(x))(jnp.ones(CASE.shape))
+
+
+def test_sparsify_of_the_reference():
+    x = Arrays(CASE, jnp.float32).x[0]
+    got = sparsify(normalize_reference)(x)
+    np.testing.assert_allclose(got, normalize_reference(x), rtol=1e-6)
