@@ -74,9 +74,10 @@ def capture(
     same in every step of a loop, if `fn` itself differentiates the loop. To have the batch ahead
     of time, put the `jax.vmap` around `capture`, not inside `fn`.
 
-    In a `jax.lax.cond` or `switch`, what the branch not taken would have returned is NaN (zero for
-    integers, and where `jax_debug_nans` is set, which would stop at it). Under `jax.vmap` with a mapped predicate, JAX computes all branches for all
-    examples, and these values are captured.
+    In a `jax.lax.cond` or `switch`, what the branch not taken would have returned is NaN; it is
+    zero for integers, and where `jax_debug_nans` is set, which would stop at a NaN. Under
+    `jax.vmap` with a mapped predicate, JAX computes all branches for all examples, and these
+    values are captured.
 
     **Raises:**
 
@@ -154,9 +155,10 @@ class _Program:
         self.plan = make_plan(jaxpr, model, watch)
         if not self.plan.outputs:
             raise ValueError(
-                "`fn` must call at least one submodule that `where` matches, but it calls none. "
-                "It is given a copy of the model: type `lambda model, x: model(x)`, not a function "
-                "that holds the model itself."
+                "`fn` must call at least one submodule that `where` matches, but it calls none, or "
+                "only in a derivative or in a solver that hides it. It is given a copy of the "
+                "model: type `lambda model, x: model(x)`, not a function that holds the model "
+                "itself."
             )
 
     def run(self, model: PyTree, args: tuple, shifts: Marked) -> tuple[Any, Marked]:
