@@ -15,6 +15,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from draws import seed
 from jax.experimental.ode import odeint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
