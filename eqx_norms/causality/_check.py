@@ -11,7 +11,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from ._edits import Edit, Editor, make_editor, mixing_edits, nothing, vocabulary
 from ._inputs import Problem, make_problem, perturbed, require_same_length, traced
-from ._judge import DIFFERS_FROM_ITSELF, function_eps, judge
+from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
 from ._matrix import locate
 from ._probe import make_probe
 from ._report import CausalityReport
@@ -104,7 +104,7 @@ def assert_causal(
     kind = "strictly causal" if strict else "causal"
     how = How(scales, token_values, noise_ulps, confirm_x64, batch_size, key, perturb_params)
     report = _check(kind, fn, x, axis, out_axis, splits, how)
-    if report.leak:
+    if report.leak or report.status == "undecided":
         raise CausalityError(report, err_msg)
     return report
 
@@ -145,7 +145,7 @@ def assert_independent(
     """
     how = How(scales, token_values, noise_ulps, confirm_x64, batch_size, key, perturb_params)
     report = _check("independent", fn, x, axis, out_axis, splits, how)
-    if report.leak:
+    if report.leak or report.status == "undecided":
         raise CausalityError(report, err_msg)
     return report
 
@@ -206,26 +206,27 @@ def _check(
     trials = [*rule.edits(tried, editor.kinds), *mixing_edits(problem.length)]
     edits = [nothing(editor), *trials, nothing(editor)]
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), how.batch_size)
-    verdict = judge(problem, probe, edits, rule.watch(edits), how.noise_ulps, how.confirm_x64)
-    status, worst, notes = verdict.status, verdict.worst, list(verdict.notes)
-    if status == "leak":
-        matrix, joint, note = locate(problem, rule, verdict, edits, how.noise_ulps, how.confirm_x64)
+    judge = Judge(problem, probe, how.noise_ulps, how.confirm_x64)
+    verdict = judge.verdict(edits, rule.watch(edits))
+    leak = verdict.status == "leak"
+    if leak:
+        matrix, joint, note = locate(judge, rule, verdict, edits)
     else:
-        matrix, joint = _covered(rule, tried), False
+        matrix, joint = _covered(rule, tried, verdict.undecided), False
         note = _inert(rule, edits, verdict.moved)
     return CausalityReport(
-        leak=status == "leak",
-        status=status,
+        leak=leak,
+        status=verdict.status,
         matrix=matrix,
         allowed=rule.allowed,
-        worst=worst,
+        worst=verdict.worst,
         scale=verdict.scale,
         noise=verdict.noise,
         splits=tried,
         possible_splits=len(rule.possible),
         edits=len(trials),
         joint=joint,
-        notes=(*notes, *note, *_token_notes(editor), *_perturbed_note(how)),
+        notes=(*verdict.notes, *note, *_token_notes(editor), *_perturbed_note(how)),
         kind=kind,
     )
 
@@ -242,11 +243,13 @@ def _require_same_trace(problem: Problem) -> None:
             raise ValueError(DIFFERS_FROM_ITSELF)
 
 
-def _covered(rule: Rule, tried: Sequence[int]) -> np.ndarray:
+def _covered(rule: Rule, tried: Sequence[int], undecided: np.ndarray) -> np.ndarray:
     """The matrix of a check that found nothing: 0 where an edit would have shown the pair."""
     edits = [Edit(rule.where(split), 0, 0) for split in tried]
     where = np.stack([edit.where for edit in edits]).astype(np.float32)
-    return np.where(rule.watch(edits).T.astype(np.float32) @ where > 0, 0.0, np.nan)
+    covered = rule.watch(edits).T.astype(np.float32) @ where > 0
+    told = ~np.any(undecided, 0, keepdims=True).T
+    return np.where(covered & told, 0.0, np.nan)
 
 
 def _inert(rule: Rule, edits: Sequence[Edit], moved: np.ndarray) -> list[str]:
