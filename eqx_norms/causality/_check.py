@@ -1,6 +1,6 @@
 """The entry points: edit what must not be read, compare what must not change."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from ._edits import Edit, Editor, make_editor, mixing_edits, nothing, vocabulary
+from ._edits import MASK, Edit, Editor, TokenValues, called, make_editor, mixing_edits, nothing
 from ._inputs import Problem, make_problem, perturbed, require_same_length, traced
 from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
 from ._matrix import locate
@@ -36,12 +36,14 @@ def assert_causal(
     strict: bool = False,
     splits: Sequence[int] | str = "auto",
     scales: Sequence[float] = (1.0, 10.0, 100.0),
-    token_values: Sequence[int] | None = None,
+    token_values: TokenValues = None,
+    fixed: str | Iterable[str] = (),
     noise_ulps: float = 64,
     confirm_x64: bool = True,
     batch_size: int = 8,
     key: PRNGKeyArray | None = None,
     perturb_params: float | None = None,
+    trainable: PyTree | None = None,
     err_msg: str = "",
 ) -> CausalityReport:
     """Raises `CausalityError` if output `t` of `fn(x)` reads an input later than `t`.
@@ -72,7 +74,9 @@ def assert_causal(
     - `fn`: any function of one argument that JAX can trace: an Equinox module, or a closure
         over a Flax or Haiku one. Keys and other arguments go in by closure.
     - `x`: its input, an array or a pytree of arrays that share `axis`: floats of any dtype,
-        complex numbers, integer tokens, bools. Its values should be typical ones.
+        complex numbers, integer tokens, bools. Its values should be typical ones. An array that
+        holds only 0 and 1, such as a mask, is edited within them; but not if it is all of `x`
+        and constant.
     - `axis`: the axis of the positions in every array of `x`; at least 2 long.
     - `out_axis`: that in every array of the output, by default `axis`. It must be as long.
     - `strict`: output `t` must not read input `t` either, as where inputs are not yet shifted.
@@ -81,14 +85,21 @@ def assert_causal(
     - `scales`: how large the replaced floats are, in units of the root mean square of `x`.
     - `token_values`: ids that mean something special, such as padding or the end of the text,
         and the largest id if `x` does not contain it. The ids that edits draw run to the
-        largest of `x` and `token_values`.
+        largest of `x` and `token_values`. For every array of integers that holds more than 0
+        and 1; or for some by name, as in `{"ids": (0, 49), "text.segment": (3,)}`.
+    - `fixed`: the names of what is left alone, as in `"mask"` or `("mask", "text.segment")`. It is
+        given to `fn` as it is, so that it need not have positions, nor be an array.
     - `noise_ulps`: how many eps of the output's magnitude count as rounding.
     - `confirm_x64`: whether to re-run smaller changes in float64. If not, they count as noise.
     - `batch_size`: how many edited inputs are sent to the device at a time. One forward pass
         runs at a time, so that this costs memory for inputs and outputs only.
     - `key`: a JAX PRNG key for the edits; by default the same edits at each call.
-    - `perturb_params`: the size of normal noise to add to every float array of `fn`, which must
-        then be a pytree such as an Equinox module. Shows what zero-initialised branches hide.
+    - `perturb_params`: the size of normal noise to add to the parameters of `fn`, which must then
+        be a pytree such as an Equinox module. Shows what zero-initialised branches hide.
+    - `trainable`: which arrays these are, a filter spec as in `equinox.partition`. By default
+        every float array but those of zeros and ones, which are masks, and what an
+        `equinox.nn.State` or `StateIndex` holds. A mask of other numbers or running statistics
+        elsewhere, which noise would make wrong, are left out by hand.
     - `err_msg`: a line to begin the error message with.
 
     **Returns:**
@@ -102,7 +113,17 @@ def assert_causal(
         is not finite on `x`, or the shapes, the axes or an option are wrong.
     """
     kind = "strictly causal" if strict else "causal"
-    how = How(scales, token_values, noise_ulps, confirm_x64, batch_size, key, perturb_params)
+    how = How(
+        scales,
+        token_values,
+        fixed,
+        noise_ulps,
+        confirm_x64,
+        batch_size,
+        key,
+        perturb_params,
+        trainable,
+    )
     report = _check(kind, fn, x, axis, out_axis, splits, how)
     if report.leak or report.status == "undecided":
         raise CausalityError(report, err_msg)
@@ -117,12 +138,14 @@ def assert_independent(
     out_axis: int | None = None,
     splits: Sequence[int] | str = "auto",
     scales: Sequence[float] = (1.0, 10.0, 100.0),
-    token_values: Sequence[int] | None = None,
+    token_values: TokenValues = None,
+    fixed: str | Iterable[str] = (),
     noise_ulps: float = 64,
     confirm_x64: bool = True,
     batch_size: int = 8,
     key: PRNGKeyArray | None = None,
     perturb_params: float | None = None,
+    trainable: PyTree | None = None,
     err_msg: str = "",
 ) -> CausalityReport:
     """Raises `CausalityError` if output `b` of `fn(x)` reads an input other than `b`.
@@ -143,7 +166,17 @@ def assert_independent(
 
     As [`eqx_norms.causality.assert_causal`][] does.
     """
-    how = How(scales, token_values, noise_ulps, confirm_x64, batch_size, key, perturb_params)
+    how = How(
+        scales,
+        token_values,
+        fixed,
+        noise_ulps,
+        confirm_x64,
+        batch_size,
+        key,
+        perturb_params,
+        trainable,
+    )
     report = _check("independent", fn, x, axis, out_axis, splits, how)
     if report.leak or report.status == "undecided":
         raise CausalityError(report, err_msg)
@@ -170,12 +203,14 @@ class How(NamedTuple):
     """The options that both checks share, as `assert_causal` documents them."""
 
     scales: Sequence[float]
-    token_values: Sequence[int] | None
+    token_values: TokenValues
+    fixed: str | Iterable[str]
     noise_ulps: float
     confirm_x64: bool
     batch_size: int
     key: PRNGKeyArray | None
     perturb_params: float | None
+    trainable: PyTree | None
 
 
 def _check(
@@ -193,12 +228,13 @@ def _check(
             f"batch_size={how.batch_size}, noise_ulps={how.noise_ulps}"
         )
     rng = np.random.default_rng(0)
-    if how.perturb_params is not None:
-        fn = perturbed(fn, how.perturb_params, rng)
-    problem = make_problem(fn, x, axis, out_axis)
+    fn, noise_notes = _with_noise(fn, how, rng)
+    problem = make_problem(fn, x, axis, out_axis, how.fixed)
     require_same_length(problem, axis, out_axis)
     _require_same_trace(problem)
-    editor = make_editor(problem.leaves, problem.in_axes, how.scales, how.token_values, how.key)
+    editor = make_editor(
+        problem.leaves, problem.in_axes, how.scales, how.token_values, how.key, problem.names
+    )
     rule = Rule(kind, problem.length)
     tried = rule.choose(splits, rng)
 
@@ -207,7 +243,12 @@ def _check(
     edits = [nothing(editor), *trials, nothing(editor)]
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), how.batch_size)
     judge = Judge(problem, probe, how.noise_ulps, how.confirm_x64)
-    verdict = judge.verdict(edits, rule.watch(edits))
+    try:
+        verdict = judge.verdict(edits, rule.watch(edits))
+    except ValueError as error:
+        for note in noise_notes:
+            error.add_note(note)
+        raise
     leak = verdict.status == "leak"
     if leak:
         matrix, joint, note = locate(judge, rule, verdict, edits)
@@ -226,7 +267,7 @@ def _check(
         possible_splits=len(rule.possible),
         edits=len(trials),
         joint=joint,
-        notes=(*verdict.notes, *note, *_token_notes(editor), *_perturbed_note(how)),
+        notes=(*verdict.notes, *note, *_token_notes(editor), *noise_notes),
         kind=kind,
     )
 
@@ -272,14 +313,27 @@ def _inert(rule: Rule, edits: Sequence[Edit], moved: np.ndarray) -> list[str]:
 def _token_notes(editor: Editor) -> list[str]:
     notes = []
     for leaf in editor.leaves:
-        if jnp.issubdtype(leaf.dtype, jnp.integer):
-            ids = vocabulary(editor, leaf)
-            source = "x and token_values" if editor.token_values else "x; token_values= adds ids"
-            notes += [f"Tokens were drawn from {ids[0]} to {ids[-1]}, as found in {source}."]
+        if leaf.ids is None or leaf.values.dtype == np.bool_:
+            continue
+        if leaf.ids == MASK:
+            more = (
+                "; token_values= adds ids" if jnp.issubdtype(leaf.values.dtype, jnp.integer) else ""
+            )
+            notes += [f"{called(leaf.name)} holds only 0 and 1, and was edited within them{more}."]
+            continue
+        what = f"{called(leaf.name)} was" if leaf.name else "Tokens were"
+        first, last = leaf.ids.drawn[0], leaf.ids.drawn[-1]
+        source = "x and token_values" if leaf.ids.given else "x; token_values= adds ids"
+        notes += [f"{what} drawn from {first} to {last}, as found in {source}."]
     return notes
 
 
-def _perturbed_note(how: How) -> list[str]:
+def _with_noise(fn: Callable, how: How, rng: np.random.Generator) -> tuple[Callable, list[str]]:
     if how.perturb_params is None:
-        return []
-    return [f"Noise of size {how.perturb_params:g} was added to the parameters."]
+        return fn, []
+    fn, skipped = perturbed(fn, how.perturb_params, rng, how.trainable)
+    note = f"Noise of size {how.perturb_params:g} was added to the parameters."
+    if skipped:
+        more = ", ..." if len(skipped) > 3 else ""
+        note += f" It was not added to {', '.join(skipped[:3])}{more}."
+    return fn, [f"{note} If it moved what is no parameter, say what is one: trainable=."]

@@ -1,6 +1,6 @@
 """Who reads whom: every input edited alone, or gradients from every output."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -9,13 +9,14 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._edits import Edit, make_editor, nothing, single_edits
+from ._edits import Edit, TokenValues, at_one, make_editor, nothing, single_edits
 from ._inputs import Problem, make_problem
 from ._judge import Judge, Verdict, function_eps, require_sane_baseline
 from ._probe import make_probe
 from ._rules import Rule
 
 _LOCATED_UP_TO = 128
+_OWN_VALUES = 512
 _COTANGENTS = 4
 _NOISE_ULPS = 64
 
@@ -28,7 +29,8 @@ def dependency_matrix(
     out_axis: int | None = None,
     method: Literal["perturb", "vjp"] = "perturb",
     scales: Sequence[float] = (1.0, 10.0, 100.0),
-    token_values: Sequence[int] | None = None,
+    token_values: TokenValues = None,
+    fixed: str | Iterable[str] = (),
     batch_size: int = 8,
     key: PRNGKeyArray | None = None,
 ) -> Float[np.ndarray, "T_out T_in"]:
@@ -50,7 +52,7 @@ def dependency_matrix(
     **Arguments:**
 
     - `method`: `"perturb"` or `"vjp"`.
-    - `fn`, `x`, `axis`, `out_axis`, `scales`, `token_values`, `batch_size`, `key`: as for
+    - `fn`, `x`, `axis`, `out_axis`, `scales`, `token_values`, `fixed`, `batch_size`, `key`: as for
         [`eqx_norms.causality.assert_causal`][]. The output may have any number of positions.
 
     **Returns:**
@@ -62,12 +64,12 @@ def dependency_matrix(
     `ValueError` for an unknown method, a wrong axis, or a function that is not finite on `x` or
     not the same again; `TypeError` for `method="vjp"` of an `x` or an output that has no floats.
     """
-    problem = make_problem(fn, x, axis, out_axis)
+    problem = make_problem(fn, x, axis, out_axis, fixed)
     if method == "vjp":
         return _vjp_matrix(problem, jr.key(0) if key is None else key)
     if method != "perturb":
         raise ValueError(f'method must be "perturb" or "vjp", got {method!r}')
-    editor = make_editor(problem.leaves, problem.in_axes, scales, token_values, key)
+    editor = make_editor(problem.leaves, problem.in_axes, scales, token_values, key, problem.names)
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), batch_size)
     edits = [nothing(editor), *single_edits(editor, range(problem.length)), nothing(editor)]
     changes = probe.measure(edits, "dependency matrix")
@@ -91,7 +93,29 @@ def locate(
         note = [f"{len(positions)} of {rule.length} inputs were edited alone to locate the leak."]
     if (~rule.allowed & (matrix > 0)).any():
         return matrix, False, note
+    # Those drew values of their own; what leaks may be the values of the edit that did.
+    own, possible = _own_values(verdict, edits)
+    matrix = np.fmax(matrix, _measured(judge, rule, verdict, [edits[0], *own]))
+    if (~rule.allowed & (matrix > 0)).any():
+        return matrix, False, note
+    if len(own) < possible:
+        note += [f"{len(own)} of {possible} values of the leaking edits were tried alone."]
     return _joint(rule, verdict, edits, matrix), True, note
+
+
+def _own_values(verdict: Verdict, edits: Sequence[Edit]) -> tuple[list[Edit], int]:
+    """Each position of the smallest leaking edits alone, up to 512, and how many there are."""
+    outputs = np.flatnonzero(verdict.leaks.any(0)).tolist()
+    rows = sorted({_smallest(verdict, edits, output) for output in outputs})
+    every = [(row, at) for row in rows for at in np.flatnonzero(edits[row].where).tolist()]
+    chosen = np.linspace(0, len(every) - 1, min(len(every), _OWN_VALUES)).astype(int)
+    return [at_one(edits[row], at) for row, at in map(every.__getitem__, chosen)], len(every)
+
+
+def _smallest(verdict: Verdict, edits: Sequence[Edit], output: int) -> int:
+    """The number of the edit of fewest positions under which an output leaks."""
+    rows = np.flatnonzero(verdict.leaks[:, output]).tolist()
+    return min(rows, key=lambda row: int(edits[row].where.sum()))
 
 
 def _measured(judge: Judge, rule: Rule, verdict: Verdict, singles: Sequence[Edit]) -> np.ndarray:
@@ -114,8 +138,7 @@ def _joint(rule, verdict: Verdict, edits: Sequence[Edit], matrix: np.ndarray) ->
     """Marks, for each leaking output, the first forbidden input of the smallest edit."""
     matrix = matrix.copy()
     for output in np.flatnonzero(verdict.leaks.any(0)).tolist():
-        rows = np.flatnonzero(verdict.leaks[:, output])
-        row = min(rows.tolist(), key=lambda row: int(edits[row].where.sum()))
+        row = _smallest(verdict, edits, output)
         forbidden = edits[row].where & ~rule.allowed[output]
         matrix[output, int(forbidden.argmax())] = verdict.size[row, output]
     return matrix
@@ -182,5 +205,5 @@ def _largest(grad: Array, axis: int) -> Array:
 
 def _at(out: Array, axis: int, position: Array, key: PRNGKeyArray) -> Array:
     index = jnp.arange(out.shape[axis]).reshape([-1 if i == axis else 1 for i in range(out.ndim)])
-    noise = jr.normal(key, out.shape, out.dtype)
-    return jnp.where(index == position, noise, jnp.zeros_like(noise))
+    zeros = jnp.zeros_like(out)  # which are sharded as `out` is
+    return jnp.where(index == position, zeros + jr.normal(key, out.shape, out.dtype), zeros)

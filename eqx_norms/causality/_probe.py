@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from ._edits import Edit, Editor
@@ -70,11 +71,13 @@ class Probe:
         sizes = np.array([self.editor.size(edit) for edit in edits])
         return _combine(leaves, sizes, self.eps)
 
-    def _inputs(self, batch: Sequence[Edit]) -> tuple[np.ndarray, ...]:
+    def _inputs(self, batch: Sequence[Edit]) -> tuple[np.ndarray | Array, ...]:
         # A short last batch repeats its last edit: another shape would be another executable.
         full = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
         stacked = [np.stack(leaf) for leaf in zip(*map(self.editor.apply, full), strict=True)]
-        return tuple(_cast(leaf, self.dtype) if self.dtype else leaf for leaf in stacked)
+        stacked = [_cast(leaf, self.dtype) if self.dtype else leaf for leaf in stacked]
+        lies = [leaf.sharding for leaf in self.editor.leaves]
+        return tuple(map(_placed, stacked, lies))
 
 
 def make_probe(fn, editor: Editor, out_axes, eps: float, batch_size: int, dtype=None) -> Probe:
@@ -150,6 +153,13 @@ def _cast(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf
     return leaf.astype(np.result_type(dtype, np.complex64) if np.iscomplexobj(leaf) else dtype)
+
+
+def _placed(batch: np.ndarray, sharding: Any) -> np.ndarray | Array:
+    """A batch laid over devices as the input is, for `fn` may rely on it."""
+    if not isinstance(sharding, NamedSharding):
+        return batch
+    return jax.device_put(batch, NamedSharding(sharding.mesh, P(None, *sharding.spec)))
 
 
 def _batches(edits: Sequence[Edit], size: int) -> Iterator[list[Edit]]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ._plot import block_max, heat_map
+
 _SHORT_MAP = 32
 _SHOWN = 5
 
@@ -98,9 +100,8 @@ class CausalityReport:
 
         Needs matplotlib: `pip install "eqx-norms[plot]"`.
         """
-        from ._plot import plot_report
-
-        return plot_report(self, ax)
+        noun = "example" if self.kind == "independent" else "position"
+        return heat_map(self.matrix, self.allowed, title=_title(self), noun=noun, ax=ax)
 
     def __str__(self) -> str:
         lines = {"leak": _leak_lines, "undecided": _undecided_lines}.get(self.status, _clear_lines)
@@ -205,6 +206,15 @@ def _one_step(step: int, kind: str) -> str:
     return f"Every leak reaches {step} ahead: look for a mask or a shift off by {step}."
 
 
+def _title(report: CausalityReport) -> str:
+    """Of the heat map."""
+    if not report.leak:
+        return report.status + " (grey: not measured)" * bool(np.isnan(report.matrix).any())
+    count = len(report.pairs())
+    pairs = "pair" if count == 1 else "pairs"
+    return f"leak: {count} forbidden {pairs} (red)"
+
+
 def _effort(report: CausalityReport) -> str:
     what = "examples kept" if report.kind == "independent" else "splits"
     return (
@@ -215,10 +225,3 @@ def _effort(report: CausalityReport) -> str:
 
 def _wrap(sentence: str) -> str:
     return textwrap.fill(sentence, 92)
-
-
-def block_max(cells: np.ndarray, block: int, fill: float = 0) -> np.ndarray:
-    """The largest of every `block` by `block` cells."""
-    padded = np.pad(cells, [(0, -size % block) for size in cells.shape], constant_values=fill)
-    rows, columns = (size // block for size in padded.shape)
-    return padded.reshape(rows, block, columns, block).max((1, 3))

@@ -201,7 +201,9 @@ def _wide_jaxpr(closed: Any, to: np.dtype) -> Any:
     if not _is_jaxpr(closed):
         return closed
     avals = [_aval(var) for var in _open(closed).invars]
-    structs = [jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype, to)) for a in avals]
+    structs = [
+        jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype, to), sharding=a.sharding) for a in avals
+    ]
     wide = jax.make_jaxpr(lambda *args: _evaluate(closed, args, to))(*structs)
     return wide if isinstance(closed, jex.ClosedJaxpr) else _open(wide)
 
