@@ -20,7 +20,7 @@ from ._widen import same_trace
 
 
 class CausalityError(AssertionError):
-    """An output reads an input that it must not read; `report` has the particulars."""
+    """An output reads an input that it must not, or nothing can tell; see its `report`."""
 
     def __init__(self, report: CausalityReport, err_msg: str = ""):
         self.report = report
@@ -53,8 +53,11 @@ def assert_causal(
     input. Values are compared, not gradients, so that rounding, argmax, routing, masks and
     stopped gradients hide nothing.
 
-    A change above the noise level, `noise_ulps * eps * scale`, is a leak. A smaller one is run
-    again with the whole function in float64: rounding shrinks there, a leak does not.
+    What changes is run again with the whole function in float64 (in float32 if it is one of
+    float64): rounding shrinks with the precision, a leak does not. Only casts to float8 and
+    float4 stay, as quantisation. Where there is no float64 form, as of a callback or a kernel
+    between input and output, size must do: `noise_ulps * eps * scale`, a hundred times that for
+    edits a hundred times as large. What lies below is undecided there, and refused.
 
     That nothing changed is no proof. What the check cannot see: a branch whose parameters are
     zero (see `perturb_params`), a leak smaller than the last bit of the output, and a reaction
@@ -89,8 +92,10 @@ def assert_causal(
         and 1; or for some by name, as in `{"ids": (0, 49), "text.segment": (3,)}`.
     - `fixed`: the names of what is left alone, as in `"mask"` or `("mask", "text.segment")`. It is
         given to `fn` as it is, so that it need not have positions, nor be an array.
-    - `noise_ulps`: how many eps of the output's magnitude count as rounding.
-    - `confirm_x64`: whether to re-run smaller changes in float64. If not, they count as noise.
+    - `noise_ulps`: how many eps of the output's magnitude count as rounding: eps of float64 where
+        changes are re-run in it, else of the least precise dtype in the function.
+    - `confirm_x64`: whether to re-run changes in a second precision. If not, those below the
+        noise level pass as rounding. In bfloat16 that level is half the output.
     - `batch_size`: how many edited inputs are sent to the device at a time. One forward pass
         runs at a time, so that this costs memory for inputs and outputs only.
     - `key`: a JAX PRNG key for the edits; by default the same edits at each call.
@@ -108,7 +113,8 @@ def assert_causal(
 
     **Raises:**
 
-    - `CausalityError`, an `AssertionError`, if a leak is found; it carries `.report`.
+    - `CausalityError`, an `AssertionError`, if a leak is found or the status is `"undecided"`; it
+        carries `.report`. The message says what to do.
     - `ValueError` or `TypeError` if the question cannot be answered: `fn` differs from itself or
         is not finite on `x`, or the shapes, the axes or an option are wrong.
     """
