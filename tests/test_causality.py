@@ -29,7 +29,7 @@ from eqx_norms.causality import (
 )
 from eqx_norms.causality._edits import Edit, make_editor
 from eqx_norms.causality._inputs import Problem
-from eqx_norms.causality._judge import confirm
+from eqx_norms.causality._judge import Judge
 from eqx_norms.causality._probe import Changes
 from eqx_norms.causality._widen import trace
 
@@ -258,26 +258,33 @@ def test_an_edit_outside_the_domain_is_no_leak(x):
 
 
 def test_float64_has_rounding_of_its_own():
-    # A change of 1e-13 in float32 and of 1e-15 in float64, 5 of its ulps: no leak, though it did
+    # A change of a millionth of an ulp of float32 and of 5 ulps of float64: no leak, though it did
     # not shrink a thousandfold.
-    def measured(size, ulps):
-        changes = np.array([[0.0], [size]]), np.array([[0.0], [ulps]]), np.ones((2, 1))
-        return Changes(*changes, np.zeros((2, 1), bool))
+    def measured(ulps):
+        changes = np.array([[0.0], [ulps]])
+        one = np.ones((2, 1))
+        return Changes(changes, changes, one, one, np.zeros((2, 1), bool))
 
     class Wide:
+        eps = 2.0**-52
         ulps = 5.0
 
         def measure(self, edits, label):
-            return measured(1e-15, self.ulps)
+            return measured(self.ulps)
+
+    class Narrow:
+        eps = 2.0**-23
 
     closed = trace(lambda x: [x], [jnp.ones(2)])
     problem = Problem(zoo.rnn_scan, (), (0,), (0,), closed, ())
     edits = [Edit(np.array(where), 0, 0) for where in ([False, False], [False, True])]
-    faint, wide = np.array([[False], [True]]), Wide()
-    arguments = (problem, wide, edits, faint, faint, measured(1e-13, 1e-6), 64)
-    assert not confirm(*arguments)[0].any()
+    watch = np.array([[True], [True]])
+    wide = Wide()
+    judge = Judge(problem, Narrow(), 64, confirm_x64=True)
+    vars(judge)["_second"] = wide
+    assert not judge.tell(edits, watch, measured(1e-6)).leaks.any()
     wide.ulps = 65.0
-    assert confirm(*arguments)[0].any()
+    assert judge.tell(edits, watch, measured(1e-6)).leaks.any()
 
 
 def test_nan_in_the_past_alone_is_a_leak(x):

@@ -11,7 +11,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from ._edits import MASK, Edit, Editor, TokenValues, called, make_editor, mixing_edits, nothing
 from ._inputs import Problem, make_problem, perturbed, require_same_length, traced
-from ._judge import DIFFERS_FROM_ITSELF, function_eps, judge
+from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
 from ._matrix import locate
 from ._probe import make_probe
 from ._report import CausalityReport
@@ -20,7 +20,7 @@ from ._widen import same_trace
 
 
 class CausalityError(AssertionError):
-    """An output reads an input that it must not read; `report` has the particulars."""
+    """An output reads an input that it must not, or nothing can tell; see its `report`."""
 
     def __init__(self, report: CausalityReport, err_msg: str = ""):
         self.report = report
@@ -53,8 +53,11 @@ def assert_causal(
     input. Values are compared, not gradients, so that rounding, argmax, routing, masks and
     stopped gradients hide nothing.
 
-    A change above the noise level, `noise_ulps * eps * scale`, is a leak. A smaller one is run
-    again with the whole function in float64: rounding shrinks there, a leak does not.
+    What changes is run again with the whole function in float64 (in float32 if it is one of
+    float64): rounding shrinks with the precision, a leak does not. Only casts to float8 and
+    float4 stay, as quantisation. Where there is no float64 form, as of a callback or a kernel
+    between input and output, size must do: `noise_ulps * eps * scale`, a hundred times that for
+    edits a hundred times as large. What lies below is undecided there, and refused.
 
     That nothing changed is no proof. What the check cannot see: a branch whose parameters are
     zero (see `perturb_params`), a leak smaller than the last bit of the output, and a reaction
@@ -89,8 +92,10 @@ def assert_causal(
         and 1; or for some by name, as in `{"ids": (0, 49), "text.segment": (3,)}`.
     - `fixed`: the names of what is left alone, as in `"mask"` or `("mask", "text.segment")`. It is
         given to `fn` as it is, so that it need not have positions, nor be an array.
-    - `noise_ulps`: how many eps of the output's magnitude count as rounding.
-    - `confirm_x64`: whether to re-run smaller changes in float64. If not, they count as noise.
+    - `noise_ulps`: how many eps of the output's magnitude count as rounding: eps of float64 where
+        changes are re-run in it, else of the least precise dtype in the function.
+    - `confirm_x64`: whether to re-run changes in a second precision. If not, those below the
+        noise level pass as rounding. In bfloat16 that level is half the output.
     - `batch_size`: how many edited inputs are sent to the device at a time. One forward pass
         runs at a time, so that this costs memory for inputs and outputs only.
     - `key`: a JAX PRNG key for the edits; by default the same edits at each call.
@@ -108,7 +113,8 @@ def assert_causal(
 
     **Raises:**
 
-    - `CausalityError`, an `AssertionError`, if a leak is found; it carries `.report`.
+    - `CausalityError`, an `AssertionError`, if a leak is found or the status is `"undecided"`; it
+        carries `.report`. The message says what to do.
     - `ValueError` or `TypeError` if the question cannot be answered: `fn` differs from itself or
         is not finite on `x`, or the shapes, the axes or an option are wrong.
     """
@@ -125,7 +131,7 @@ def assert_causal(
         trainable,
     )
     report = _check(kind, fn, x, axis, out_axis, splits, how)
-    if report.leak:
+    if report.leak or report.status == "undecided":
         raise CausalityError(report, err_msg)
     return report
 
@@ -178,7 +184,7 @@ def assert_independent(
         trainable,
     )
     report = _check("independent", fn, x, axis, out_axis, splits, how)
-    if report.leak:
+    if report.leak or report.status == "undecided":
         raise CausalityError(report, err_msg)
     return report
 
@@ -242,31 +248,32 @@ def _check(
     trials = [*rule.edits(tried, editor.kinds), *mixing_edits(problem.length)]
     edits = [nothing(editor), *trials, nothing(editor)]
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), how.batch_size)
+    judge = Judge(problem, probe, how.noise_ulps, how.confirm_x64)
     try:
-        verdict = judge(problem, probe, edits, rule.watch(edits), how.noise_ulps, how.confirm_x64)
+        verdict = judge.verdict(edits, rule.watch(edits))
     except ValueError as error:
         for note in noise_notes:
             error.add_note(note)
         raise
-    status, worst, notes = verdict.status, verdict.worst, list(verdict.notes)
-    if status == "leak":
-        matrix, joint, note = locate(problem, rule, verdict, edits, how.noise_ulps, how.confirm_x64)
+    leak = verdict.status == "leak"
+    if leak:
+        matrix, joint, note = locate(judge, rule, verdict, edits)
     else:
-        matrix, joint = _covered(rule, tried), False
+        matrix, joint = _covered(rule, tried, verdict.undecided), False
         note = _inert(rule, edits, verdict.moved)
     return CausalityReport(
-        leak=status == "leak",
-        status=status,
+        leak=leak,
+        status=verdict.status,
         matrix=matrix,
         allowed=rule.allowed,
-        worst=worst,
+        worst=verdict.worst,
         scale=verdict.scale,
         noise=verdict.noise,
         splits=tried,
         possible_splits=len(rule.possible),
         edits=len(trials),
         joint=joint,
-        notes=(*notes, *note, *_token_notes(editor), *noise_notes),
+        notes=(*verdict.notes, *note, *_token_notes(editor), *noise_notes),
         kind=kind,
     )
 
@@ -283,11 +290,13 @@ def _require_same_trace(problem: Problem) -> None:
             raise ValueError(DIFFERS_FROM_ITSELF)
 
 
-def _covered(rule: Rule, tried: Sequence[int]) -> np.ndarray:
+def _covered(rule: Rule, tried: Sequence[int], undecided: np.ndarray) -> np.ndarray:
     """The matrix of a check that found nothing: 0 where an edit would have shown the pair."""
     edits = [Edit(rule.where(split), 0, 0) for split in tried]
     where = np.stack([edit.where for edit in edits]).astype(np.float32)
-    return np.where(rule.watch(edits).T.astype(np.float32) @ where > 0, 0.0, np.nan)
+    covered = rule.watch(edits).T.astype(np.float32) @ where > 0
+    told = ~np.any(undecided, 0, keepdims=True).T
+    return np.where(covered & told, 0.0, np.nan)
 
 
 def _inert(rule: Rule, edits: Sequence[Edit], moved: np.ndarray) -> list[str]:

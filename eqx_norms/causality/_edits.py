@@ -74,6 +74,13 @@ class Editor:
         """How many kinds of edit there are; the longest leaf decides, the others take turns."""
         return 1 + max(self._pure_kinds(leaf) for leaf in self.leaves)
 
+    def size(self, edit: Edit) -> float:
+        """How many times as large as usual the floats may be after `edit`, at least 1."""
+        if not edit.where.any() or all(leaf.ids for leaf in self.leaves):
+            return 1.0
+        pure = (edit.kind - 1) // 2 % len(self.scales)
+        return max(1.0, self.scales[pure] if edit.kind else max(self.scales))
+
     def apply(self, edit: Edit) -> tuple[np.ndarray, ...]:
         """The leaves after `edit`."""
         rng = np.random.default_rng([*self.entropy, edit.seed])

@@ -70,7 +70,7 @@ def make_problem(
     outs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in closed.out_avals)
     if not outs:
         raise TypeError("fn returned no array; it must return an array or a pytree of arrays")
-    out_axes = _axes(outs, axis if out_axis is None else out_axis, "out_axis", "the output")
+    out_axes = _output_axes(outs, axis if out_axis is None else out_axis)
     return Problem(flat, leaves, in_axes, out_axes, closed, outs, tuple(edited))
 
 
@@ -90,10 +90,12 @@ def require_same_length(problem: Problem, axis: int, out_axis: int | None) -> No
     """Output `t` is compared with input `t`, so that there must be as many of one as the other."""
     if problem.out_length != problem.length:
         out_axis = axis if out_axis is None else out_axis
+        shape = problem.outs[0].shape
+        cure = "no axis is: cut or pad the output inside fn, or return what it was pooled from"
         raise ValueError(
             f"the output must have as many positions as the input, {problem.length}, got "
-            f"{problem.out_length} along axis {out_axis} of shape {problem.outs[0].shape}; name "
-            "the axis as out_axis=, or cut the output inside fn"
+            f"{problem.out_length} along axis {out_axis} of shape {shape}; "
+            + ("name the axis as out_axis=" if problem.length in shape else cure)
         )
 
 
@@ -177,6 +179,25 @@ def _output_leaf(leaf: Any) -> Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise TypeError("fn must return numbers, got a PRNG key among its outputs")
     return leaf
+
+
+def _output_axes(outs: Sequence[jax.ShapeDtypeStruct], axis: int) -> tuple[int, ...]:
+    """The axis in each output; one without positions, such as a loss, has none to compare."""
+    shapes = [out.shape for out in outs]
+    if () in shapes:
+        raise ValueError(
+            f"every array that fn returns must have positions, got shapes {shapes}; return only "
+            "those that have: lambda x: fn(x)[0], or logits in the place of a loss"
+        )
+    try:
+        return _axes(outs, axis, "out_axis", "the output")
+    except ValueError as error:
+        if len(outs) == 1:
+            raise
+        raise ValueError(
+            f"every array that fn returns must have the positions along out_axis={axis}, got "
+            f"shapes {shapes}; move that axis inside fn, and return only what has it"
+        ) from error
 
 
 def _axes(leaves: Sequence[Any], axis: int, name: str, what: str) -> tuple[int, ...]:
