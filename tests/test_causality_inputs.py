@@ -3,6 +3,8 @@
 The oracle is a model whose answer is known by construction, or the edited arrays themselves.
 """
 
+import tracemalloc
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -331,3 +333,54 @@ def test_weakly_typed_input_is_traced_as_it_is_run():
     seen = []
     check_causal(lambda x: seen.append(x.weak_type) or x.cumsum(), weak)
     assert not any(seen)
+
+
+# Splits
+
+
+RULES = ("causal", "strictly causal", "independent")
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_watched_and_covered_by_their_definitions(kind):
+    rng = np.random.default_rng(seed(4))
+    rule = Rule(kind, 13)
+    edits = [Edit(where, 0, 0) for where in rng.random((40, 13)) < rng.random((40, 1))]
+    read = np.stack([edit.where for edit in edits]).astype(int) @ rule.allowed.T.astype(int)
+    assert np.array_equal(rule.watch(edits), read == 0)
+
+    splits = rule.choose(rng.choice([*rule.possible], 4, replace=False), rng)
+    expected = np.full((13, 13), np.nan)
+    for split in splits:
+        where = rule.where(split)
+        (watched,) = rule.watch([Edit(where, 0, 0)])
+        expected[np.ix_(watched, where)] = 0
+    assert np.array_equal(rule.covered(splits), expected, equal_nan=True)
+
+
+def test_no_square_arrays_but_those_of_the_report():
+    length = 2000
+    rule, rng = Rule("causal", length), np.random.default_rng(seed(5))
+    edits = [*rule.edits(rule.choose("auto", rng), 7)]
+    tracemalloc.start()
+    rule.watch(edits)
+    _, peak = tracemalloc.get_traced_memory()
+    assert peak < length**2  # 68 edits: less than a byte a pair of positions
+    tracemalloc.reset_peak()
+    rule.covered(rule.choose("auto", rng))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * length**2  # float32 and little else
+
+
+@pytest.mark.parametrize("length", [129, 300, 1000, 4096, 16_000, 1_000_003])
+@pytest.mark.parametrize("kind", RULES)
+def test_chosen_splits_leave_no_wide_gap(kind, length):
+    rule = Rule(kind, length)
+    splits = rule.choose("auto", np.random.default_rng(seed(6)))
+    assert len(splits) == 64 == len(set(splits)) and set(splits) <= set(rule.possible)
+    # 32 or more were put into the widest gap of the time, leaving 3/8 of it on either side, less 1
+    # for rounding. So 33 gaps are at least 3/8 of the widest of the end, less 1.
+    assert np.diff([0, *splits, length]).max() <= 8 / 3 * (length / 33 + 1)
+    powers = [2**i for i in range(1, length.bit_length())][-9:]
+    assert {p + step for p in powers for step in (-1, 0, 1) if p + step < length} <= set(splits)

@@ -48,10 +48,11 @@ def assert_causal(
 ) -> CausalityReport:
     """Raises `CausalityError` if output `t` of `fn(x)` reads an input later than `t`.
 
-    For every split `s` the inputs from `s` on are replaced, several times and at several
-    scales, and the outputs before `s` are compared bit for bit with those of the unedited
-    input. Values are compared, not gradients, so that rounding, argmax, routing, masks and
-    stopped gradients hide nothing.
+    For every split `s` the inputs from `s` on are replaced, each position at its own scale, and
+    the outputs before `s` are compared bit for bit with those of the unedited input. Edits with
+    one scale and one sign throughout are added until there are 144, or at one split in 16 above
+    128 positions. Values are compared, not gradients, so that rounding, argmax, routing, masks
+    and stopped gradients hide nothing.
 
     What changes is run again with the whole function in float64 (in float32 if it is one of
     float64): rounding shrinks with the precision, a leak does not. Only casts to float8 and
@@ -83,8 +84,8 @@ def assert_causal(
     - `axis`: the axis of the positions in every array of `x`; at least 2 long.
     - `out_axis`: that in every array of the output, by default `axis`. It must be as long.
     - `strict`: output `t` must not read input `t` either, as where inputs are not yet shifted.
-    - `splits`: `"auto"`, which is every split of up to 128 positions and 64 chosen ones above,
-        or the splits to try.
+    - `splits`: `"auto"`, which is every split of up to 128 positions and 64 of more, at and beside
+        powers of two and where that leaves the widest gaps; or the splits to try.
     - `scales`: how large the replaced floats are, in units of the root mean square of `x`.
     - `token_values`: ids that mean something special, such as padding or the end of the text,
         and the largest id if `x` does not contain it. The ids that edits draw run to the
@@ -259,7 +260,8 @@ def _check(
     if leak:
         matrix, joint, note = locate(judge, rule, verdict, edits)
     else:
-        matrix, joint = _covered(rule, tried, verdict.undecided), False
+        matrix, joint = rule.covered(tried), False
+        matrix[verdict.undecided.any(0)] = np.nan
         note = _inert(rule, edits, verdict.moved)
     return CausalityReport(
         leak=leak,
@@ -288,15 +290,6 @@ def _require_same_trace(problem: Problem) -> None:
     for a, b in zip(one(*problem.leaves), two(*problem.leaves), strict=True):
         if not np.array_equal(a, b, equal_nan=jnp.issubdtype(a.dtype, jnp.inexact)):
             raise ValueError(DIFFERS_FROM_ITSELF)
-
-
-def _covered(rule: Rule, tried: Sequence[int], undecided: np.ndarray) -> np.ndarray:
-    """The matrix of a check that found nothing: 0 where an edit would have shown the pair."""
-    edits = [Edit(rule.where(split), 0, 0) for split in tried]
-    where = np.stack([edit.where for edit in edits]).astype(np.float32)
-    covered = rule.watch(edits).T.astype(np.float32) @ where > 0
-    told = ~np.any(undecided, 0, keepdims=True).T
-    return np.where(covered & told, 0.0, np.nan)
 
 
 def _inert(rule: Rule, edits: Sequence[Edit], moved: np.ndarray) -> list[str]:

@@ -109,7 +109,7 @@ class CausalityReport:
 
     def leaking(self) -> Bool[np.ndarray, "T_out T_in"]:
         """Where `matrix` has a leak."""
-        return ~self.allowed & (np.nan_to_num(self.matrix, nan=0.0) > 0)
+        return ~self.allowed & (self.matrix > 0)
 
 
 _READS = {
