@@ -86,10 +86,11 @@ def ranges(runs: tuple[dict, ...]) -> str:
             for rival, name in columns
         ]
         if same:
-            lines.append([kind[0], WORKS[kind[1]].lower(), kind[2], *map(_spread, ratios)])
+            what = f"{kind[0]}, {WORKS[kind[1]].lower()}"
+            lines.append([what, kind[2], *map(_spread, ratios)])
     if not lines:
         return ""
-    head = ["", "", "dtype", *(f"{NAMES[rival]}, {name}" for rival, name in columns)]
+    head = ["", "dtype", *(f"{NAMES[rival]}, {name}" for rival, name in columns)]
     shapes = ", ".join(dict.fromkeys(case.rows for case in cases))
     return f"## Over the shapes: our time over theirs\n\nOver {shapes}.\n\n" + table(head, lines)
 

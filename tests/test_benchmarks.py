@@ -144,8 +144,8 @@ def test_machines_stand_beside_each_other():
     text = report(one, other)
 
     # Over the shapes that both have, without the small one.
-    assert "| LayerNorm | forward and backward | float32 | 0.20 | 0.70 |  |  |" in text
-    assert "| LayerNorm | forward and backward | float32 | 0.20 to 0.40 |  |" in report(one)
+    assert "| LayerNorm, forward and backward | float32 | 0.20 | 0.70 |  |  |" in text
+    assert "| LayerNorm, forward and backward | float32 | 0.20 to 0.40 |  |" in report(one)
     # What differs stands twice, by name; what is the same, once.
     section = text.split("## Forward and backward")[1].split("\n## ")[0]
     assert section.index("**One**") < section.index("0.20") < section.index("**Other**")
