@@ -3,7 +3,8 @@
 python -m benchmarks            # everything: about a quarter of an hour on two idle cores
 python -m benchmarks --quick    # a minute or two
 python -m benchmarks --only speed --rival eqx,torch --rows 4096x768 --dtype bfloat16
-python -m benchmarks --page     # no measuring: docs/benchmarks.md from the results in --out
+python -m benchmarks --page     # no measuring: the results in --out go into docs/benchmarks.md
+python -m benchmarks --page one.json other.json     # ... these results, of several machines
 """
 
 import argparse
@@ -30,7 +31,7 @@ from ._cases import (
 )
 from ._child import child
 from ._environment import environment
-from ._report import report
+from ._report import machine, report
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -47,8 +48,8 @@ QUICK = {
 def main(argv: list[str] | None = None) -> None:
     """Measures, prints the tables, and writes results.json, tables.md and speed.png."""
     to = options(argv)
-    if to.page:
-        return write_page(to.out)
+    if to.page is not None:
+        return write_page(to.page or [to.out / "results.json"])
     started = time.perf_counter()
     results = {"environment": environment(), "interrupted": False, "failed": []}
     results |= {section: [] for section in SECTIONS}
@@ -87,7 +88,9 @@ def options(argv):
     parser.add_argument("--seconds", type=float, help="for a row of the speed tables, about")
     parser.add_argument("--quick", action="store_true", help="fewer rows, fewer rounds")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--page", action="store_true", help="write the page, measure nothing")
+    parser.add_argument(
+        "--page", type=Path, nargs="*", metavar="JSON", help="write the page, measure nothing"
+    )
     to = parser.parse_args(argv)
     everything = {"layer": LAYERS, "rows": ROWS, "dtype": DTYPES, "work": tuple(WORKS)}
     defaults = {"only": SECTIONS, "rival": RIVALS} | everything | (QUICK if to.quick else {})
@@ -161,27 +164,39 @@ def write(results: dict, out: Path) -> None:
     from ._plot import plot
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    (out / "results.json").write_text(dumps(results))
     (out / "tables.md").write_text("# Benchmarks\n\n" + report(results))
     plot(results, out / "speed.png")
 
 
-def write_page(out: Path) -> None:
-    """Tables and plot of docs/benchmarks.md, from results.json alone."""
+def dumps(results: dict) -> str:
+    return json.dumps(results, indent=1, allow_nan=False) + "\n"
+
+
+def write_page(files: list[Path]) -> None:
+    """Puts the runs into docs/benchmarks.md, each in the place of one on the same processor."""
     from ._plot import plot
 
-    text = (out / "results.json").read_text()
     PAGE_FILES.mkdir(parents=True, exist_ok=True)
-    (PAGE_FILES / "results.json").write_text(text)
-    plot(json.loads(text), PAGE_FILES / "speed.png")
-    PAGE.write_text(filled(PAGE.read_text(), json.loads(text)))
+    for results in [json.loads(path.read_text()) for path in files]:
+        name = re.sub(r"\W+", "_", machine(results).lower())
+        (PAGE_FILES / f"{name}.json").write_text(dumps(results))
+        plot(results, PAGE_FILES / f"{name}.png")
+    PAGE.write_text(filled(PAGE.read_text()))
     print(f"Wrote {PAGE} and {PAGE_FILES}")
 
 
-def filled(page: str, results: dict) -> str:
-    """The page with what stands between its two marks written anew."""
+def filled(page: str) -> str:
+    """The page with what stands between its two marks written anew, from the files beside it."""
+    runs = {path.stem: json.loads(path.read_text()) for path in sorted(PAGE_FILES.glob("*.json"))}
+    figures = [
+        f"![Our time over theirs on {machine(results)}, a dot for each library]"
+        f"({PAGE_FILES.relative_to(PAGE.parent)}/{name}.png)"
+        for name, results in runs.items()
+    ]
     before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{report(results)}\n{END}{rest.split(END)[1]}"
+    body = "\n\n".join([*figures, report(*runs.values())])
+    return f"{before}{BEGIN}\n\n{body}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ def environment() -> dict:
     return {
         "date": datetime.date.today().isoformat(),
         "cores": cores(),
-        "cpu": _cpu(),
+        "cpu": _cpu_info("model name") or platform.machine(),
+        "vectors": _vectors(),
         "python": platform.python_version(),
         "versions": {package: version for package in PACKAGES if (version := _version(package))},
     }
@@ -25,10 +26,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cpu() -> str:
+def _vectors() -> str | None:
+    """The widest vector instructions, which XLA compiles for."""
+    flags = (_cpu_info("flags") or "").split()
+    known = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sse4_2": "SSE4.2"}
+    return next((name for flag, name in known.items() if flag in flags), None)
+
+
+def _cpu_info(field: str) -> str | None:
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return found.group(1).strip() if found else platform.machine()
+    found = re.search(rf"^{field}\s*: (.*)", info.read_text(), re.M) if info.exists() else None
+    return found.group(1).strip() if found else None
 
 
 def _version(package: str) -> str | None:

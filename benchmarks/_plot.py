@@ -56,7 +56,8 @@ def _facet(ax, table, work, dtype, labels):
         points = [(r[rival]["ratio"], labels.index(at)) for at, r in cases.items() if rival in r]
         if points:
             marker, colour = MARKERS.get(rival, "o"), COLOURS[rival]
-            ax.scatter(*zip(*points, strict=True), 22, colour, marker, label=NAMES[rival], zorder=3)
+            style = {"s": 22, "c": colour, "marker": marker, "zorder": 3}
+            ax.scatter(*zip(*points, strict=True), label=NAMES[rival], **style)
     ax.axvline(1, color="0.3", linewidth=0.8)
     limits = speed_limit(work, "eqx")
     if limits and limits[0] != 1:

@@ -1,11 +1,14 @@
 """The results as Markdown: targets first, misses by name, then every table."""
 
+import itertools
 import math
+import re
 import statistics
 
-from ._cases import CHANNELS, GROUPS, JAX_RIVALS, NAMES, RIVALS, WORKS
+from ._cases import CHANNELS, DTYPES, GROUPS, JAX_RIVALS, LAYERS, NAMES, RIVALS, SINGLE, WORKS
 from ._targets import Outcome, by_case, outcomes, speed_limit
 
+LARGE = 2**20  # entries; what takes less is mostly the cost of a call
 BYTES = {
     "residuals": "kept for the backward",
     "one layer": "temporaries, one layer, forward and backward",
@@ -14,10 +17,34 @@ BYTES = {
 }
 
 
-def report(results: dict) -> str:
-    """All tables that `results` has rows for."""
+def report(*runs: dict) -> str:
+    """All tables that the runs have rows for: section by section, and in each run by run.
+
+    A section that is the same in all of them stands once.
+    """
+    found = {machine(results): _sections(results) for results in runs}
+    longest_first = sorted(found.values(), key=len, reverse=True)
+    first, *headings = dict.fromkeys(heading for parts in longest_first for heading in parts)
+    parts = [_of_all(first, found), ranges(runs), *(_of_all(one, found) for one in headings)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _of_all(heading: str, found: dict[str, dict[str, str]]) -> str:
+    bodies = {name: parts.get(heading) for name, parts in found.items()}
+    texts = list(dict.fromkeys(bodies.values()))
+    if len(texts) > 1:
+        texts = [f"**{name}**\n\n{body}" for name, body in bodies.items() if body]
+    return "\n\n".join(filter(None, [heading, *texts]))
+
+
+def machine(results: dict) -> str:
+    """Its processor, without the words that all of them have."""
+    return re.sub(r"\(\w+\)| CPU\b| Processor\b| @.*", "", results["environment"]["cpu"])
+
+
+def _sections(results: dict) -> dict[str, str]:
+    """What stands below each heading; the first has none."""
     parts = [
-        environment(results),
         targets(outcomes(results)),
         *(speed(results["speed"], work) for work in WORKS),
         bytes_table(results["bytes"]),
@@ -25,7 +52,7 @@ def report(results: dict) -> str:
         *(accuracy(results["accuracy"], at) for at in ("offset", "scale")),
         notes(results),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return {"": environment(results)} | dict(part.split("\n\n", 1) for part in parts if part)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -35,13 +62,44 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def environment(results: dict) -> str:
-    env = dict(results["environment"])
+    env = results["environment"]
+    cpu = ", ".join(filter(None, (env["cpu"], env.get("vectors"))))
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
     return (
-        f"{env['date']}, {env['cores']} cores ({env['cpu']}), Python {env['python']}, {versions}. "
+        f"{env['date']}, {env['cores']} cores ({cpu}), Python {env['python']}, {versions}. "
         f"The run took {results['minutes']:.0f} minutes."
         + (" It was interrupted: what follows is not all." if results["interrupted"] else "")
     )
+
+
+def ranges(runs: tuple[dict, ...]) -> str:
+    """Our time over theirs, from the best to the worst of the large shapes that every run has."""
+    measured = {machine(results): by_case(results["speed"]) for results in runs}
+    in_all = lambda case: all(case in rows for rows in measured.values())
+    cases = [c for c in next(iter(measured.values())) if in_all(c) and math.prod(c.shape) >= LARGE]
+    columns = list(itertools.product(("eqx", "torch"), measured))
+    lines = []
+    for kind in itertools.product(LAYERS, SINGLE, DTYPES):
+        same = [case for case in cases if (case.layer, case.work, case.dtype) == kind]
+        ratios = [
+            [rows[rival]["ratio"] for rows in map(measured[name].get, same) if rival in rows]
+            for rival, name in columns
+        ]
+        if same:
+            what = f"{kind[0]}, {WORKS[kind[1]].lower()}"
+            lines.append([what, kind[2], *map(_spread, ratios)])
+    if not lines:
+        return ""
+    head = ["", "dtype", *(f"{NAMES[rival]}, {name}" for rival, name in columns)]
+    shapes = ", ".join(dict.fromkeys(case.rows for case in cases))
+    return f"## Over the shapes: our time over theirs\n\nOver {shapes}.\n\n" + table(head, lines)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    low, high = _figure(min(values)), _figure(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def targets(found: list[Outcome]) -> str:
@@ -56,10 +114,8 @@ def targets(found: list[Outcome]) -> str:
         verdicts = [o.verdict for o in group]
         values = [o.value for o in group]
         limits = dict.fromkeys(_limit(o) for o in group)
-        low, high = _figure(min(values)), _figure(max(values))
-        spread = low if low == high else f"{low} to {high}"
         counts = [str(verdicts.count(v)) for v in ("met", "within noise", "missed")]
-        rows.append([target, " or ".join(limits), spread, *counts])
+        rows.append([target, " or ".join(limits), _spread(values), *counts])
         missed = [f"{o.where} {_figure(o.value)}" for o in group if o.verdict == "missed"]
         misses += [f"- {target}: {'; '.join(missed)}"] if missed else []
     head = ["target", "limit", "measured", "met", "within noise", "missed"]
@@ -188,4 +244,4 @@ def notes(results: dict) -> str:
             f"- GroupNorm takes rows x n as (rows / {GROUPS}, {CHANNELS} channels in {GROUPS} "
             f"groups, n / {CHANNELS // GROUPS}): that many means, over that many entries."
         )
-    return "\n".join(texts)
+    return "## Notes\n\n" + "\n".join(texts) if texts else ""

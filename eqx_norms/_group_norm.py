@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._checks import check_eps, check_floating, check_param_dtype, check_size, no_state
-from ._normalize import normalize
+from ._normalize import normalize, together
 
 
 def group_norm(
@@ -57,10 +57,12 @@ def group_norm(
                 f"({channels},), got {param.shape}."
             )
     eps = check_eps("group_norm", eps)
+    by_channel = lambda p: p if p is None else p.reshape(channels, *(1,) * (x.ndim - 1))
+    # One vmap for all three: where the channels are split over devices, they must be so in each.
+    placed = together(x, by_channel(weight), by_channel(bias))
     split = lambda a: a.reshape(groups, channels // groups, *a.shape[1:])
-    split_param = lambda p: p if p is None else split(p.reshape(channels, *(1,) * (x.ndim - 1)))
     norm = jax.vmap(ft.partial(normalize, eps=eps))
-    return norm(split(x), split_param(weight), split_param(bias)).reshape(x.shape)
+    return norm(*jax.tree.map(split, placed)).reshape(x.shape)
 
 
 class GroupNorm(eqx.Module):
@@ -75,7 +77,7 @@ class GroupNorm(eqx.Module):
 
     The backward is hand-written and keeps `x` in its own dtype and 12 bytes a group. Forward
     mode, Hessians, `jax.checkpoint`, scans and sharding work as with any JAX function;
-    `jax.experimental.jet` does not, see [`eqx_norms.normalize_reference`][].
+    `jax.experimental.jet` and `sparsify` do not, see [`eqx_norms.normalize_reference`][].
 
     !!! warning "Over (channels, time) it mixes time"
 

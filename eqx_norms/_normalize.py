@@ -3,9 +3,9 @@
     y = (x - mean) * rstd * weight + bias,    rstd = 1 / sqrt(variance + eps)
 
 with mean and variance over all entries of one example: those under a mask left out, those on
-other devices counted in. In the order of the file: the statistics, the forward, the backward, what
-keeps XLA from storing more than they ask for, the way from the backward to forward mode, the plain
-reference, the entry.
+other devices counted in. In the order of the file: the statistics, the forward, the backward, the
+way from the backward to forward mode, the plain reference, the entry. `again`, `apart`, `cotangent`
+and `settled` change no value: `_lowering.py` says what they are for.
 """
 
 import functools as ft
@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
+
+from ._lowering import again, apart, cotangent, settled
 
 Example = Float[Array, "*shape"]
 Broadcastable = Float[Array, "..."]
@@ -40,19 +43,34 @@ class _Residuals(NamedTuple):
     d: Array | None
     rstd: Array
 
+
+class _Pass(NamedTuple):
+    """What the backward reads in one pass over an example: x and g cast up, and the residuals."""
+
+    x: Example
+    g: Example
+    weight: Broadcastable | None
+    where: Mask | None
+    origin: Array | None
+    d: Array | None
+    rstd: Array
+
     def xc(self) -> Example:
         return _centred(self.x, self.where, self.origin, self.d)
 
-    def weighted(self, g: Example) -> Example:
-        g = _to_compute_dtype(g)
-        return g if self.weight is None else g * self.weight
+    def gw(self) -> Example:
+        return self.g if self.weight is None else self.g * self.weight
+
+    def again(self, dtype) -> "_Pass":
+        x, g, *rest = self
+        return _Pass(again(x, dtype), again(g, dtype), *jax.tree.map(again, rest))
 
 
 def _mean(spec: _Spec, a: Example, where: Mask | None, settle: bool = False) -> Array:
     """Over what `where` lets through, on all devices of `axis_name`; 0 if that is nothing."""
     total = jnp.sum(a, where=where)
     if settle:
-        total = _settled(total)
+        total = settled(total)
     count = a.size if where is None else jnp.sum(where, dtype=a.dtype)
     if spec.axis_name is not None:
         total, count = jax.lax.psum((total, count), spec.axis_name)
@@ -75,7 +93,7 @@ def _to_compute_dtype(x: Array) -> Array:
 
 def _centred(x: Example, where: Mask | None, origin: Array | None, d: Array | None) -> Example:
     """`x - mean`, by two subtractions: `origin + d`, rounded, would have lost d again."""
-    x = _only(where, _to_compute_dtype(x))
+    x = _only(where, x)
     x = x if origin is None else x - origin
     return x if d is None else x - d
 
@@ -88,27 +106,35 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
     it missed. (mean(xc^2) - d^2 would save a pass and is wrong on constant rows, where it is the
     difference of two roundings: dx off by 2e-5 at 1e6, y NaN at 1e9.)
     """
-    again = _again if kept or _BARRIERS_LET_FUSE else lambda *arrays: arrays
+
+    def next_pass(x_wide, *scalars):
+        scalars = (s if s is None else again(s, alone=not kept) for s in scalars)
+        return again(x_wide, x.dtype, alone=not kept), *scalars
+
     origin = d = None
-    read = x.astype(_read_dtype(x))
+    read = _to_compute_dtype(x)
     if spec.centre:
         # y is the same for any origin, so the origin has no derivative; d has the mean's.
         xc = _centred(read, where, None, None)
         origin = jax.lax.stop_gradient(_mean(spec, xc, where, settle=kept))
-        read, origin = again(read, origin)
+        read, origin = next_pass(read, origin)
         d = _mean(spec, _centred(read, where, origin, None), where, settle=kept)
-        read, origin, d = again(read, origin, d)
+        read, origin, d = next_pass(read, origin, d)
     var = _mean(spec, jnp.square(_centred(read, where, origin, d)), where, settle=kept)
     rstd = jax.lax.rsqrt(var + spec.eps)
 
     residuals = _Residuals(x, weight, where, origin, d, rstd)
-    read, origin, d = again(read, origin, d)
+    read, origin, d = next_pass(read, origin, d)
     y = _centred(read, where, origin, d) * rstd
     if weight is not None:
         y = y * weight
     if bias is not None:
         y = y + bias
     return _only(where, y), residuals
+
+
+def _forward_alone(spec: _Spec, x: Example, weight, bias, where) -> Example:
+    return _forward(spec, x, weight, bias, where, kept=False)[0]
 
 
 def _backward(spec: _Spec, residuals: _Residuals, g: Example):
@@ -118,37 +144,31 @@ def _backward(spec: _Spec, residuals: _Residuals, g: Example):
 
     the last two summed over what was broadcast, the first without mean(gw) if not centred.
     """
-    # Without it, XLA sees that forward and backward share xc, and keeps that in float32 from the
-    # one to the other: the memory that this rule is here to save. One barrier around all, since
-    # one for each would be as the forward's, and merged with them. But g has its own: the
-    # backward must stay linear in it.
-    residuals = jax.lax.optimization_barrier(residuals)
-    where, dtype = residuals.where, residuals.x.dtype
+    # Of x in its own dtype each later use would round a derivative of this: it is cast up once.
+    x, weight, where, origin, d, rstd = apart(residuals)
+    dtype, x = x.dtype, _to_compute_dtype(x)
+    d, rstd = _recalled(spec, x, where, origin, d, rstd)
     g = _only(where, g)
     dbias = None if spec.bias_shape is None else _sum_to(spec.bias_shape, g)
 
-    # g was cast up from the dtype of x on its way here: nothing is lost but bytes.
-    read = _read_dtype(residuals.x)
-    residuals, g = residuals._replace(x=residuals.x.astype(read)), g.astype(read)
-    g = jax.lax.optimization_barrier(g)
-    settle = read != dtype
+    read = _Pass(x, cotangent(g, dtype), weight, where, origin, d, rstd)
+    settle = dtype == jnp.float16
     mean_gw = None
     if spec.centre:
-        mean_gw = _mean(spec, residuals.weighted(g), where, settle)
-        residuals, g = _again(residuals, g)
+        mean_gw = _mean(spec, read.gw(), where, settle)
+        read = read.again(dtype)
     # xhat * mean(gw * xhat) * rstd = xc * k. One factor at a time: rstd**3 would underflow.
-    k = _mean(spec, residuals.weighted(g) * residuals.xc(), where, settle)
-    k = residuals.rstd * (residuals.rstd * (residuals.rstd * k))
+    k = _mean(spec, read.gw() * read.xc(), where, settle)
+    k = read.rstd * (read.rstd * (read.rstd * k))
 
-    residuals, g = _again(residuals, g)
-    gw = residuals.weighted(g)
-    dx = residuals.rstd * (gw if mean_gw is None else gw - mean_gw) - residuals.xc() * k
+    read = read.again(dtype)
+    gw = read.gw()
+    dx = read.rstd * (gw if mean_gw is None else gw - mean_gw) - read.xc() * k
 
-    residuals, g = _again(residuals, g)
+    read = read.again(dtype)
     dweight = None
-    if residuals.weight is not None:
-        xhat = residuals.xc() * residuals.rstd
-        dweight = _sum_to(residuals.weight.shape, _to_compute_dtype(g) * xhat)
+    if weight is not None:
+        dweight = _sum_to(weight.shape, read.g * (read.xc() * read.rstd))
     return _only(where, dx).astype(dtype), dweight, dbias
 
 
@@ -157,54 +177,30 @@ def _sum_to(shape: tuple[int, ...], a: Array) -> Array:
     return a.sum([i for i, n in enumerate(shape) if n != a.shape[i]], keepdims=True)
 
 
-# Forward and backward are some passes over x. What two of them share, a cast or x - origin, XLA for
-# CPU computes once and stores in float32, unless it is kept from seeing it. The figures are from
-# jax 0.10.2 and two cores; `python -m benchmarks` has them all. XLA for GPU fuses passes of its
-# own accord and was not measured, so nothing of this is done there.
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _recalled(spec: _Spec, x: Example, where, origin, d, rstd):
+    """`(d, rstd)` as they were kept, with the derivative that they have in the x beside them.
 
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
-
-
-# A forward by itself, of 4096 examples or more, XLA for CPU makes one fusion of. In jax 0.10 it
-# does so in spite of barriers, in 0.11 and 0.12 they would take twice the time.
-_BARRIERS_LET_FUSE = jax.__version_info__ < (0, 11)
-
-
-def _again(*arrays: Any) -> tuple:
-    """The same values, to be read by one more pass.
-
-    (2048 x 4096 bfloat16: the forward takes .29 of eqx.nn's time with it, 1.2 without; forward and
-    backward .60 and 1.03, and no temporaries instead of 12 bytes an element.)
+    So all that a derivative of the backward owes to x comes together in the compute dtype. By way
+    of the forward a part of it would be rounded by itself, and the parts cancel.
     """
-    return jax.tree.map(jax.lax.optimization_barrier, arrays) if _on_cpu() else arrays
+    return d, rstd
 
 
-def _read_dtype(x: Array):
-    """What the passes read: x as it is, but float16 cast up once.
-
-    XLA for CPU takes a cast from bfloat16 into the sum behind it, and one from float16 it stores,
-    for each sum anew. (4096 x 768, forward and backward: .36 of eqx.nn's time, else .75.)
-    """
-    return jnp.float32 if x.dtype == jnp.float16 and _on_cpu() else x.dtype
-
-
-def _settled(total: Array) -> Array:
-    """A sum that is used by later passes, as a result of its own.
-
-    The operation is void: XLA for CPU would fuse the division behind it into the pass, and
-    then, if rows are many and short, store all that is summed. (65536 x 256 float32: the statistics
-    take 5 ms with it, 33 without. Not for a forward by itself, which is one fusion to the end.)
-    """
-    void = _on_cpu() and total.dtype == jnp.float32
-    return jax.lax.reduce_precision(total, exponent_bits=8, mantissa_bits=23) if void else total
+@_recalled.defjvp
+def _recalled_jvp(spec: _Spec, primals, tangents):
+    x, where, origin, *_ = primals
+    d, rstd = _recalled(spec, *primals)
+    dx = _only(where, tangents[0])
+    drstd = _mean(spec, _centred(x, where, origin, d) * dx, where)
+    drstd = -rstd * (rstd * (rstd * drstd))
+    return (d, rstd), (None if d is None else _mean(spec, dx, where), drstd)
 
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def normalize_vjp(spec: _Spec, x: Example, weight, bias, where) -> Example:
     """The operation with its hand-written backward, in reverse mode alone."""
-    return _forward(spec, x, weight, bias, where, kept=False)[0]
+    return _forward_alone(spec, x, weight, bias, where)
 
 
 normalize_vjp.defvjp(_forward, lambda *args: (*_backward(*args), None))
@@ -215,7 +211,7 @@ normalize_vjp.defvjp(_forward, lambda *args: (*_backward(*args), None))
 # transpose of the backward, and reverse mode, transposing again, is back at the backward itself.
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalize(spec: _Spec, x: Example, weight, bias, where) -> Example:
-    return _forward(spec, x, weight, bias, where, kept=False)[0]
+    return _forward_alone(spec, x, weight, bias, where)
 
 
 @ft.partial(_normalize.defjvp, symbolic_zeros=True)
@@ -223,7 +219,9 @@ def _normalize_jvp(spec: _Spec, primals, tangents):
     y, residuals = _forward(spec, *primals)
     *tangents, _ = tangents  # The mask has none.
     live = tuple(_is_live(t) for t in tangents)
-    return y, _tangent_map(spec, live)(residuals, _select(tangents, live))
+    # The backward has no eps of its own.
+    tangent_map = _tangent_map(spec._replace(eps=0.0), live)
+    return y, tangent_map(residuals, _select(tangents, live))
 
 
 def _select(values: Sequence, live: tuple[bool, ...]) -> list:
@@ -234,7 +232,8 @@ def _is_live(tangent) -> bool:
     return not (tangent is None or isinstance(tangent, jax.custom_derivatives.SymbolicZero))
 
 
-@ft.cache  # JAX caches traces by function: one function for each spec, not one for each call.
+# JAX caches traces by function: so one function for each spec, not one for each call.
+@ft.lru_cache(maxsize=64)
 def _tangent_map(spec: _Spec, live: tuple[bool, ...]):
     """The transpose of `_backward`, from the tangents of those inputs that have one."""
 
@@ -242,8 +241,8 @@ def _tangent_map(spec: _Spec, live: tuple[bool, ...]):
         def backward(g):
             return _select(_backward(spec, residuals, g), live)
 
-        g = jax.eval_shape(_to_compute_dtype, residuals.x)
-        (dy,) = jax.linear_transpose(backward, g)(tangents)
+        like_g = _to_compute_dtype(residuals.x)
+        (dy,) = jax.linear_transpose(backward, like_g)(tangents)
         return dy
 
     if getattr(jax.config, "jax_remat3", False):
@@ -263,7 +262,7 @@ def normalize_reference(
     """The same function in plain `jax.numpy`, differentiated by JAX: the oracle of the tests.
 
     It keeps 12 bytes an element for the backward and loses digits at large offsets. Use it where
-    a custom rule cannot go, as in `jax.experimental.jet`.
+    a custom rule cannot go, as in `jax.experimental.jet` and `jax.experimental.sparse.sparsify`.
 
     **Arguments:**
 
@@ -296,6 +295,8 @@ def normalize(
     axis_name: Hashable | None = None,
 ) -> Example:
     """What the layers call: `normalize_reference`, by the rule above."""
+    # float64 from under `enable_x64`, used outside, is float32 to JAX; rules must be told so.
+    x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
     weight, bias = _fit(x, weight, bias)
     if unit_offset and weight is not None:
         weight = 1 + weight
@@ -304,7 +305,10 @@ def normalize(
         # are often such constants. Any operation makes an array of it; XLA drops this one.
         where = where & True
     spec = _Spec(eps, centre, axis_name, None if bias is None else bias.shape)
-    y = _normalize(spec, *_vary_together(x, weight, bias, where))
+    # JAX traces a custom rule when it differentiates, and a vmap may have named its axis, and gone,
+    # long before. A mesh has not. So along a vmap JAX differentiates the forward, as any function.
+    op = _normalize if _is_on_mesh(axis_name) else _forward_alone
+    y = op(spec, *together(x, weight, bias, where))
     # The cast stands outside the rule, whose cotangent is then wide as well: dbias is summed over
     # a batch in float32. (Cast inside, its error over 8192 rows of bfloat16 was 2%.)
     return y.astype(x.dtype)
@@ -316,11 +320,29 @@ def _fit(x: Example, *params: Array | None) -> list[Array | None]:
     return [p if p is None else rank(p).astype(_compute_dtype(x)) for p in params]
 
 
-def _vary_together(*arrays: Array | None):
-    """Under `jax.shard_map`, lets all arrays vary over the mesh axes that any varies over.
+def _is_on_mesh(axis_name: Hashable | None) -> bool:
+    """Whether it is an axis of `jax.shard_map`, and not of `jax.vmap`. `None` is on any mesh."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    return {*names} - {None} <= {*jax.sharding.get_abstract_mesh().manual_axes}
 
-    A rule's cotangents must have the types of its inputs, and dweight varies as x does.
+
+def together(*arrays: Array | None) -> list[Any]:
+    """Arrays of one rank, of which all are placed on a mesh as any is.
+
+    A rule's cotangents must have the types of its inputs, and dweight varies and is split as x is:
+    over the axes of `jax.shard_map`, and over the axes of a mesh with explicit sharding.
     """
-    varying = lambda a: jax.typeof(a).manual_axis_type.varying
-    axes = frozenset().union(*map(varying, jax.tree.leaves(arrays)))
-    return jax.tree.map(lambda a: jax.lax.pcast(a, tuple(axes - varying(a)), to="varying"), arrays)
+    types = [jax.typeof(a) for a in jax.tree.leaves(arrays)]
+    varying = frozenset().union(*(t.manual_axis_type.varying for t in types))
+    shape = jnp.broadcast_shapes(*(t.shape for t in types))
+    splits = zip(*(t.sharding.spec for t in types), strict=True)
+    splits = [next((split for split in axis if split is not None), None) for axis in splits]
+
+    def place(a: Array) -> Array:
+        t = jax.typeof(a)
+        a = jax.lax.pcast(a, tuple(varying - t.manual_axis_type.varying), to="varying")
+        axes = zip(splits, a.shape, shape, strict=True)
+        spec = P(*(split if n == m else None for split, n, m in axes))
+        return a if spec == t.sharding.spec else jax.sharding.reshard(a, spec)
+
+    return jax.tree.map(place, list(arrays))

@@ -70,7 +70,7 @@ class RMSNorm(eqx.Module):
 
     The backward is hand-written and keeps `x` in its own dtype and 4 bytes an example. Forward
     mode, Hessians, `jax.checkpoint`, scans and sharding work as with any JAX function;
-    `jax.experimental.jet` does not, see [`eqx_norms.normalize_reference`][].
+    `jax.experimental.jet` and `sparsify` do not, see [`eqx_norms.normalize_reference`][].
 
     !!! tip "Batches"
 
@@ -125,7 +125,8 @@ class RMSNorm(eqx.Module):
             The sum is taken in float32, so that a bfloat16 weight keeps its digits.
         - `axis_name`: of a mapped axis (`jax.shard_map`, or `jax.vmap` with that name) along
             which one example is split evenly. `shape` is then that of one part, and the
-            mean square is taken over all parts.
+            mean square is taken over all parts. Along a `jax.vmap` JAX differentiates the
+            forward by itself, and keeps more for it.
 
         **Raises:** `ValueError` for an empty or negative shape or a bad `eps`; `TypeError` for a
         `dtype` that is not floating point.
@@ -135,7 +136,8 @@ class RMSNorm(eqx.Module):
         self.use_weight = use_weight
         self.use_bias = use_bias
         dtype = check_param_dtype("RMSNorm", dtype)
-        self.weight = jnp.full(self.shape, 1.0 - unit_offset, dtype) if use_weight else None
+        ones = jnp.zeros if unit_offset else jnp.ones
+        self.weight = ones(self.shape, dtype) if use_weight else None
         self.bias = jnp.zeros(self.shape, dtype) if use_bias else None
         self.unit_offset = unit_offset
         self.axis_name = axis_name

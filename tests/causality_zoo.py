@@ -7,6 +7,7 @@
 
 import functools
 
+import draws
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ def put(zoo):
 
 
 def weights(dtype, *shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) * 0.5).astype(dtype)
+    return jnp.asarray(np.random.default_rng(draws.seed(seed)).standard_normal(shape) * 0.5).astype(
+        dtype
+    )
 
 
 def attention(x, scores_to_probabilities):
@@ -160,7 +163,7 @@ def noisy_sum_in_float32_inside(x):
 
 @put(CAUSAL)
 def causal_with_dropout_under_a_fixed_key(x):
-    return jnp.where(jr.bernoulli(jr.key(3), 0.7, x.shape), rnn_scan(x), 0)
+    return jnp.where(jr.bernoulli(jr.key(draws.seed(3)), 0.7, x.shape), rnn_scan(x), 0)
 
 
 @put(CAUSAL)

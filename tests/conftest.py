@@ -25,3 +25,10 @@ def getkey():
     """A function that gives a new random key at each call, the same ones in each run."""
     counter = iter(range(1_000_000))
     return lambda: jr.fold_in(jr.key(draws.seed(20240607)), next(counter))
+
+
+@pytest.fixture
+def x64():
+    """Float64 by default: arrays, keys and modules that the test makes."""
+    with jax.enable_x64(True):
+        yield

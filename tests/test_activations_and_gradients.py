@@ -17,6 +17,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from draws import seed
 
 from eqx_norms.diagnostics import activation_stats
 from examples.activations_and_gradients import (
@@ -101,7 +102,7 @@ def parameters(network):
 def make(norm="none", num_linear=2, **kwargs):
     architecture = common.Architecture(num_linear, norm, **kwargs)
     make = eqx.nn.make_with_state(common.make_network)
-    network, state = make(architecture, len(PAIRS.vocabulary), jr.key(0))
+    network, state = make(architecture, len(PAIRS.vocabulary), jr.key(seed(0)))
     return common.with_gain(network, jnp.float32(GAIN)), state
 
 
@@ -145,14 +146,14 @@ def test_batch_norm_is_over_the_batch():
 def test_a_block_of_zeros_passes_on_what_skips_pass_on(skip):
     network, state = make("LN", skip=skip)
     block = eqx.tree_at(lambda b: b.linear.weight, network.blocks[0], jnp.zeros((30, 30)))
-    x = jr.normal(jr.key(1), (30,))
+    x = jr.normal(jr.key(seed(1)), (30,))
     out, _ = block(x, state)
     np.testing.assert_array_equal(out, x if skip else 0)
 
 
 def test_pre_activation_normalises_first():
     network, state = make("LN", skip=False)
-    x = 5 + jr.normal(jr.key(1), (30,))
+    x = 5 + jr.normal(jr.key(seed(1)), (30,))
     out, _ = network.blocks[0](x, state)
     h, _ = norm_forward(np.float64(x)[None], True)
     want = np.maximum(h, 0) @ np.float64(network.blocks[0].linear.weight).T
@@ -299,7 +300,7 @@ def test_softmax_of_small_logits_is_flatter():
 
 
 def test_derivatives_by_hand():
-    args = layer_norm_by_hand.inputs(jr.key(0), 400)
+    args = layer_norm_by_hand.inputs(jr.key(seed(0)), 400)
     fns = layer_norm_by_hand.by_hand, layer_norm_by_hand.by_autodiff
     both = layer_norm_by_hand.in_both(lambda *args: [fn(*args) for fn in fns], *args)
     for dtype, limit in (("float32", 3e-7), ("float64", 5e-16)):
@@ -314,7 +315,7 @@ def test_derivatives_by_hand():
 
 
 def test_the_bound_and_how_far_below_it_is():
-    args = layer_norm_by_hand.inputs(jr.key(0), 400)
+    args = layer_norm_by_hand.inputs(jr.key(seed(0)), 400)
     rows = layer_norm_by_hand.in_both(layer_norm_by_hand.squares_and_bounds, *args)
     square, bound = rows["float64"]
     assert (square <= bound).all()
@@ -376,7 +377,7 @@ def made_up(monkeypatch):
 
     def train(self, architecture, configs, *, steps, looks=50, look=None):
         layers = architecture.num_linear + (architecture.skip is None)
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(seed(0))
         add = EXTRA[architecture.norm] - (0.07 if architecture.skip else 0)
         wobble = rng.normal(size=(len(configs), 4)) * 1e-3
         slow = [0.1 * (rate == 2 and architecture.norm == "none") for _, rate in configs]
@@ -461,7 +462,7 @@ def test_studies_of_directions(settings, made_up):
 
 
 def test_pairing_finds_what_the_spread_hides():
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed(0))
     seeds = 0.1 * rng.normal(size=16)
     a = 2.5 + seeds + 0.002 * rng.normal(size=16)
     difference = study.paired(a - 0.01, 2.5 + seeds)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from draws import seed
 from jax.sharding import AxisType, PartitionSpec as P
-from oracles import error, exact_norm
+from oracles import assert_alike, assert_close, exact_norm, terms
 
 from eqx_norms import LayerNorm, RMSNorm, layer_norm, rms_norm
 
@@ -106,7 +107,9 @@ def test_equals_the_whole_example(norm, way, masked, getkey):
         )
         for name in want:
             for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(want[name]), strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11, err_msg=name)
+                # Float64; rows of few entries, and second derivatives, magnify its rounding.
+                atol = 1e-9 * np.abs(b).max()
+                np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=name)
 
 
 def _without_mask(way, norm):
@@ -117,18 +120,21 @@ def _without_mask(way, norm):
 
 @NORMS
 @WAYS
-@pytest.mark.parametrize("offset", (0, 1e4, 1e6))
-def test_float32_at_an_offset(way, norm, offset):
-    rng = np.random.default_rng(0)
-    x, g = rng.normal(size=(2, ROWS, N)).astype(np.float32)
-    weight, bias = rng.normal(size=(2, N)).astype(np.float32)
-    x += np.float32(offset)
+def test_float32_at_an_offset(way, norm):
     f = _without_mask(way, norm)
-    run = jax.jit(lambda *args: jax.vjp(lambda *a: f(*a, None), *args[:3])[1](args[3]))
-    want = exact_norm(x, weight, bias, g, centre=norm is layer_norm)
-    assert error(jax.jit(f)(x, weight, bias, None), want.y) < 1e-6
-    for a, b in zip(run(x, weight, bias, g), want[1:], strict=True):
-        assert error(a, b) < 1e-6
+
+    @jax.jit
+    def run(x, weight, bias, g):
+        y, vjp = jax.vjp(lambda *args: f(*args, None), x, weight, bias)
+        return y, *vjp(g)
+
+    rng = np.random.default_rng(seed(0))
+    x, g = rng.normal(size=(2, ROWS, N))
+    weight, bias, g = (a.astype(np.float32) for a in (*rng.normal(size=(2, N)), g))
+    for offset in (0, 1e4, 1e6):
+        args = (x + offset).astype(np.float32), weight, bias, g
+        want, size = (of(*args, centre=norm is layer_norm) for of in (exact_norm, terms))
+        assert_close(run(*args), want, size, N)
 
 
 @pytest.mark.parametrize("layer", (LayerNorm, RMSNorm))
@@ -141,9 +147,56 @@ def test_the_layers_take_it_as_an_option(layer, getkey):
         lambda m: (m.weight, m.bias), layer(8), (weight.reshape(8), bias.reshape(8))
     )
     y = eqx.filter_vmap(lambda m, x: m(x), axis_name="features")(local, x)
-    np.testing.assert_allclose(y.reshape(8), whole(x.reshape(8)), rtol=1e-6, atol=1e-6)
+    assert_alike(y.reshape(8), whole(x.reshape(8)), 8)
 
 
 def test_without_the_axis_it_is_jax_that_says_so():
     with pytest.raises(NameError, match="features"):
         LayerNorm(4, axis_name="features")(jnp.ones(4))
+
+
+# What may stand outside the vmap that names the axis; each takes f(x, weight, bias) of one row.
+OUTSIDE = {
+    "jit": lambda f: jax.jit(jax.vmap(f, (0, None, None))),
+    "checkpoint": lambda f: jax.checkpoint(jax.vmap(f, (0, None, None))),
+    "vmap of jit": lambda f: jax.vmap(jax.jit(f), (0, None, None)),
+    "scan": lambda f: lambda x, *p: jax.lax.scan(lambda c, x: (c, f(x, *p)), 0, x)[1],
+    "map": lambda f: lambda x, *p: jax.lax.map(lambda x: f(x, *p), x),
+    "cond": lambda f: (
+        lambda x, *p: jax.lax.cond(
+            x[0, 0] < 99, lambda x: jax.vmap(f, (0, None, None))(x, *p), jnp.sin, x
+        )
+    ),
+}
+
+
+OUTSIDE_CASES = [
+    pytest.param(norm, way, marks=[] if (norm, way) == (layer_norm, "jit") else pytest.mark.slow)
+    for norm, way in it.product((layer_norm, rms_norm), OUTSIDE)
+]
+
+
+@pytest.mark.parametrize("norm, outside", OUTSIDE_CASES)
+def test_a_named_vmap_inside_other_transformations(outside, norm, getkey):
+    """They are differentiated when the vmap, and the name with it, has long gone."""
+    outside = OUTSIDE[outside]
+
+    def in_parts(x, weight, bias):
+        split = (a.reshape(4, -1) for a in (x, weight, bias))
+        one = lambda *args: norm(*args, axis_name="features")
+        return jax.vmap(one, axis_name="features")(*split).ravel()
+
+    with jax.enable_x64(True):
+        draw = lambda *shape: jr.normal(getkey(), shape)
+        args = draw(ROWS, N), draw(N), draw(N)
+        tangents = draw(ROWS, N), draw(N), draw(N)
+        g = draw(ROWS, N)
+        # `derivatives` gives the mask to the function as one more argument.
+        f = lambda norm: lambda x, weight, bias, where: outside(norm)(x, weight, bias)
+        got, want = (
+            jax.jit(ft.partial(derivatives, f(norm)))(args, tangents, g, None)
+            for norm in (in_parts, norm)
+        )
+    for name in want:
+        for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(want[name]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11, err_msg=name)

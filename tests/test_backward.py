@@ -1,8 +1,8 @@
-"""Reverse mode is the hand-written backward: the same bits, once, from little memory.
+"""Reverse mode is the hand-written backward: the same numbers, once, from little memory.
 
-Oracles: for the bits, the bare `jax.custom_vjp`; for the counts, a linear primitive that calls
-back to the host each time it is run, whose transpose is another; for bytes, the sizes of what
-`jax.vjp` holds and XLA's own account; for the parameters' gradients, float64 numpy.
+Oracles: for the numbers, float64 numpy, as for the bare `jax.custom_vjp`; for the counts, a linear
+primitive that calls back to the host each time it is run, whose transpose is another; for bytes,
+the sizes of what `jax.vjp` holds and XLA's own account.
 """
 
 import collections
@@ -13,25 +13,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import seed
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from oracles import error, exact_norm
+from oracles import assert_rounded_once, exact_norm, terms, ulps
 
 import eqx_norms._normalize as op
 from eqx_norms import LayerNorm, layer_norm
 
 ROWS, FEATURES = 8, 6
+EPS = 2.0**-23
 
 
 def random_arrays(dtype=jnp.float32, rows=ROWS, features=FEATURES):
     """x, weight, bias and a cotangent; the parameters in float32."""
-    rng = np.random.default_rng(20240607)
+    rng = np.random.default_rng(seed(20240607))
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     x, g = (jnp.asarray(draw(rows, features), dtype) for _ in range(2))
     return x, jnp.asarray(1 + draw(features)), jnp.asarray(draw(features)), g
 
 
-# The same bits.
+# The same numbers.
 
 
 def pullback(f):
@@ -47,7 +49,8 @@ def batched(x, weight, bias):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_same_bits_as_the_bare_custom_vjp(dtype, monkeypatch):
+def test_as_exact_as_the_bare_custom_vjp(dtype, monkeypatch):
+    """Not bit for bit: to XLA the two are other programs, which it may fuse in other ways."""
     arrays = random_arrays(dtype, rows=64, features=48)
     ours = pullback(lambda *args: batched(*args))(*arrays)
     monkeypatch.setattr(op, "_normalize", op.normalize_vjp)
@@ -55,10 +58,14 @@ def test_same_bits_as_the_bare_custom_vjp(dtype, monkeypatch):
     # It is the bare rule that is now called: it has no forward mode.
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(lambda *args: batched(*args), arrays[:3], arrays[:3])
-    for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(bare(*arrays)), strict=True):
-        assert got.dtype == want.dtype
-        np.testing.assert_array_equal(got, want)
-        assert np.any(want)
+    want, size = (of(*arrays) for of in (exact_norm, terms))
+    for y, grads in (ours, bare(*arrays)):
+        for a, b, of in zip((y, *grads), want, size, strict=True):
+            margin = ulps(64) * EPS * of
+            if a.dtype == jnp.float32:
+                assert (np.abs(a - b) <= margin).all()
+            else:
+                assert_rounded_once(a, b, margin)
 
 
 # Once.
@@ -246,16 +253,26 @@ def unrolled_temporaries(Layer, dtype, *, rows=512, features=256, depth=12):
     return total / (depth * rows * features)
 
 
-# Found, jax 0.10.2 and 0.12.0: 8.06, 8.03 against 16.05, 16.05 in float32, a ratio of .50; 8.56,
-# 6.37 against 18.22, 17.22 in bfloat16, .47 and .37.
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+# What another library's layer takes is up to XLA: asked only of versions where it is known.
+YARDSTICK = jax.__version_info__ < (0, 13)
+
+
+# Found, jax 0.10.2 and 0.12.0: 8.06, 8.03 against 16.05, 16.05 in float32; 8.56, 6.37 against
+# 18.22, 17.22 in bfloat16.
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_temporaries_of_an_unrolled_model(dtype):
-    ours = unrolled_temporaries(LayerNorm, dtype)
-    assert ours <= 0.6 * unrolled_temporaries(eqx.nn.LayerNorm, dtype)
+    """Two float32 arrays for a layer, its input and its output, and three for that at work.
+
+    One float32 array more for each layer, what the barrier of the backward prevents, were 12.
+    """
+    bound = 8 + 3 * 4 / 12
+    assert unrolled_temporaries(LayerNorm, dtype) <= bound
+    if YARDSTICK:
+        assert unrolled_temporaries(eqx.nn.LayerNorm, dtype) > 12
 
 
 # Both ways XLA for CPU takes, below 4096 rows and from there on.
-@pytest.mark.parametrize("rows", [512, 4096])
+@pytest.mark.parametrize("rows", [512, pytest.param(4096, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_temporaries_of_one_layer(dtype, rows, features=256):
     """Forward and backward in one function: scalars for each example, no array."""
@@ -268,8 +285,10 @@ def test_temporaries_of_one_layer(dtype, rows, features=256):
     of = lambda Layer: temporaries(run, Layer(features), x, x) / (rows * features)
     # float16: x and g, cast up once, for XLA's sums take no float16.
     arrays = 8 if dtype == jnp.float16 else 0
-    # Found: 0.03 to 0.13 above that; eqx.nn.LayerNorm at least 4.04, and 12.04 in half precision.
-    assert of(LayerNorm) <= arrays + 0.25 < 4 + arrays <= of(eqx.nn.LayerNorm)
+    # Sixteen scalars for 256 entries are 0.25. Found: 0.03 to 0.13; an array would be 2 at least.
+    assert of(LayerNorm) <= arrays + 0.25
+    if YARDSTICK:  # Found: at least 4.04, and 12.04 in half precision.
+        assert of(eqx.nn.LayerNorm) >= arrays + 4
 
 
 # Exact parameters' gradients from narrow inputs.
@@ -281,10 +300,16 @@ COMBINATIONS = [
     for weight, bias, x in itertools.product(HOW, HOW, ["x too", "x frozen"])
     if "differentiated" in (weight, bias)
 ]
+QUICK = [("differentiated", "differentiated", "x too"), ("frozen", "differentiated", "x frozen")]
+CASES = [
+    pytest.param(dtype, *case, marks=[] if quick else pytest.mark.slow)
+    for dtype in (jnp.bfloat16, jnp.float16)
+    for case in COMBINATIONS
+    for quick in [case in QUICK and dtype == jnp.bfloat16]
+]
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize(("weight", "bias", "x"), COMBINATIONS)
+@pytest.mark.parametrize(("dtype", "weight", "bias", "x"), CASES)
 def test_parameter_gradients_of_narrow_inputs(dtype, weight, bias, x):
     """Summed over 8192 rows in float32; in bfloat16, the sum would be off by some percent."""
     how = dict(x="differentiated" if x == "x too" else "frozen", weight=weight, bias=bias)
@@ -292,13 +317,15 @@ def test_parameter_gradients_of_narrow_inputs(dtype, weight, bias, x):
     values = dict(zip(how, values, strict=True))
     # Numpy's part: absent is the same as ones and zeros, which have a gradient that is not asked.
     ones, zeros = np.ones(NARROW), np.zeros(NARROW)
-    exact = exact_norm(
+    args = (
         values["x"],
         ones if weight == "absent" else values["weight"],
         zeros if bias == "absent" else values["bias"],
         g,
     )
-    want = dict(x=exact.dx, weight=exact.dweight, bias=exact.dbias)
+    want, size = (
+        dict(zip(("x", "weight", "bias"), of(*args)[1:], strict=True)) for of in (exact_norm, terms)
+    )
 
     moving = {k: v for k, v in values.items() if how[k] == "differentiated"}
     frozen = {k: v for k, v in values.items() if how[k] == "frozen"}
@@ -316,8 +343,18 @@ def test_parameter_gradients_of_narrow_inputs(dtype, weight, bias, x):
     assert got.keys() == moving.keys()
     for name in {"weight", "bias"} & got.keys():
         assert got[name].dtype == jnp.float32
-        # A sum of 8192 in float32, of which XLA keeps several at a time. Found: 3e-7.
-        assert error(got[name], want[name]) <= 1e-6
+        # Summed in bfloat16 it would be off by some percent, twenty times this.
+        assert (np.abs(got[name] - want[name]) <= ulps(LONG) * EPS * size[name]).all()
     if "x" in got:
-        # One rounding to the narrow dtype, in units of the largest entry.
-        assert error(got["x"], want["x"]) <= jnp.finfo(dtype).eps
+        assert_rounded_once(got["x"], want["x"], ulps(NARROW) * EPS * size["x"])
+
+
+def test_what_is_kept_of_a_trace_does_not_grow_with_eps():
+    x = jnp.arange(4.0)
+    run = lambda eps: jax.jvp(lambda x: layer_norm(x, eps=eps), (x,), (x,))
+    run(1.0)
+    before = op._tangent_map.cache_info()
+    for n in range(20):
+        run(2.0 + n)
+    after = op._tangent_map.cache_info()
+    assert after.currsize == before.currsize and after.maxsize is not None

@@ -12,12 +12,13 @@ import sys
 
 import numpy as np
 import pytest
+from draws import seed
 
-from benchmarks.__main__ import BEGIN, PAGE, PAGE_FILES, filled
+from benchmarks.__main__ import BEGIN, END, PAGE, PAGE_FILES, filled, main
 from benchmarks._accuracy import exact
 from benchmarks._cases import JAX_RIVALS, LAYERS, is_installed
 from benchmarks._child import child
-from benchmarks._report import report, targets
+from benchmarks._report import machine, report, targets
 from benchmarks._targets import outcomes
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,7 +38,7 @@ EVERY_RIVAL = [r for r in (*JAX_RIVALS, "torch") if r not in ("keras", "torch") 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("rival", EVERY_RIVAL)
 def test_rivals_do_the_same_work(call, rival, layer):
-    x, g = np.random.default_rng(0).standard_normal((2, 64, 32), np.float32)
+    x, g = np.random.default_rng(seed(0)).standard_normal((2, 64, 32), np.float32)
     got = call("_accuracy.outputs", rival, x, g, layer)
     want = exact(x, g) if layer == "LayerNorm" else call("_accuracy.outputs", "ours", x, g, layer)
     assert list(got) == [*want]
@@ -100,6 +101,77 @@ def test_an_error_that_is_not_finite_misses():
 
 
 def test_the_page_shows_its_results():
-    results = json.loads((PAGE_FILES / "results.json").read_text())
     page = PAGE.read_text()
-    assert page.count(BEGIN) == 1 and filled(page, results) == page
+    assert page.count(BEGIN) == 1 and filled(page) == page
+    assert all(f"({path.relative_to(PAGE.parent)})" in page for path in PAGE_FILES.glob("*.png"))
+
+
+# ---- Several machines
+
+
+def run_on(cpu, *speed, accuracy=()):
+    env = {"date": "2026-01-01", "cores": 2, "cpu": cpu, "python": "3.11", "versions": {"jax": "1"}}
+    about = {"minutes": 1, "interrupted": False, "left_out": [], "failed": []}
+    return results_of(*speed) | about | {"environment": env, "accuracy": list(accuracy)}
+
+
+@pytest.mark.parametrize(
+    "cpu, name",
+    [
+        ("Intel(R) Xeon(R) Processor", "Intel Xeon"),
+        ("AMD EPYC", "AMD EPYC"),
+        ("Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz", "Intel Core i7-9750H"),
+    ],
+)
+def test_name_of_a_machine(cpu, name):
+    assert machine(run_on(cpu)) == name
+
+
+def test_machines_stand_beside_each_other():
+    exact = {
+        "rival": "ours",
+        "at": "scale",
+        "value": 1.0,
+        "y": 0,
+        "dx": 0,
+        "dweight": 0,
+        "dbias": 0,
+    }
+    ratios = {"64x128": 1.3, "4096x768": 0.2, "16384x1024": 0.4}
+    rows = [speed_row("eqx", ratio, rows=shape) for shape, ratio in ratios.items()]
+    one = run_on("One", *rows, accuracy=[exact])
+    other = run_on("Other", *rows[:1], speed_row("eqx", 0.7), accuracy=[exact])
+    text = report(one, other)
+
+    # Over the shapes that both have, without the small one.
+    assert "| LayerNorm, forward and backward | float32 | 0.20 | 0.70 |  |  |" in text
+    assert "| LayerNorm, forward and backward | float32 | 0.20 to 0.40 |  |" in report(one)
+    # What differs stands twice, by name; what is the same, once.
+    section = text.split("## Forward and backward")[1].split("\n## ")[0]
+    assert section.index("**One**") < section.index("0.20") < section.index("**Other**")
+    assert section.index("**Other**") < section.index("**0.70**")
+    assert text.count("y, at scale") == 1
+    assert "**One**" not in report(one)
+
+
+def test_a_run_takes_the_place_of_its_processors(tmp_path, monkeypatch):
+    page, files = tmp_path / "page.md", tmp_path / "files"
+    monkeypatch.setattr("benchmarks.__main__.PAGE", page)
+    monkeypatch.setattr("benchmarks.__main__.PAGE_FILES", files)
+    page.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+
+    def add(*runs):
+        paths = [tmp_path / f"{i}.json" for i in range(len(runs))]
+        for path, results in zip(paths, runs, strict=True):
+            path.write_text(json.dumps(results))
+        main(["--page", *map(str, paths)])
+        return page.read_text()
+
+    assert "0.30" in add(run_on("One CPU", speed_row("eqx", 0.3)))
+    both = add(run_on("One CPU", speed_row("eqx", 0.4)), run_on("Other", speed_row("eqx", 0.5)))
+    assert both.startswith("before") and both.endswith("after\n")
+    assert "0.30" not in both and "| 0.40 | 0.50 |" in both
+    assert {path.name for path in files.iterdir()} == {
+        f"{name}.{kind}" for name in ("one", "other") for kind in ("json", "png")
+    }
+    assert all(f"(files/{name}.png)" in both for name in ("one", "other"))

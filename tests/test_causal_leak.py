@@ -13,6 +13,7 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
+from draws import seed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 GOLDEN = Path(__file__).parent / "golden" / "haiku_issue_700.json"
@@ -224,8 +225,8 @@ def test_batches():
     assert [vocabulary.decode(line) for line in batch] == ["ada.em", "grace."]
     assert not list(names_data.batches(names, vocabulary, size=3, length=6))
 
-    def shuffled(seed):
-        batches = names_data.batches(names * 5, vocabulary, size=1, length=6, seed=seed)
+    def shuffled(n):
+        batches = names_data.batches(names * 5, vocabulary, size=1, length=6, seed=n)
         return [vocabulary.decode(batch[0]) for batch in batches]
 
-    assert shuffled(0) == shuffled(0) != shuffled(1)
+    assert shuffled(seed(0)) == shuffled(seed(0)) != shuffled(seed(1))

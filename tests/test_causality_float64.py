@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from draws import seed
 
 from eqx_norms.causality import _widen as widening
 
@@ -59,7 +60,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_float64_form_equals_the_function_at_float64(name):
     fn = FUNCTIONS[name]
-    x = jr.normal(jr.key(0), (4, 3))
+    x = jr.normal(jr.key(seed(0)), (4, 3))
     closed = widening.trace(lambda x: jax.tree.leaves(fn(x)), [x])
     with jax.enable_x64(True):
         exact = x.astype(jnp.float64)
@@ -74,7 +75,7 @@ def test_float64_form_equals_the_function_at_float64(name):
 
 
 def test_casts_inside_are_widened():
-    x = jr.normal(jr.key(0), (4, 3))
+    x = jr.normal(jr.key(seed(0)), (4, 3))
     casts = lambda x: [x.astype(jnp.bfloat16).astype(jnp.float32) - x]
     closed = widening.trace(casts, [x])
     assert widening.float_dtypes(closed) == {np.dtype(jnp.bfloat16), np.dtype(jnp.float32)}
@@ -99,7 +100,7 @@ def test_what_cannot_be_widened_is_named_and_keeps_its_dtype():
 
 @pytest.mark.parametrize("inner", [False, True])
 def test_traces_with_other_constants_differ(inner):
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed(0))
     wrap = jax.jit if inner else lambda f: f
 
     def fn(x):

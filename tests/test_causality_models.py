@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from draws import seed
 
 from eqx_norms.causality import check_causal, check_independent, dependency_matrix
 
@@ -20,7 +21,7 @@ T, D = 8, 4
 
 @pytest.fixture
 def x():
-    return jr.normal(jr.key(1), (T, D))
+    return jr.normal(jr.key(seed(1)), (T, D))
 
 
 def assert_verdicts(causal, leaky, x):
@@ -32,13 +33,13 @@ def assert_verdicts(causal, leaky, x):
 
 
 def test_equinox_attention(x):
-    attention = eqx.nn.MultiheadAttention(2, D, key=jr.key(0))
+    attention = eqx.nn.MultiheadAttention(2, D, key=jr.key(seed(0)))
     mask = jnp.tri(T, dtype=bool)
     assert_verdicts(lambda x: attention(x, x, x, mask=mask), lambda x: attention(x, x, x), x)
 
 
 def test_equinox_gru_by_scan(x):
-    cell = eqx.nn.GRUCell(D, D, key=jr.key(0))
+    cell = eqx.nn.GRUCell(D, D, key=jr.key(seed(0)))
 
     def run(x, reverse):
         step = lambda h, row: (cell(row, h),) * 2
@@ -48,13 +49,13 @@ def test_equinox_gru_by_scan(x):
 
 
 def test_equinox_convolution(x):
-    causal = eqx.nn.Conv1d(D, D, 3, padding=((2, 0),), key=jr.key(0))
-    centred = eqx.nn.Conv1d(D, D, 3, padding=1, key=jr.key(0))
+    causal = eqx.nn.Conv1d(D, D, 3, padding=((2, 0),), key=jr.key(seed(0)))
+    centred = eqx.nn.Conv1d(D, D, 3, padding=1, key=jr.key(seed(0)))
     assert_verdicts(lambda x: causal(x.T).T, lambda x: centred(x.T).T, x)
 
 
 def test_equinox_layer_norm_without_its_vmap(x):
-    attention = eqx.nn.MultiheadAttention(2, D, key=jr.key(0))
+    attention = eqx.nn.MultiheadAttention(2, D, key=jr.key(seed(0)))
     per_token, over_all = jax.vmap(eqx.nn.LayerNorm(D)), eqx.nn.LayerNorm((T, D))
 
     def block(norm, x):
@@ -66,7 +67,7 @@ def test_equinox_layer_norm_without_its_vmap(x):
 
 def test_equinox_batch_norm_in_training():
     norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(D, "batch", mode="batch")
-    x = jr.normal(jr.key(1), (6, D))
+    x = jr.normal(jr.key(seed(1)), (6, D))
 
     def run(x, inference):
         mapped = jax.vmap(
@@ -83,7 +84,7 @@ def test_equinox_batch_norm_in_training():
 
 def test_flax_attention(x):
     attention = nn.MultiHeadDotProductAttention(num_heads=2)
-    params = attention.init(jr.key(0), x)
+    params = attention.init(jr.key(seed(0)), x)
     mask = nn.make_causal_mask(jnp.ones(T))
     causal = lambda x: attention.apply(params, x, mask=mask)
     assert_verdicts(causal, lambda x: attention.apply(params, x), x)
@@ -96,7 +97,7 @@ def test_haiku_attention(x):
 
     model = hk.without_apply_rng(hk.transform(attend))
     mask = jnp.tri(T)[None]
-    params = model.init(jr.key(0), x, mask)
+    params = model.init(jr.key(seed(0)), x, mask)
     causal = lambda x: model.apply(params, x, mask)
     assert_verdicts(causal, lambda x: model.apply(params, x, mask * 0 + 1), x)
 

@@ -19,6 +19,7 @@ import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
+from draws import seed
 
 from eqx_norms import is_norm
 from eqx_norms.causality import CausalityError
@@ -34,7 +35,7 @@ from examples.decoder import (
 )
 from examples.decoder.settings import PLACEMENTS, Settings
 
-SMALL = Settings(width=4, layers=2, heads=2, context=8, steps=5, batch=8)
+SMALL = Settings(width=4, layers=2, heads=2, context=8, steps=5, batch=8, seed=seed())
 NAMES = [a + b for a in ("an", "ber", "ca", "do", "el") for b in ("son", "ley", "ton", "man", "s")]
 DATA = data.split(NAMES, SMALL.context)
 SYMBOLS = len(DATA.vocabulary)
@@ -49,12 +50,12 @@ def optax_promotes():
 def shapes_of(**options):
     """A decoder without numbers: nothing is compiled."""
     chosen = dataclasses.replace(SMALL, **options)
-    return eqx.filter_eval_shape(model.Decoder, chosen, SYMBOLS, key=jr.key(0))
+    return eqx.filter_eval_shape(model.Decoder, chosen, SYMBOLS, key=jr.key(seed(0)))
 
 
 def decoder_of(**options):
     """With random numbers everywhere, so that no norm is any other."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed(0))
     drawn = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
     is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
     return jax.tree.map(lambda leaf: drawn(leaf) if is_shape(leaf) else leaf, shapes_of(**options))
@@ -205,8 +206,8 @@ def test_compare_trains_every_seed_as_if_alone():
     chosen = dataclasses.replace(SMALL, layers=1, rate=0.02, steps=compare.AT_ONCE + 3)
     side_by_side = compare.trained(chosen, DATA, 2, bar)
     step = train.make_step(chosen)
-    for seed, loss in enumerate(side_by_side):
-        alone = dataclasses.replace(chosen, seed=seed)
+    for number, loss in enumerate(side_by_side):
+        alone = dataclasses.replace(chosen, seed=number)
         decoder, opt_state = train.start(alone, SYMBOLS)
         for number in range(chosen.steps):
             names = data.batch_at(DATA, number, size=8, seed=seed)

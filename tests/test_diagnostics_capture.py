@@ -844,10 +844,22 @@ def test_a_function_that_holds_the_model_itself(net):
         capture(lambda _, x: net.linear(x), net, jnp.ones(4), where=LINEAR)
 
 
-def test_a_capture_in_a_capture(net):
-    inner = lambda net, x: capture(_forward, net, x, where=eqx.nn.LayerNorm)
-    with pytest.raises(NotImplementedError, match="type one `capture` with a `where`"):
-        capture(inner, net, jnp.ones(4), where=LINEAR)
+def test_a_capture_in_a_capture(net, getkey):
+    def inner(net, x):
+        y = net.linear(x)  # the outer one's alone
+        loss = lambda net, x: jnp.sum(eqx.filter_jit(_forward)(net, x) ** 2)
+        loss, values, grads, _ = capture_grads(loss, net, y, where=eqx.nn.LayerNorm)
+        return loss, values, grads
+
+    x = jr.normal(getkey(), (4,))
+    where = (LINEAR, eqx.nn.LayerNorm)
+    out, values = capture(inner, net, x, where=where)
+    a = net.linear(x)
+    b = net.linear(a)
+    c = net.norm(b)
+    assert_close(values, {"linear": a, "linear#1": b, "norm": c})
+    assert_close(out, inner(net, x))
+    assert_close(out[1:], ({"norm": c}, {"norm": 2 * jnp.tanh(c) * (1 - jnp.tanh(c) ** 2)}))
 
 
 @pytest.mark.parametrize(

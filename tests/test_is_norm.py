@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+from draws import seed
 
 import eqx_norms
 from eqx_norms import is_norm
 
-KEY = jr.key(0)
+KEY = jr.key(seed(0))
 NORMS = {
     "LayerNorm": eqx_norms.LayerNorm(4),
     "RMSNorm": eqx_norms.RMSNorm(4),

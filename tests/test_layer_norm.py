@@ -4,14 +4,19 @@ Like eqx.nn's: test_drop_in.py. Like the other libraries': test_parity.py. Exact
 """
 
 import json
+import math
 import pathlib
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
+from draws import seed
+from oracles import assert_alike
 
 from eqx_norms import LayerNorm, RMSNorm, layer_norm, rms_norm
 
@@ -49,7 +54,7 @@ CALLS = [
 @EACH_LAYER
 @pytest.mark.parametrize("shape, got, axes, call", CALLS)
 def test_missing_vmap_error_ends_in_the_call_that_works(layer, shape, got, axes, call):
-    module, x = layer(shape), jr.normal(jr.key(0), got)
+    module, x = layer(shape), jr.normal(jr.key(seed(0)), got)
     name = LAYERS[layer].__name__
     call = call.replace("layer_norm", name)
     with pytest.raises(ValueError) as info:
@@ -58,9 +63,10 @@ def test_missing_vmap_error_ends_in_the_call_that_works(layer, shape, got, axes,
     assert message.startswith(f"`{layer.__name__}` takes one example")
     assert message.endswith(call) and str(shape) in message and str(got) in message
     y = eval(call, {"jax": jax, name: module, "x": x})
+    x = np.float64(x)
     xc = x - x.mean(axes, keepdims=True) if layer is LayerNorm else x
-    want = xc / jnp.sqrt((xc**2).mean(axes, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+    want = xc / np.sqrt((xc**2).mean(axes, keepdims=True) + 1e-5)
+    assert_alike(y, want, math.prod(shape))
 
 
 @EACH_LAYER
@@ -132,4 +138,28 @@ def test_bad_parameters_of_the_function(function):
 def test_good_eps(eps):
     x = jnp.array([1.0, 3.0])
     y = (x - 2) / np.sqrt(1 + float(eps))
-    np.testing.assert_allclose(LayerNorm(2, eps)(x), y, rtol=1e-6)
+    assert_alike(LayerNorm(2, eps)(x), y, 2)
+
+
+@pytest.mark.parametrize("layer", (LayerNorm, RMSNorm))
+@pytest.mark.parametrize("unit_offset", (False, True))
+def test_an_optimiser_step_is_traced_once(layer, unit_offset):
+    """Weakly typed parameters would be other ones, to `jax.jit`, than those that Adam returns."""
+    traces = 0
+    optimiser = optax.adam(1e-2)
+
+    @eqx.filter_jit
+    def step(norm, state, x):
+        nonlocal traces
+        traces += 1
+        grads = eqx.filter_grad(lambda norm: jnp.sum(norm(x) ** 3))(norm)
+        updates, state = optimiser.update(grads, state)
+        return eqx.apply_updates(norm, updates), state
+
+    norm = layer(4, unit_offset=unit_offset)
+    assert not norm.weight.weak_type and not norm.bias.weak_type
+    state = optimiser.init(norm)
+    with jax.numpy_dtype_promotion("standard"):  # For Optax.
+        for _ in range(3):
+            norm, state = step(norm, state, jnp.arange(4.0))
+    assert traces == 1

@@ -19,6 +19,12 @@ import random_programs
 from draws import seed
 from random_programs import STEPS, D, T
 
+from eqx_norms.causality import (
+    CausalityError,
+    assert_causal,
+    assert_independent,
+    check_causal,
+)
 from eqx_norms.causality._flow import RULES
 from eqx_norms.causality._prove import Context, Question, prove
 from eqx_norms.causality._widen import trace
@@ -367,3 +373,60 @@ def test_a_haiku_transformer(masked):
         model = hk.without_apply_rng(hk.transform(transformer))
         params = model.init(jr.key(seed(0)), tokens())
         assert proof(lambda ids: model.apply(params, ids), tokens(), CAUSAL).holds == masked
+
+
+# Through the checks
+
+
+def test_the_report_of_a_proof():
+    report = assert_causal(zoo.rnn_scan, floats(), prove=True)
+    assert report.status == "proved" and not report.leak and report.edits == 0
+    assert np.array_equal(report.matrix == 0, ~CAUSAL) and report.matrix.shape == CAUSAL.shape
+    assert str(report).startswith("proved: no output reads a later position.\nFor every finite")
+    assert not report.pairs() and report.splits == ()
+
+
+def test_the_report_names_what_was_assumed():
+    masked = functools.partial(attention, MASKS["number"])
+    report = check_causal(masked, floats(), prove=True)
+    assert report.assumptions[0] in str(report) and "-1e+09" in report.assumptions[0]
+    report = check_causal(masked, floats(), prove=True, assume_bounded=False)
+    assert report.status == "clear" and report.obstacles
+
+
+def test_without_a_proof_the_edits_decide():
+    report = check_causal(zoo.fft_convolution, floats(), prove=True)
+    assert report.status == "clear (float noise)" and report.edits
+    assert "Not proved: `fft` in " in str(report)
+    assert check_causal(zoo.later, floats(), prove=True).status == "leak"
+
+
+def test_a_proof_can_be_required():
+    with pytest.raises(CausalityError, match="Not proved: `fft` in "):
+        assert_causal(zoo.fft_convolution, floats(), prove="required")
+    assert assert_causal(zoo.rnn_scan, floats(), prove="required").status == "proved"
+    with pytest.raises(ValueError, match='prove must be True, False or "required", got 3'):
+        assert_causal(zoo.rnn_scan, floats(), prove=3)
+
+
+def test_independence_is_proved():
+    report = assert_independent(zoo.mapped_norm, floats("float32", 6, LENGTH, 4), prove=True)
+    assert report.status == "proved" and "no output reads another example" in str(report)
+
+
+def test_strict_causality_is_proved():
+    assert assert_causal(zoo.shifted_right, floats(), strict=True, prove=True).status == "proved"
+
+
+def test_other_axes_and_several_arrays():
+    x = {"a": floats("float32", 3, LENGTH, 2), "b": tokens()[None]}
+    fn = lambda x: jnp.cumsum(x["a"], 1) * jnp.cumsum(x["b"], 1)[..., None].astype("float32")
+    assert check_causal(fn, x, axis=1, prove=True).status == "proved"
+    fixed = check_causal(lambda x: x["a"] + x["b"].sum().astype("float32"), x, axis=1, fixed="b", prove=True)
+    assert fixed.status == "proved"
+
+
+def test_zero_parameters_are_not_proved():
+    """Found by the proof without `perturb_params`, which the edits need."""
+    report = check_causal(zoo.ZeroInitialisedBranch(4), floats(), prove=True)
+    assert report.status == "clear" and report.obstacles

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from oracles import assert_alike, ulps
 
 from eqx_norms import LayerNorm, RMSNorm, layer_norm, rms_norm
 
@@ -16,15 +17,16 @@ def test_float16_above_256_does_not_vanish(scale):
     x = jnp.asarray([1.0, -1.0, 0.5, -0.25], jnp.float16) * jnp.float16(scale)
     y, vjp = jax.vjp(RMSNorm(4), x)
     want = np.float64(x) / np.sqrt((np.float64(x) ** 2).mean())
-    np.testing.assert_allclose(y, want, rtol=2.0**-11)
+    # Rounded once, by half an ulp of float16; before that, by some ulps of float32.
+    np.testing.assert_allclose(y, want, rtol=2.0**-11 + ulps(4) * 2.0**-23)
     (dx,) = vjp(jnp.ones(4, jnp.float16))
     assert np.isfinite(dx).all() and np.abs(dx).max() > 0.1 / scale
 
 
-def test_it_is_layer_norm_of_what_has_no_mean(getkey):
+def test_it_is_layer_norm_of_what_has_no_mean(x64, getkey):
     x = jr.normal(getkey(), (9,))
     x = x - x.mean()
-    np.testing.assert_allclose(rms_norm(x), layer_norm(x), rtol=1e-5, atol=1e-6)
+    assert_alike(rms_norm(x), layer_norm(x), 9)
 
 
 @pytest.mark.parametrize("dtype, size", ((jnp.float32, 4), (jnp.bfloat16, 2)))
@@ -33,10 +35,10 @@ def test_residuals_are_x_and_a_scalar_an_example(layer, scalars, dtype, size):
     rows, n = 32, 64
     _, vjp = jax.vjp(jax.jit(jax.vmap(layer(n))), jnp.ones((rows, n), dtype))
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
-    assert held == rows * (n * size + scalars * 4) + n * 4
+    assert held <= rows * (n * size + scalars * 4) + n * 4
 
 
-def test_query_and_key_norm_inside_attention(getkey):
+def test_query_and_key_norm_inside_attention(x64, getkey):
     """A norm for each head, mapped over tokens and heads in eqx.nn's `process_heads`."""
     heads, size, tokens = 2, 4, 5
     attention = eqx.nn.MultiheadAttention(heads, heads * size, key=getkey())
@@ -53,8 +55,9 @@ def test_query_and_key_norm_inside_attention(getkey):
         return jnp.sum(g * attention(x, x, x, process_heads=process_heads))
 
     def run(layer):
-        f = eqx.filter_value_and_grad(lambda args: loss(layer, *args))
+        f = eqx.filter_jit(eqx.filter_value_and_grad(lambda args: loss(layer, *args)))
         return jax.tree.leaves(f((attention, weights, x)))
 
     for a, b in zip(run(RMSNorm), run(eqx.nn.RMSNorm), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        # Float64; norms of 4 entries and their gradients may magnify its rounding a hundredfold.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.abs(b).max())

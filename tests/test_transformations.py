@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.jet import jet
+from jax.experimental.sparse import sparsify
 from transformations import MODULE_TRANSFORMATIONS, TRANSFORMATIONS, Arrays, Case
 
 from eqx_norms import (
@@ -25,8 +26,9 @@ from eqx_norms import (
     rms_norm,
 )
 
-# In units of the largest entry of each array. Found: 8e-16 and 5e-7, a few ulp, but 5e-13 in the
-# gradient through an ODE, whose steps are chosen from errors.
+# In units of the largest entry of each array: some thirty roundings, magnified by the derivatives of
+# 1 / sigma, where six normal entries hardly ever have a sigma below 0.2. Found: 8e-16 and 5e-7, but
+# 5e-13 in the gradient through an ODE, whose steps are chosen from errors.
 TOLERANCE = {jnp.float64: 2e-12, jnp.float32: 5e-6}
 
 
@@ -82,14 +84,14 @@ OTHER_CASES = {
 
 NAMES = [*TRANSFORMATIONS, *MODULE_TRANSFORMATIONS]
 
-# One of each kind, for what `test_float64` has seen in all of them.
+# One of each kind, for what `test_float32` has seen in all of them; the first five stand for most.
 SHORT = [
-    "nested_vmap",
     "value_and_grad_of_batch",
     "hessian",
     "transpose_of_linearize",
     "checkpoint_hvp",
     "scan_grad",
+    "nested_vmap",
     "while_loop_jvp",
     "cond_grad",
     "grad_of_shard_map_check_vma_True",
@@ -143,8 +145,6 @@ def check(name, case, dtype, **kwargs):
 # Operation by operation, where the others take seconds.
 SHORT_WITHOUT_JIT = [
     "value_and_grad_of_batch",
-    "transpose_of_linearize",
-    "scan_grad",
     "cond_grad",
     "filter_vjp",
 ]
@@ -160,16 +160,18 @@ def test_short_lists_are_part_of_the_table():
     assert {*SHORT, *SHORT_WITHOUT_JIT} <= set(NAMES)
 
 
-every_name = pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES)
+def test_float32(name):
+    check(name, CASE, jnp.float32)
 
 
-@every_name
+@slow_unless_in(SHORT)
 def test_float64(name):
     with jax.enable_x64(True):
         check(name, CASE, jnp.float64)
 
 
-@slow_unless_in(SHORT)
+@slow_unless_in(SHORT[:5])
 @pytest.mark.parametrize("case", OTHER_CASES.values(), ids=OTHER_CASES)
 def test_float64_of_the_family(name, case):
     """RMSNorm and GroupNorm go through the same rule; so a short list by default."""
@@ -177,12 +179,7 @@ def test_float64_of_the_family(name, case):
         check(name, case, jnp.float64)
 
 
-@slow_unless_in(SHORT)
-def test_float32(name):
-    check(name, CASE, jnp.float32)
-
-
-@slow_unless_in(SHORT)
+@slow_unless_in(SHORT[:5])
 def test_float32_in_64_bit_mode(name):
     """No constant, count or mean turns an array into float64."""
     with jax.enable_x64(True):
@@ -240,3 +237,16 @@ def test_jet_of_the_reference():
     for got, want in [(y, y0), (first, first0), (second, second0)]:
         # A few ulp of float64.
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-13 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("f", [LayerNorm(CASE.shape), jax.nn.relu], ids=["LayerNorm", "relu"])
+def test_sparsify_raises(f):
+    """As with jet: a documented exception, and one that JAX makes of every custom rule."""
+    with pytest.raises(KeyError, match="subfuns"):
+        sparsify(lambda x: f(x))(jnp.ones(CASE.shape))
+
+
+def test_sparsify_of_the_reference():
+    x = Arrays(CASE, jnp.float32).x[0]
+    got = sparsify(normalize_reference)(x)
+    np.testing.assert_allclose(got, normalize_reference(x), rtol=1e-6)

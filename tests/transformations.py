@@ -15,6 +15,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from draws import seed
 from jax.experimental.ode import odeint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -49,7 +50,7 @@ class Arrays(eqx.Module):
     biases: jax.Array
 
     def __init__(self, case: Case, dtype):
-        rng = np.random.default_rng(20240607)
+        rng = np.random.default_rng(seed(20240607))
         # Drawn in float32, so that every dtype from there on is given the same numbers.
         draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype)
         self.x, self.dx, self.g = (draw(case.batch, *case.shape) for _ in range(3))

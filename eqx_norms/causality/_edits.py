@@ -1,24 +1,51 @@
 """What the inputs are replaced by: the edits that a leak must react to."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, PRNGKeyArray
+from jaxtyping import Array, Bool, PRNGKeyArray
+
+TokenValues = Sequence[int] | Mapping[str, Sequence[int]] | None
 
 
 class Edit(NamedTuple):
     """Replace the positions where `where` holds, in the way numbered `kind`.
 
-    `seed` names the random draw, so that an edit can be made again in another precision.
+    `seed` names the random draw, so that an edit can be made again in another precision. Values are
+    drawn for the positions `drawn`, for those of `where` if that is None.
     """
 
     where: Bool[np.ndarray, " T"]
     kind: int
     seed: int
+    drawn: Bool[np.ndarray, " T"] | None = None
+
+
+class Ids(NamedTuple):
+    """What a discrete leaf is edited to: ids `drawn` uniformly, and `special` ones."""
+
+    drawn: range
+    special: tuple[int, ...]
+    given: tuple[int, ...]  # by token_values
+
+
+MASK = Ids(range(2), (0, 1), ())  # what holds only 0 and 1
+
+
+class Leaf(NamedTuple):
+    """An array of the input. `unit` is the size of its entries, `ids` is None for floats."""
+
+    name: str
+    values: np.ndarray
+    axis: int
+    unit: float
+    signed: bool
+    ids: Ids | None
+    sharding: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,64 +59,76 @@ class Editor:
     never hit what a model does with its padding id, and then fresh uniform draws.
     """
 
-    leaves: tuple[np.ndarray, ...]
-    axes: tuple[int, ...]
+    leaves: tuple[Leaf, ...]
     scales: tuple[float, ...]
-    token_values: tuple[int, ...]
     entropy: tuple[int, ...]
-    units: tuple[float, ...]
-    signed: tuple[bool, ...]
 
     @property
     def length(self) -> int:
         """The number of positions."""
-        return self.leaves[0].shape[self.axes[0]]
+        first = self.leaves[0]
+        return first.values.shape[first.axis]
 
     @property
     def kinds(self) -> int:
         """How many kinds of edit there are; the longest leaf decides, the others take turns."""
-        return 1 + max(_pure_kinds(self, leaf) for leaf in self.leaves)
+        return 1 + max(self._pure_kinds(leaf) for leaf in self.leaves)
+
+    def size(self, edit: Edit) -> float:
+        """How many times as large as usual the floats may be after `edit`, at least 1."""
+        if not edit.where.any() or all(leaf.ids for leaf in self.leaves):
+            return 1.0
+        pure = (edit.kind - 1) // 2 % len(self.scales)
+        return max(1.0, self.scales[pure] if edit.kind else max(self.scales))
 
     def apply(self, edit: Edit) -> tuple[np.ndarray, ...]:
         """The leaves after `edit`."""
         rng = np.random.default_rng([*self.entropy, edit.seed])
-        return tuple(self._leaf(number, edit, rng) for number in range(len(self.leaves)))
+        return tuple(self._edited(leaf, edit, rng) for leaf in self.leaves)
 
-    def _leaf(self, number: int, edit: Edit, rng: np.random.Generator) -> np.ndarray:
-        leaf, axis = self.leaves[number], self.axes[number]
-        pure = (edit.kind - 1) % _pure_kinds(self, leaf) if edit.kind else None
-        replaced = (slice(None),) * axis + (edit.where,)
-        edited = leaf.copy()
-        if _is_discrete(leaf):
-            edited[replaced] = _tokens(self, leaf, leaf[replaced], pure, rng)
+    def _edited(self, leaf: Leaf, edit: Edit, rng: np.random.Generator) -> np.ndarray:
+        pure = (edit.kind - 1) % self._pure_kinds(leaf) if edit.kind else None
+        drawn = edit.where if edit.drawn is None else edit.drawn
+        before = (slice(None),) * leaf.axis
+        old = leaf.values[*before, drawn]
+        if leaf.ids is None:
+            new = _floats(leaf, self.scales, old, pure, rng)
         else:
-            edited[replaced] = _floats(self, number, leaf[replaced], pure, rng)
+            new = _tokens(leaf.ids, old, pure, rng)
+        edited = leaf.values.copy()
+        edited[*before, edit.where] = new[*before, edit.where[drawn]]
         return edited
+
+    def _pure_kinds(self, leaf: Leaf) -> int:
+        return 2 * len(self.scales) if leaf.ids is None else len(leaf.ids.special) + 2
 
 
 def make_editor(
-    leaves: Sequence[np.ndarray],
+    leaves: Sequence[Array | np.ndarray],
     axes: Sequence[int],
     scales: Sequence[float],
-    token_values: Sequence[int] | None,
+    token_values: TokenValues,
     key: PRNGKeyArray | None,
+    names: Sequence[str] | None = None,
 ) -> Editor:
-    """Checks `scales` and `token_values`, and that every discrete leaf can be edited at all."""
+    """Checks `scales` and `token_values`, and that every discrete leaf can be edited at all.
+
+    `names` are what `token_values` may call the leaves: their numbers, unless given.
+    """
     scales = tuple(float(scale) for scale in scales)
     if not scales or not all(0 < scale < np.inf for scale in scales):
         raise ValueError(f"scales must be positive and finite, got {scales}; try (1., 10., 100.)")
-    editor = Editor(
-        leaves=tuple(leaves),
-        axes=tuple(axes),
-        scales=scales,
-        token_values=tuple(token_values or ()),
-        entropy=_entropy(key),
-        units=tuple(1.0 if _is_discrete(leaf) else _unit(leaf) for leaf in leaves),
-        signed=tuple(bool((np.real(leaf) < 0).any()) for leaf in leaves),
-    )
-    for leaf in filter(_is_discrete, leaves):
-        _check_vocabulary(editor, leaf)
-    return editor
+    numbers = map(str, range(len(leaves)))
+    named = dict(zip(names or numbers, map(np.asarray, leaves), strict=True))
+    given = _given_values(token_values, named)
+    described = []
+    for (name, values), axis, leaf in zip(named.items(), axes, leaves, strict=True):
+        ids = _ids(name, values, given.get(name, ()), alone=len(named) == 1)
+        unit = _unit(values) if ids is None else 1
+        signed = bool((np.real(values) < 0).any())
+        sharding = getattr(leaf, "sharding", None)
+        described.append(Leaf(name, values, axis, unit, signed, ids, sharding))
+    return Editor(tuple(described), scales, _entropy(key))
 
 
 def nothing(editor: Editor) -> Edit:
@@ -107,6 +146,11 @@ def single_edits(editor: Editor, positions: Sequence[int]) -> Iterator[Edit]:
             yield Edit(where, kind, seed=1_000_000 + position * editor.kinds + turn)
 
 
+def at_one(edit: Edit, position: int) -> Edit:
+    """Of `edit` the value at one position alone."""
+    return edit._replace(where=np.arange(len(edit.where)) == position, drawn=edit.where)
+
+
 def mixing_edits(length: int) -> Iterator[Edit]:
     """The edits that show whether an output reads any earlier input, about log2(length) of them.
 
@@ -118,56 +162,111 @@ def mixing_edits(length: int) -> Iterator[Edit]:
         yield Edit((np.arange(length) >> digit) % 2 == 0, 0, seed=2_000_000 + digit)
 
 
-def vocabulary(editor: Editor, leaf: np.ndarray) -> range:
-    """The ids that uniform draws take: from 0, or the smallest id if negative, to the largest."""
-    if leaf.dtype == np.bool_:
-        return range(2)
-    return range(min(0, int(leaf.min())), max(int(leaf.max()), *editor.token_values, 0) + 1)
+def called(name: str) -> str:
+    """A leaf in a message; a bare array has no name but that of the argument."""
+    return repr(name) if name else "x"
 
 
-def _specials(editor: Editor, leaf: np.ndarray) -> list[int]:
+def require_names(option: str, given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Refuses a name that no leaf has."""
+    known = [*known]
+    if unknown := [name for name in given if name not in known]:
+        if known == [""]:
+            raise ValueError(f"x is one array, without a name, got {option}={unknown[0]!r}")
+        has = ", ".join(map(repr, known)) or "none"
+        raise ValueError(f"x has no {what} called {unknown[0]!r}; {option} may name {has}")
+
+
+def _given_values(
+    token_values: TokenValues, named: Mapping[str, np.ndarray]
+) -> dict[str, tuple[int, ...]]:
+    """The token values of each integer leaf: those under its name, or all if it is no mask."""
+    integers = {name: v for name, v in named.items() if jnp.issubdtype(v.dtype, jnp.integer)}
+    if isinstance(token_values, Mapping):
+        given = {name: tuple(values) for name, values in token_values.items()}
+        require_names("token_values", given, integers, "integers")
+    else:
+        values = tuple(token_values or ())
+        tokens = [name for name, leaf in integers.items() if not is_mask(leaf, len(named) == 1)]
+        given = dict.fromkeys(tokens or integers, values)
+        if values and len(given) > len(tokens) + 1:
+            raise ValueError(
+                "every array of integers in x holds only 0 and 1; say which one token_values are "
+                f"for: {_by_name(given)}"
+            )
+    for name, values in given.items():
+        dtype = integers[name].dtype
+        if not all(jnp.iinfo(dtype).min <= value <= jnp.iinfo(dtype).max for value in values):
+            cure = f"; say which array they are for: {_by_name(given)}" if len(given) > 1 else ""
+            raise ValueError(
+                f"token_values must fit the dtype of {called(name)}, {dtype}, got {values}{cure}"
+            )
+    return given
+
+
+def _by_name(given: Mapping[str, tuple[int, ...]]) -> str:
+    return f"token_values={dict([next(iter(given.items()))])}"
+
+
+def _ids(name: str, leaf: np.ndarray, given: tuple[int, ...], alone: bool) -> Ids | None:
+    if leaf.dtype == np.bool_ or (not given and is_mask(leaf, alone)):
+        return MASK
+    if not jnp.issubdtype(leaf.dtype, jnp.integer):
+        return None
+    values = leaf.astype(np.int64)
+    drawn = range(min(0, int(values.min())), max(int(values.max()), *given, 0) + 1)
+    if len(drawn) < 2:
+        raise ValueError(
+            f"every token of {called(name)} is 0, so no edit of it could differ; pass an x with "
+            "several ids, or the ids to try as token_values=(0, 1, ...)"
+        )
     # Padding is usually 0, the largest id, a negative one, or what x ends with.
-    ids = vocabulary(editor, leaf)
-    last = int(leaf.reshape(-1)[-1])
-    return list(dict.fromkeys([*editor.token_values, 0, ids[-1], ids[0], last]))
+    usual = (0, drawn[-1], drawn[0], int(values.reshape(-1)[-1]))
+    return Ids(drawn, tuple(dict.fromkeys([*given, *usual])), given)
 
 
-def _pure_kinds(editor: Editor, leaf: np.ndarray) -> int:
-    if _is_discrete(leaf):
-        return len(_specials(editor, leaf)) + 2
-    return 2 * len(editor.scales)
+def is_mask(leaf: np.ndarray, alone: bool) -> bool:
+    """Whether a leaf holds only 0 and 1, so that edits should keep to them.
+
+    In an input that is one array both must occur: ones alone stand for any floats.
+    """
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return False
+    ones = leaf == 1
+    return bool((ones | (leaf == 0)).all()) and not (alone and (ones.all() or not ones.any()))
 
 
-def _floats(editor, number: int, old: np.ndarray, pure, rng) -> np.ndarray:
+def _floats(leaf: Leaf, scales: tuple[float, ...], old: np.ndarray, pure, rng) -> np.ndarray:
     noise = rng.standard_normal(old.shape, np.float32)
     if pure is None:
-        axis = editor.axes[number]
-        shape = [size if i == axis else 1 for i, size in enumerate(old.shape)]
-        scale = rng.choice(editor.scales, size=shape)
+        shape = [size if i == leaf.axis else 1 for i, size in enumerate(old.shape)]
+        scale = rng.choice(scales, size=shape)
     else:
-        scale = np.float64(editor.scales[pure // 2])
+        scale = np.float64(scales[pure // 2])
         same = bool(pure % 2)
         noise = np.copysign(noise, np.where((np.real(old) < 0) == same, -1, 1).astype(np.float32))
     if np.iscomplexobj(old):
         noise = noise * np.exp(1j * rng.uniform(-1.5, 1.5, size=old.shape))
-    elif not editor.signed[number]:
+    elif not leaf.signed:
         noise = np.abs(noise)  # a model of probabilities may take the logarithm of its input
-    # No normal draw exceeds 64, so that edits stay finite in float16 too.
-    limit = float(jnp.finfo(old.dtype).max) / 64
-    size = np.minimum(editor.units[number], limit / scale) * scale
+    # No normal draw exceeds 64, so that edits stay finite in float16 too. In 4 bits there is no
+    # such room above the smallest number: there, and only there, large draws are cut off.
+    limits = jnp.finfo(old.dtype)
+    largest = float(limits.max)
+    size = np.minimum(leaf.unit, max(largest / 64, 4 * float(limits.tiny)) / scale) * scale
     wide = old.dtype in (np.float64, np.complex128)
-    return (noise * (size if wide else size.astype(np.float32))).astype(old.dtype)
+    new = noise * (size if wide else size.astype(np.float32))
+    return (new if np.iscomplexobj(old) else np.clip(new, -largest, largest)).astype(old.dtype)
 
 
-def _tokens(editor, leaf: np.ndarray, old: np.ndarray, pure, rng) -> np.ndarray:
-    ids, specials = vocabulary(editor, leaf), _specials(editor, leaf)
-    if pure is not None and pure < len(specials):
-        return np.full(old.shape, specials[pure]).astype(old.dtype)
+def _tokens(ids: Ids, old: np.ndarray, pure, rng) -> np.ndarray:
+    if pure is not None and pure < len(ids.special):
+        return np.full(old.shape, ids.special[pure]).astype(old.dtype)
     # Stepping 1 to len - 1 places round the ring of ids, never back onto the id that was there.
-    step = rng.integers(1, len(ids), size=old.shape)
-    new = (old.astype(np.int64) - ids[0] + step) % len(ids) + ids[0]
+    step = rng.integers(1, len(ids.drawn), size=old.shape)
+    new = (old.astype(np.int64) - ids.drawn[0] + step) % len(ids.drawn) + ids.drawn[0]
     if pure is None:
-        new = np.where(rng.random(old.shape) < 0.5, rng.choice(specials, size=old.shape), new)
+        new = np.where(rng.random(old.shape) < 0.5, rng.choice(ids.special, size=old.shape), new)
     return new.astype(old.dtype)
 
 
@@ -178,28 +277,9 @@ def _unit(leaf: np.ndarray) -> float:
     return float(largest * np.sqrt(np.mean(np.square(size / largest)))) if largest > 0 else 1.0
 
 
-def _check_vocabulary(editor: Editor, leaf: np.ndarray) -> None:
-    if len(vocabulary(editor, leaf)) < 2:
-        raise ValueError(
-            f"every token of x is {int(leaf.max())}, so no edit of it could differ; pass an x "
-            "with several ids, or the ids to try as token_values=(0, 1, ...)"
-        )
-    if leaf.dtype == np.bool_:
-        return
-    limits = np.iinfo(leaf.dtype)
-    if not all(limits.min <= value <= limits.max for value in editor.token_values):
-        raise ValueError(
-            f"token_values must fit the dtype of x, {leaf.dtype}, got {editor.token_values}"
-        )
-
-
 def _entropy(key: PRNGKeyArray | None) -> tuple[int, ...]:
     if key is None:
         return (0,)
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     return tuple(int(word) for word in np.asarray(key).reshape(-1))
-
-
-def _is_discrete(leaf: np.ndarray) -> bool:
-    return not jnp.issubdtype(leaf.dtype, jnp.inexact)

@@ -1,16 +1,18 @@
 """Checks and flattens the function and its input; every message says what to pass instead."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from ._edits import is_mask, require_names
 from ._widen import trace
 
 
@@ -18,11 +20,12 @@ class Problem(NamedTuple):
     """A function of flat leaves, the leaves, and where the positions lie in them."""
 
     fn: Callable[..., tuple[Array, ...]]
-    leaves: tuple[np.ndarray, ...]
+    leaves: tuple[Array, ...]
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
     closed: jex.ClosedJaxpr
     outs: tuple[jax.ShapeDtypeStruct, ...]
+    names: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -35,14 +38,22 @@ class Problem(NamedTuple):
         return self.outs[0].shape[self.out_axes[0]]
 
 
-def make_problem(fn: Callable, x: PyTree, axis: int, out_axis: int | None) -> Problem:
-    """Checks `fn`, `x` and the axes by tracing `fn` once."""
+def make_problem(
+    fn: Callable, x: PyTree, axis: int, out_axis: int | None, fixed: str | Iterable[str] = ()
+) -> Problem:
+    """Checks `fn`, `x` and the axes by tracing `fn` once. It closes over the leaves in `fixed`."""
     if not callable(fn):
         raise TypeError(f"fn must be a function of one argument, got {type(fn).__name__}")
-    leaves, treedef = jax.tree.flatten(x)
-    leaves = [_input_leaf(leaf) for leaf in leaves]
-    if not leaves:
-        raise ValueError("x holds no array; pass the input of fn, an array or a pytree of arrays")
+    named, treedef = _named_leaves(x)
+    kept = _fixed_leaves(named, fixed)
+    edited = {name: _input_leaf(leaf) for name, leaf in named.items() if name not in kept}
+    if not edited:
+        raise ValueError(
+            "fixed names every array of x; leave out those that edits are to replace"
+            if kept
+            else "x holds no array; pass the input of fn, an array or a pytree of arrays"
+        )
+    leaves = tuple(edited.values())
     in_axes = _axes(leaves, axis, "axis", "x")
     if leaves[0].shape[in_axes[0]] < 2:
         raise ValueError(
@@ -51,18 +62,19 @@ def make_problem(fn: Callable, x: PyTree, axis: int, out_axis: int | None) -> Pr
         )
 
     def flat(*args: Array) -> tuple[Array, ...]:
-        out = fn(jax.tree.unflatten(treedef, args))
+        all_leaves = {**kept, **dict(zip(edited, args, strict=True))}
+        out = fn(jax.tree.unflatten(treedef, [all_leaves[name] for name in named]))
         return tuple(_output_leaf(leaf) for leaf in jax.tree.leaves(out))
 
     closed = traced(flat, leaves)
     outs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in closed.out_avals)
     if not outs:
         raise TypeError("fn returned no array; it must return an array or a pytree of arrays")
-    out_axes = _axes(outs, axis if out_axis is None else out_axis, "out_axis", "the output")
-    return Problem(flat, tuple(leaves), in_axes, out_axes, closed, outs)
+    out_axes = _output_axes(outs, axis if out_axis is None else out_axis)
+    return Problem(flat, leaves, in_axes, out_axes, closed, outs, tuple(edited))
 
 
-def traced(flat: Callable, leaves: Sequence[np.ndarray]) -> jex.ClosedJaxpr:
+def traced(flat: Callable, leaves: Sequence[Array]) -> jex.ClosedJaxpr:
     """The trace of `flat`; an error of the user's function is theirs, with a remark of ours."""
     try:
         return trace(flat, leaves)
@@ -78,20 +90,29 @@ def require_same_length(problem: Problem, axis: int, out_axis: int | None) -> No
     """Output `t` is compared with input `t`, so that there must be as many of one as the other."""
     if problem.out_length != problem.length:
         out_axis = axis if out_axis is None else out_axis
+        shape = problem.outs[0].shape
+        cure = "no axis is: cut or pad the output inside fn, or return what it was pooled from"
         raise ValueError(
             f"the output must have as many positions as the input, {problem.length}, got "
-            f"{problem.out_length} along axis {out_axis} of shape {problem.outs[0].shape}; name "
-            "the axis as out_axis=, or cut the output inside fn"
+            f"{problem.out_length} along axis {out_axis} of shape {shape}; "
+            + ("name the axis as out_axis=" if problem.length in shape else cure)
         )
 
 
-def perturbed(fn: Callable, sigma: float, rng: np.random.Generator) -> Callable:
-    """`fn` with normal noise of size `sigma` on its float leaves."""
-    params, static = eqx.partition(fn, eqx.is_inexact_array)
+def perturbed(
+    fn: Callable, sigma: float, rng: np.random.Generator, trainable: PyTree | None
+) -> tuple[Callable, list[str]]:
+    """`fn` with normal noise of size `sigma` on what is `trainable`, and the paths of the rest."""
+    if not 0 < sigma < np.inf:
+        raise ValueError(f"perturb_params must be positive and finite, got {sigma}; try 0.02")
+    spec = _trainable(fn) if trainable is None else trainable
+    params, static = eqx.partition(fn, spec)
+    params, others = eqx.partition(params, eqx.is_inexact_array)
     if not jax.tree.leaves(params):
+        selected = "" if trainable is None else "that trainable= selects, "
         raise TypeError(
-            "perturb_params needs a fn that is a pytree with float arrays, as an Equinox module "
-            f"is, got {type(fn).__name__}; wrap parameters with "
+            f"perturb_params needs a fn that is a pytree with float arrays {selected}as an Equinox "
+            f"module is, got {type(fn).__name__}; wrap parameters with "
             "jax.tree_util.Partial(apply, params)"
         )
 
@@ -99,22 +120,54 @@ def perturbed(fn: Callable, sigma: float, rng: np.random.Generator) -> Callable:
         noise = sigma * rng.standard_normal(leaf.shape)
         return leaf + jnp.asarray(noise.astype(leaf.dtype))
 
-    return eqx.combine(jax.tree.map(noisy, params), static)
+    rest, _ = _named_leaves(static, is_leaf=_is_state)
+    holds_floats = lambda node: any(map(eqx.is_inexact_array, jax.tree.leaves(node)))
+    skipped = [name for name, node in rest.items() if holds_floats(node)]
+    return eqx.combine(jax.tree.map(noisy, params), others, static), skipped
 
 
-def _input_leaf(leaf: Any) -> np.ndarray:
+def _trainable(fn: Callable) -> PyTree:
+    """Every float array, but for masks and for what an Equinox layer keeps as its state."""
+    chosen = lambda leaf: eqx.is_inexact_array(leaf) and not is_mask(np.asarray(leaf), alone=True)
+    return jax.tree.map(lambda node: not _is_state(node) and chosen(node), fn, is_leaf=_is_state)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, eqx.nn.State | eqx.nn.StateIndex)
+
+
+def _named_leaves(x: PyTree, is_leaf: Callable | None = None) -> tuple[dict[str, Any], Any]:
+    """The leaves by their paths, as in `batch.ids` or, in a tuple, `0`."""
+    leaves, treedef = jax.tree.flatten_with_path(x, is_leaf)
+    named = {jtu.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):  # a key with a dot in it, or the keys 0 and "0"
+        named = {jtu.keystr(path): leaf for path, leaf in leaves}
+    return named, treedef
+
+
+def _fixed_leaves(named: Mapping[str, Any], fixed: str | Iterable[str]) -> dict[str, Any]:
+    fixed = {fixed} if isinstance(fixed, str) else {*fixed}
+    require_names("fixed", fixed, named, "array")
+    # Under `jax.vmap`, JAX takes no NumPy array from outside.
+    as_jax = lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+    return {name: as_jax(leaf) for name, leaf in named.items() if name in fixed}
+
+
+def _input_leaf(leaf: Any) -> Array:
     if not eqx.is_array_like(leaf) or isinstance(leaf, bool | int | float | complex):
         raise TypeError(
             f"x must be an array or a pytree of arrays, got a {type(leaf).__name__} in it; give "
-            "other arguments to fn by closure: lambda x: model(x, other)"
+            "other arguments to fn by closure, lambda x: model(x, other), or name them in fixed="
         )
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise TypeError(
-            "x holds a PRNG key, which cannot be edited; give it to fn by closure: "
-            "lambda x: model(x, key=key)"
+            "x holds a PRNG key, which cannot be edited; give it to fn by closure, "
+            "lambda x: model(x, key=key), or name it in fixed="
         )
-    # As JAX would take it: float64 becomes float32 unless 64-bit mode is on.
-    return np.asarray(jnp.asarray(leaf))
+    # As JAX would take it: float64 becomes float32 unless 64-bit mode is on. And as edits come,
+    # which are not weakly typed.
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(leaf.dtype)
 
 
 def _output_leaf(leaf: Any) -> Array:
@@ -126,6 +179,25 @@ def _output_leaf(leaf: Any) -> Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise TypeError("fn must return numbers, got a PRNG key among its outputs")
     return leaf
+
+
+def _output_axes(outs: Sequence[jax.ShapeDtypeStruct], axis: int) -> tuple[int, ...]:
+    """The axis in each output; one without positions, such as a loss, has none to compare."""
+    shapes = [out.shape for out in outs]
+    if () in shapes:
+        raise ValueError(
+            f"every array that fn returns must have positions, got shapes {shapes}; return only "
+            "those that have: lambda x: fn(x)[0], or logits in the place of a loss"
+        )
+    try:
+        return _axes(outs, axis, "out_axis", "the output")
+    except ValueError as error:
+        if len(outs) == 1:
+            raise
+        raise ValueError(
+            f"every array that fn returns must have the positions along out_axis={axis}, got "
+            f"shapes {shapes}; move that axis inside fn, and return only what has it"
+        ) from error
 
 
 def _axes(leaves: Sequence[Any], axis: int, name: str, what: str) -> tuple[int, ...]:
@@ -141,6 +213,7 @@ def _axes(leaves: Sequence[Any], axis: int, name: str, what: str) -> tuple[int, 
     if len(lengths) > 1:
         raise ValueError(
             f"every array in {what} must have the same length along {name}={axis}, got shapes "
-            f"{[leaf.shape for leaf in leaves]}; give what has no positions to fn by closure"
+            f"{[leaf.shape for leaf in leaves]}; give what has no positions to fn by closure, or "
+            "name it in fixed="
         )
     return axes

@@ -1,7 +1,9 @@
-"""Leak or rounding: reads the measured changes and, where they are small, asks float64."""
+"""Leak or rounding: reads the measured changes and asks a second precision which they are."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,167 +12,197 @@ from jaxtyping import Bool, Float
 from ._edits import Edit
 from ._inputs import Problem
 from ._probe import Changes, Probe, make_probe
-from ._widen import float_dtypes, opaque_parts, widen
+from ._widen import float_dtypes, is_quantised, opaque_parts, widen
 
 # Rounding shrinks 5e8-fold from float32 to float64, a leak not at all.
 _SHRINK = 1000.0
 _EPS64 = float(np.finfo(np.float64).eps)
 
 
+class Findings(NamedTuple):
+    """What the outputs say that were asked about.
+
+    - `changes`: as measured, but infinite where the output is no longer finite.
+    - `exact`: the same in float64, for the edits that were run there.
+    - `leaks[e, t]`: the change of output `t` under edit `e` is no rounding.
+    - `undecided[e, t]`: nothing tells what it is.
+    - `notes`: why not, in sentences.
+    """
+
+    changes: Changes
+    exact: Changes
+    leaks: Bool[np.ndarray, "E T"]
+    undecided: Bool[np.ndarray, "E T"]
+    notes: list[str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the watched outputs say, and the probe in which to look closer.
+    """What the watched outputs say, and in which precision to look closer.
 
-    `leaks[e, t]` says whether output `t` leaked under edit `e`, `moved[e, t]` whether it changed
-    at all, and `size[e, t]` by how much.
+    `leaks[e, t]` says whether output `t` leaked under edit `e`, `undecided[e, t]` whether that
+    cannot be told, `moved[e, t]` whether it changed at all, and `size[e, t]` by how much.
     """
 
     status: str
     leaks: Bool[np.ndarray, "E T"]
+    undecided: Bool[np.ndarray, "E T"]
     moved: Bool[np.ndarray, "E T"]
     size: Float[np.ndarray, "E T"]
     worst: float
     scale: float
     noise: float
-    probe: Probe
+    in_float64: bool
     notes: tuple[str, ...]
 
 
 def function_eps(problem: Problem) -> float:
     """The eps of the least precise float in the function, wherever it stands.
 
-    A float32 model that multiplies in bfloat16 rounds as bfloat16 does.
+    A float32 model that multiplies in bfloat16 rounds as bfloat16 does. But casts to float8 and
+    float4 are quantisation: a noise level of their size would hide everything.
     """
-    dtypes = float_dtypes(problem.closed) or {np.dtype(np.float32)}
-    return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    dtypes = {dtype for dtype in float_dtypes(problem.closed) if not is_quantised(dtype)}
+    return max(float(jnp.finfo(dtype).eps) for dtype in dtypes or {np.dtype(np.float32)})
 
 
-def judge(
-    problem: Problem,
-    probe: Probe,
-    edits: Sequence[Edit],
-    watch: Bool[np.ndarray, "E T"],
-    noise_ulps: float,
-    confirm_x64: bool,
-) -> Verdict:
-    """Measures `edits` and decides about the outputs that `watch` says must not change."""
-    changes = probe.measure(edits)
-    _require_sane_baseline(edits, changes, noise_ulps)
-    broke, notes = _breakage(edits, changes, watch)
-    notes += _dtype_notes(problem)
-    confirmable = confirm_x64 and probe.eps > _EPS64
-    leaks, faint = _sort(changes, watch, broke, noise_ulps, confirmable)
-    if leaks.any():
-        return _verdict("leak", leaks, leaks, changes, probe, notes, noise_ulps)
-    if not faint.any():
-        return _verdict("clear", leaks, leaks, changes, probe, notes, noise_ulps)
-    if not confirm_x64:
-        notes += ["Changes below the noise level were not re-run in float64 (confirm_x64=False)."]
-    if confirmable:
-        wide = widened(problem, probe)
-        leaks, wide_changes, note = confirm(problem, wide, edits, watch, faint, changes, noise_ulps)
-        notes += note
-        if leaks.any():
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Tells leaks from rounding by running the function in two precisions.
+
+    The second is float64, or float32 for a function of float64. Where there is none, size must
+    do, and what size cannot tell stays undecided.
+    """
+
+    problem: Problem
+    probe: Probe
+    noise_ulps: float
+    confirm_x64: bool
+
+    def verdict(self, edits: Sequence[Edit], watch: Bool[np.ndarray, "E T"]) -> Verdict:
+        """Measures `edits` and decides about the outputs that `watch` says must not change."""
+        changes = self.probe.measure(edits)
+        require_sane_baseline(edits, changes, self.noise_ulps)
+        found = self.tell(edits, watch, changes, blind_ok=False)
+        notes = [*found.notes, *_dtype_notes(self.problem)]
+        moved = changes.ulps > 0
+        status, shown = _status(found, watch & moved)
+        loud = found.changes.ulps > self.noise_ulps
+        in_float64 = status == "leak" and not (found.leaks & loud).any()
+        if in_float64:
             notes += [
                 "The change is below the noise level of the function's own precision, but does "
                 "not shrink in float64: it is a leak. The figures here are those of float64."
             ]
-            return _verdict("leak", leaks, leaks, wide_changes, wide, notes, noise_ulps)
-    return _verdict("clear (float noise)", leaks, faint, changes, probe, notes, noise_ulps)
+        if status == "leak":
+            changes = found.exact if in_float64 else found.changes
+        worst = np.unravel_index(np.where(shown, changes.ulps, -1).argmax(), shown.shape)
+        there = bool(shown[worst])
+        scale = float(changes.scale[worst]) if there else 0.0
+        return Verdict(
+            status=status,
+            leaks=found.leaks,
+            undecided=found.undecided,
+            moved=moved,
+            size=changes.size,
+            worst=float(changes.size[worst]) if there else 0.0,
+            scale=scale,
+            noise=self.noise_ulps * (_EPS64 if in_float64 else self.probe.eps) * scale,
+            in_float64=in_float64,
+            notes=tuple(notes),
+        )
+
+    def tell(
+        self,
+        edits: Sequence[Edit],
+        watch: Bool[np.ndarray, "E T"],
+        changes: Changes,
+        blind_ok: bool = True,
+    ) -> Findings:
+        """What the changes of the watched outputs are."""
+        broke, notes = _breakage(edits, changes, watch, blind_ok)
+        changes = _as_infinite(changes, broke)
+        loud = watch & (changes.ulps > self.noise_ulps)
+        large = watch & (changes.ulps > self.noise_ulps * changes.hidden)
+        doubtful = loud if self._is_exact else watch & (changes.ulps > 0)
+        none = np.zeros_like(watch)
+        if not doubtful.any() or not float_dtypes(self.problem.closed):
+            return Findings(changes, changes, doubtful, none, notes)
+        by_size = Findings(changes, changes, large, doubtful & ~large, notes)
+        if not self.confirm_x64:
+            notes += [
+                "Changes below the noise level were not re-run in float64 (confirm_x64=False)."
+            ]
+            return by_size._replace(undecided=loud & ~large)
+        try:
+            exact, leaks = self._confirm(edits, watch, doubtful, changes)
+        except Exception as error:  # what has no float64 form may raise what it likes
+            reason = str(error).split("\n")[0]
+            notes += [f"The float64 re-run failed ({type(error).__name__}: {reason})."]
+            return by_size
+        names = ", ".join(sorted(opaque_parts(self.problem.closed))) if leaks.any() else ""
+        if names:
+            notes += [f"The float64 re-run is not conclusive: {names} has no float64 form."]
+            return by_size._replace(leaks=leaks & large, undecided=leaks & ~large)
+        return Findings(changes, exact, leaks, none, notes)
+
+    def _confirm(self, edits, watch, doubtful, changes: Changes):
+        """The changes in float64, and which of the doubtful ones are leaks.
+
+        A leak is more than `noise_ulps` eps of float64, and more than rounding can be there: a
+        thousandth of what it is in the lesser precision, the difference of the two. One eps
+        of the lesser precision is enough in any case.
+        """
+        chosen = np.flatnonzero(doubtful.any(1))
+        found = self._second.measure(
+            [edits[0], *(edits[row] for row in chosen)], "second precision"
+        )
+        second = Changes(*(_scatter(values[1:], chosen, len(edits)) for values in found))
+        second = _as_infinite(second, _breakage(edits, second, watch, blind_ok=True)[0])
+        exact, coarse = (changes, second) if self._is_exact else (second, changes)
+        coarse_eps = max(self.probe.eps, self._second.eps)
+        with np.errstate(invalid="ignore"):  # inf - inf
+            rounding = np.abs(coarse.ulps * coarse_eps - exact.ulps * _EPS64)
+        # The largest of each edit: all outputs pass through the same sums, and one may be lucky.
+        rounding = np.where(watch, np.nan_to_num(rounding, posinf=np.inf), 0).max(1, keepdims=True)
+        limit = np.minimum(rounding / _SHRINK, coarse_eps)
+        return exact, doubtful & (exact.ulps * _EPS64 > np.maximum(limit, self.noise_ulps * _EPS64))
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether the function is one of float64 to begin with."""
+        return self.probe.eps <= _EPS64
+
+    @functools.cached_property
+    def _second(self) -> Probe:
+        dtype = np.float32 if self._is_exact else np.float64
+        fn, eps = widen(self.problem.closed, dtype), float(np.finfo(dtype).eps)
+        probe = self.probe
+        return make_probe(fn, probe.editor, probe.out_axes, eps, probe.batch_size, dtype)
 
 
-def judge_singles(
-    problem: Problem,
-    probe: Probe,
-    edits: Sequence[Edit],
-    watch: Bool[np.ndarray, "E T"],
-    noise_ulps: float,
-    confirm_x64: bool,
-) -> Float[np.ndarray, "E T"]:
-    """The sizes of the changes, with those of watched outputs that are mere rounding set to 0."""
-    changes = probe.measure(edits, "locating the leak")
-    broke, _ = _breakage(edits, changes, watch, blind_ok=True)
-    confirmable = confirm_x64 and probe.eps > _EPS64
-    leaks, faint = _sort(changes, watch, broke, noise_ulps, confirmable)
-    size = np.where(watch & ~leaks, 0.0, np.where(leaks & broke, np.inf, changes.size))
-    if faint.any() and confirmable:
-        wide = widened(problem, probe)
-        leaks, changes, _ = confirm(problem, wide, edits, watch, faint, changes, noise_ulps)
-        size = np.where(leaks, changes.size, size)
-    return size
+def _status(found: Findings, changed) -> tuple[str, Bool[np.ndarray, "E T"]]:
+    """In a word, and the changes among which the worst is looked for."""
+    if found.leaks.any():
+        return "leak", found.leaks
+    if found.undecided.any():
+        return "undecided", found.undecided
+    return "clear (float noise)" if changed.any() else "clear", changed
 
 
-def _sort(changes: Changes, watch, broke, noise_ulps: float, confirmable: bool):
-    """Which watched changes are leaks, and which are yet to be told from rounding or overflow."""
-    leaks = watch & (changes.ulps > noise_ulps)
-    faint = watch & ~leaks & (changes.ulps > 0)
-    return (leaks, faint | (broke & ~leaks)) if confirmable else (leaks | broke, faint & ~broke)
-
-
-def widened(problem: Problem, probe: Probe) -> Probe:
-    """The same probe in float64."""
-    fn = widen(problem.closed)
-    return make_probe(fn, probe.editor, probe.out_axes, _EPS64, probe.batch_size, wide=True)
-
-
-def confirm(
-    problem: Problem,
-    wide: Probe,
-    edits: Sequence[Edit],
-    watch: Bool[np.ndarray, "E T"],
-    faint: Bool[np.ndarray, "E T"],
-    changes: Changes,
-    noise_ulps: float,
-) -> tuple[Bool[np.ndarray, "E T"], Changes, list[str]]:
-    """Which of the `faint` changes float64 shows to be leaks, and what it measured."""
-    none = np.zeros_like(faint)
-    rows = np.flatnonzero(faint.any(1)).tolist()
-    try:
-        found = wide.measure([edits[0], *(edits[row] for row in rows)], "float64 re-run")
-    except Exception as error:  # an operation without a float64 form may raise what it likes
-        reason = str(error).split("\n")[0]
-        return none, changes, [f"The float64 re-run failed ({type(error).__name__}: {reason})."]
-    wide_changes = Changes(*(_scatter(values[1:], rows, len(edits)) for values in found))
-    broke, _ = _breakage(edits, wide_changes, watch, blind_ok=True)
-    wide_changes = wide_changes._replace(
-        size=np.where(broke, np.inf, wide_changes.size),
-        ulps=np.where(broke, np.inf, wide_changes.ulps),
-    )
-    leaks = faint & (wide_changes.size > changes.size / _SHRINK)
-    leaks &= wide_changes.ulps > noise_ulps
-    opaque = opaque_parts(problem.closed)
-    if leaks.any() and opaque:
-        names = ", ".join(sorted(opaque))
-        note = f"Changes below the noise level count as rounding: {names} has no float64 form."
-        return none, changes, [note]
-    return leaks, wide_changes, []
-
-
-def _scatter(values: np.ndarray, rows: list[int], count: int) -> np.ndarray:
+def _scatter(values: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
     out = np.zeros((count, values.shape[1]), values.dtype)
     out[rows] = values
     return out
 
 
-def _verdict(status, leaks, shown, changes: Changes, probe, notes, noise_ulps) -> Verdict:
-    """`shown` are the changes among which the worst is looked for."""
-    worst = np.unravel_index(np.where(shown, changes.ulps, -1).argmax(), shown.shape)
-    there = bool(shown[worst])
-    return Verdict(
-        status=status,
-        leaks=leaks,
-        moved=changes.ulps > 0,
-        size=changes.size,
-        worst=float(changes.size[worst]) if there else 0.0,
-        scale=float(changes.scale[worst]) if there else 0.0,
-        noise=noise_ulps * probe.eps * float(changes.scale[worst]) if there else 0.0,
-        probe=probe,
-        notes=tuple(notes),
-    )
+def _as_infinite(changes: Changes, broke: Bool[np.ndarray, "E T"]) -> Changes:
+    size, ulps = (np.where(broke, np.inf, values) for values in (changes.size, changes.ulps))
+    return changes._replace(size=size, ulps=ulps)
 
 
 def _breakage(
-    edits: Sequence[Edit], changes: Changes, watch, blind_ok: bool = False
+    edits: Sequence[Edit], changes: Changes, watch, blind_ok: bool
 ) -> tuple[Bool[np.ndarray, "E T"], list[str]]:
     """The watched outputs that became NaN or infinite although no edited output did.
 
@@ -190,7 +222,8 @@ def _breakage(
     return changes.broken & watch & ~spoiled, notes if count else []
 
 
-def _require_sane_baseline(edits: Sequence[Edit], changes: Changes, noise_ulps: float) -> None:
+def require_sane_baseline(edits: Sequence[Edit], changes: Changes, noise_ulps: float) -> None:
+    """Refuses a function that is not finite, or not the same again, on the unedited input."""
     empty = np.array([not edit.where.any() for edit in edits])
     if changes.broken[empty].any():
         position = int(changes.broken[empty].any(0).argmax())
@@ -215,5 +248,6 @@ def _dtype_notes(problem: Problem) -> list[str]:
         return []
     return [
         f"The function casts inside: it computes in {' and '.join(names)}. The noise level is "
-        "that of the least precise; a float64 re-run replaces them all."
+        "that of the least precise but for float8 and float4, whose casts are taken for "
+        "quantisation and kept; a float64 re-run replaces the others."
     ]

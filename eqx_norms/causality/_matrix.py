@@ -1,6 +1,6 @@
 """Who reads whom: every input edited alone, or gradients from every output."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -9,14 +9,16 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._edits import Edit, make_editor, nothing, single_edits
+from ._edits import Edit, TokenValues, at_one, make_editor, nothing, single_edits
 from ._inputs import Problem, make_problem
-from ._judge import Verdict, function_eps, judge_singles
+from ._judge import Judge, Verdict, function_eps, require_sane_baseline
 from ._probe import make_probe
 from ._rules import Rule
 
 _LOCATED_UP_TO = 128
+_OWN_VALUES = 512
 _COTANGENTS = 4
+_NOISE_ULPS = 64
 
 
 def dependency_matrix(
@@ -27,15 +29,18 @@ def dependency_matrix(
     out_axis: int | None = None,
     method: Literal["perturb", "vjp"] = "perturb",
     scales: Sequence[float] = (1.0, 10.0, 100.0),
-    token_values: Sequence[int] | None = None,
+    token_values: TokenValues = None,
+    fixed: str | Iterable[str] = (),
     batch_size: int = 8,
     key: PRNGKeyArray | None = None,
 ) -> Float[np.ndarray, "T_out T_in"]:
     """Measures for each output position of `fn(x)` how it depends on each input position.
 
     With `method="perturb"`, entry `(t, j)` is the largest absolute change of output `t` when
-    input `j` alone is edited, over several edits. Exactly 0 means that not a bit changed. It
-    does not see what takes two edits at once, such as a capacity that is just full.
+    input `j` alone is edited, over several edits. 0 means that not a bit changed, or that the
+    change is rounding, because it shrinks in float64. Where there is no telling, as behind a
+    callback, the change stays. It does not see what takes two edits at once, such as a capacity
+    that is just full.
 
     With `method="vjp"` it is the largest absolute gradient of input `j`, over four random
     projections of output `t`. A gradient is local and has no size of rounding to compare with:
@@ -47,7 +52,7 @@ def dependency_matrix(
     **Arguments:**
 
     - `method`: `"perturb"` or `"vjp"`.
-    - `fn`, `x`, `axis`, `out_axis`, `scales`, `token_values`, `batch_size`, `key`: as for
+    - `fn`, `x`, `axis`, `out_axis`, `scales`, `token_values`, `fixed`, `batch_size`, `key`: as for
         [`eqx_norms.causality.assert_causal`][]. The output may have any number of positions.
 
     **Returns:**
@@ -56,42 +61,69 @@ def dependency_matrix(
 
     **Raises:**
 
-    `ValueError` for an unknown method or a wrong axis, `TypeError` for `method="vjp"` of an `x`
-    or an output that has no floats.
+    `ValueError` for an unknown method, a wrong axis, or a function that is not finite on `x` or
+    not the same again; `TypeError` for `method="vjp"` of an `x` or an output that has no floats.
     """
-    problem = make_problem(fn, x, axis, out_axis)
+    problem = make_problem(fn, x, axis, out_axis, fixed)
     if method == "vjp":
         return _vjp_matrix(problem, jr.key(0) if key is None else key)
     if method != "perturb":
         raise ValueError(f'method must be "perturb" or "vjp", got {method!r}')
-    editor = make_editor(problem.leaves, problem.in_axes, scales, token_values, key)
+    editor = make_editor(problem.leaves, problem.in_axes, scales, token_values, key, problem.names)
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), batch_size)
-    edits = [nothing(editor), *single_edits(editor, range(problem.length))]
+    edits = [nothing(editor), *single_edits(editor, range(problem.length)), nothing(editor)]
     changes = probe.measure(edits, "dependency matrix")
-    size = np.where(changes.broken, np.inf, changes.size)
+    require_sane_baseline(edits, changes, _NOISE_ULPS)
+    judge = Judge(problem, probe, _NOISE_ULPS, confirm_x64=True)
+    found = judge.tell(edits, np.ones_like(changes.broken), changes)
+    size = np.where(found.leaks | found.undecided, found.changes.size, 0)
     return _by_input(size, edits, problem.length)
 
 
 def locate(
-    problem: Problem,
-    rule: Rule,
-    verdict: Verdict,
-    edits: Sequence[Edit],
-    noise_ulps: float,
-    confirm_x64: bool,
+    judge: Judge, rule: Rule, verdict: Verdict, edits: Sequence[Edit]
 ) -> tuple[Float[np.ndarray, "T T"], bool, list[str]]:
     """The matrix of a leak, whether only joint edits show it, and a remark."""
     positions = _positions(rule, verdict, edits)
-    singles = [nothing(verdict.probe.editor), *single_edits(verdict.probe.editor, positions)]
-    watch = rule.watch(singles)
-    size = judge_singles(problem, verdict.probe, singles, watch, noise_ulps, confirm_x64)
-    matrix = _by_input(size, singles, rule.length)
+    editor = judge.probe.editor
+    singles = [nothing(editor), *single_edits(editor, positions)]
+    matrix = _measured(judge, rule, verdict, singles)
     note = []
     if len(positions) < rule.length:
         note = [f"{len(positions)} of {rule.length} inputs were edited alone to locate the leak."]
     if (~rule.allowed & (matrix > 0)).any():
         return matrix, False, note
+    # Those drew values of their own; what leaks may be the values of the edit that did.
+    own, possible = _own_values(verdict, edits)
+    matrix = np.fmax(matrix, _measured(judge, rule, verdict, [edits[0], *own]))
+    if (~rule.allowed & (matrix > 0)).any():
+        return matrix, False, note
+    if len(own) < possible:
+        note += [f"{len(own)} of {possible} values of the leaking edits were tried alone."]
     return _joint(rule, verdict, edits, matrix), True, note
+
+
+def _own_values(verdict: Verdict, edits: Sequence[Edit]) -> tuple[list[Edit], int]:
+    """Each position of the smallest leaking edits alone, up to 512, and how many there are."""
+    outputs = np.flatnonzero(verdict.leaks.any(0)).tolist()
+    rows = sorted({_smallest(verdict, edits, output) for output in outputs})
+    every = [(row, at) for row in rows for at in np.flatnonzero(edits[row].where).tolist()]
+    chosen = np.linspace(0, len(every) - 1, min(len(every), _OWN_VALUES)).astype(int)
+    return [at_one(edits[row], at) for row, at in map(every.__getitem__, chosen)], len(every)
+
+
+def _smallest(verdict: Verdict, edits: Sequence[Edit], output: int) -> int:
+    """The number of the edit of fewest positions under which an output leaks."""
+    rows = np.flatnonzero(verdict.leaks[:, output]).tolist()
+    return min(rows, key=lambda row: int(edits[row].where.sum()))
+
+
+def _measured(judge: Judge, rule: Rule, verdict: Verdict, singles: Sequence[Edit]) -> np.ndarray:
+    """The matrix of edits of one position each; what is no leak is 0 in a forbidden cell."""
+    watch = rule.watch(singles)
+    found = judge.tell(singles, watch, judge.probe.measure(singles, "locating the leak"))
+    changes = found.exact if verdict.in_float64 else found.changes
+    return _by_input(np.where(watch & ~found.leaks, 0, changes.size), singles, rule.length)
 
 
 def _by_input(size: np.ndarray, edits: Sequence[Edit], length: int) -> np.ndarray:
@@ -106,8 +138,7 @@ def _joint(rule, verdict: Verdict, edits: Sequence[Edit], matrix: np.ndarray) ->
     """Marks, for each leaking output, the first forbidden input of the smallest edit."""
     matrix = matrix.copy()
     for output in np.flatnonzero(verdict.leaks.any(0)).tolist():
-        rows = np.flatnonzero(verdict.leaks[:, output])
-        row = min(rows.tolist(), key=lambda row: int(edits[row].where.sum()))
+        row = _smallest(verdict, edits, output)
         forbidden = edits[row].where & ~rule.allowed[output]
         matrix[output, int(forbidden.argmax())] = verdict.size[row, output]
     return matrix
@@ -174,5 +205,5 @@ def _largest(grad: Array, axis: int) -> Array:
 
 def _at(out: Array, axis: int, position: Array, key: PRNGKeyArray) -> Array:
     index = jnp.arange(out.shape[axis]).reshape([-1 if i == axis else 1 for i in range(out.ndim)])
-    noise = jr.normal(key, out.shape, out.dtype)
-    return jnp.where(index == position, noise, jnp.zeros_like(noise))
+    zeros = jnp.zeros_like(out)  # which are sharded as `out` is
+    return jnp.where(index == position, zeros + jr.normal(key, out.shape, out.dtype), zeros)

@@ -1,15 +1,21 @@
-"""The heat map of a report."""
+"""The heat map of a dependency matrix."""
 
 import numpy as np
-
-from ._report import CausalityReport, block_max
+from jaxtyping import Bool, Float
 
 _DECADES = 6
 _CELLS = 96
 
 
-def plot_report(report: CausalityReport, ax=None):
-    """Draws `report.matrix` on `ax`: blue where reading is allowed, red where it is a leak."""
+def heat_map(
+    matrix: Float[np.ndarray, "T_out T_in"],
+    allowed: Bool[np.ndarray, "T_out T_in"],
+    *,
+    title: str,
+    noun: str,
+    ax=None,
+):
+    """Draws `matrix` on `ax`: blue where reading is `allowed`, red where it is a leak."""
     try:
         import matplotlib.pyplot as plt
         from matplotlib.colors import LogNorm
@@ -22,11 +28,11 @@ def plot_report(report: CausalityReport, ax=None):
 
     if ax is None:
         _, ax = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
-    size = len(report.allowed)
+    size = len(allowed)
     block = -(-size // _CELLS)
     edge = -(-size // block) * block
-    largest = report.matrix[np.isfinite(report.matrix)].max(initial=0.0) or 1.0
-    matrix = np.where(np.isposinf(report.matrix), largest, report.matrix)
+    largest = matrix[np.isfinite(matrix)].max(initial=0.0) or 1.0
+    matrix = np.where(np.isposinf(matrix), largest, matrix)
     place = {"extent": (-0.5, edge - 0.5, edge - 0.5, -0.5), "interpolation": "nearest"}
     place["norm"] = LogNorm(vmin=largest / 10**_DECADES, vmax=largest, clip=True)
 
@@ -36,29 +42,21 @@ def plot_report(report: CausalityReport, ax=None):
     nothing = np.where(block_max(measured, block) == 0, largest / 10**_DECADES, np.nan)
     ax.imshow(nothing, cmap="Greys", **place)
     layers = {}
-    for cmap, cells in (("Blues", report.allowed), ("Reds", ~report.allowed)):
+    for cmap, cells in (("Blues", allowed), ("Reds", ~allowed)):
         changes = block_max(measured * cells, block)
         layers[cmap] = ax.imshow(np.where(changes > 0, changes, np.nan), cmap=cmap, **place)
-    for x, y in _outline(report.allowed):
+    for x, y in _outline(allowed):
         ax.plot(x, y, color="black", linewidth=1 if size <= 64 else 0.4)
 
-    ax.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), title=_title(report))
+    ax.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), title=title)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    noun = "example" if report.kind == "independent" else "position"
     ax.set(xlabel=f"input {noun} read", ylabel=f"output {noun}")
     if (matrix > 0).any():
-        bar = ax.figure.colorbar(layers["Reds" if report.leak else "Blues"], ax=ax, shrink=0.9)
+        leak = (matrix[~allowed] > 0).any()
+        bar = ax.figure.colorbar(layers["Reds" if leak else "Blues"], ax=ax, shrink=0.9)
         bar.set_label("largest change of the output")
     return ax
-
-
-def _title(report: CausalityReport) -> str:
-    if not report.leak:
-        return report.status + " (grey: not measured)" * bool(np.isnan(report.matrix).any())
-    count = len(report.pairs())
-    pairs = "pair" if count == 1 else "pairs"
-    return f"leak: {count} forbidden {pairs} (red)"
 
 
 def _outline(allowed: np.ndarray) -> list[tuple[list[float], list[float]]]:
@@ -72,3 +70,10 @@ def _outline(allowed: np.ndarray) -> list[tuple[list[float], list[float]]]:
                 along, across = [start - 0.5, end + 0.5], [row + 0.5, row + 0.5]
                 edges.append((across, along) if flip else (along, across))
     return edges
+
+
+def block_max(cells: np.ndarray, block: int, fill: float = 0) -> np.ndarray:
+    """The largest of every `block` by `block` cells."""
+    padded = np.pad(cells, [(0, -size % block) for size in cells.shape], constant_values=fill)
+    rows, columns = (size // block for size in padded.shape)
+    return padded.reshape(rows, block, columns, block).max((1, 3))

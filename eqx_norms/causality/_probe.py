@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from ._edits import Edit, Editor
@@ -28,31 +29,34 @@ class Changes(NamedTuple):
     - `ulps`: `size` in units of eps * `scale`; infinite for a change of an integer output.
     - `scale`: the largest magnitude of the output, edited or not; an edit of size 100 passes
         through the same sums as the rest and rounds them accordingly.
+    - `hidden`: how many times larger than `scale` the numbers inside may have been. A norm brings
+        an edit of size 100 back to 1, but not what was rounded before it.
     - `broken`: an entry is no longer finite.
     """
 
     size: Float[np.ndarray, "E T"]
     ulps: Float[np.ndarray, "E T"]
     scale: Float[np.ndarray, "E T"]
+    hidden: Float[np.ndarray, "E T"]
     broken: Bool[np.ndarray, "E T"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A function of flat leaves, ready to be measured; `wide` runs it in float64."""
+    """A function of flat leaves, ready to be measured; `dtype` is that of its floats if not x's."""
 
     run: Callable[..., tuple[Array, ...]]
     editor: Editor
     out_axes: tuple[int, ...]
     eps: float
     batch_size: int
-    wide: bool = False
+    dtype: np.dtype | None = None
 
     def measure(self, edits: Sequence[Edit], label: str = "causality check") -> Changes:
         """Applies every edit; the first of them must be the empty one."""
         rows = []
         base = None
-        with jax.enable_x64(True) if self.wide else contextlib.nullcontext():
+        with jax.enable_x64(True) if self.dtype else contextlib.nullcontext():
             for batch in _progress(list(_batches(edits, self.batch_size)), label):
                 inputs = self._inputs(batch)
                 # Waiting only here lets the device run one batch while the next is drawn.
@@ -64,24 +68,28 @@ class Probe:
         leaves = [
             _Leaf(*map(np.concatenate, zip(*leaf, strict=True))) for leaf in zip(*rows, strict=True)
         ]
-        return _combine(leaves, len(edits), self.eps)
+        sizes = np.array([self.editor.size(edit) for edit in edits])
+        return _combine(leaves, sizes, self.eps)
 
-    def _inputs(self, batch: Sequence[Edit]) -> tuple[np.ndarray, ...]:
+    def _inputs(self, batch: Sequence[Edit]) -> tuple[np.ndarray | Array, ...]:
         # A short last batch repeats its last edit: another shape would be another executable.
         full = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
         stacked = [np.stack(leaf) for leaf in zip(*map(self.editor.apply, full), strict=True)]
-        return tuple(_widened(leaf) if self.wide else leaf for leaf in stacked)
+        stacked = [_cast(leaf, self.dtype) if self.dtype else leaf for leaf in stacked]
+        lies = [leaf.sharding for leaf in self.editor.leaves]
+        return tuple(map(_placed, stacked, lies))
 
 
-def make_probe(fn, editor: Editor, out_axes, eps: float, batch_size: int, wide=False) -> Probe:
+def make_probe(fn, editor: Editor, out_axes, eps: float, batch_size: int, dtype=None) -> Probe:
     """A probe of `fn`, which takes and returns flat leaves."""
     run = jax.jit(lambda batch: jax.lax.map(lambda leaves: fn(*leaves), batch))
-    return Probe(run, editor, tuple(out_axes), eps, batch_size, wide)
+    return Probe(run, editor, tuple(out_axes), eps, batch_size, dtype and np.dtype(dtype))
 
 
 class _Leaf(NamedTuple):
     size: Any
     scale: Any
+    unedited: Any
     broken: Any
     discrete: Any
 
@@ -104,6 +112,7 @@ def _distance(base: Array, outs: Array, axis: int) -> _Leaf:
     return _Leaf(
         size=change.max(others),
         scale=jnp.where(finite, magnitude, 0).max(entries),
+        unedited=jnp.broadcast_to(jnp.abs(b).max(), a.shape[:1]),
         broken=~finite.all(others),
         discrete=jnp.full(a.shape[:1], discrete),
     )
@@ -114,18 +123,19 @@ def _comparable(leaf: Array) -> Array:
     return leaf if leaf.dtype in kept else leaf.astype(jnp.float32)
 
 
-def _combine(leaves: Sequence[_Leaf], count: int, eps: float) -> Changes:
+def _combine(leaves: Sequence[_Leaf], sizes: np.ndarray, eps: float) -> Changes:
+    count = len(sizes)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ulps = np.stack([_ulps(leaf, eps) for leaf in leaves])
-    worst = ulps.argmax(0)[None]
-    scales = np.stack(
-        [np.broadcast_to(_f64(leaf.scale)[:, None], ulps.shape[1:]) for leaf in leaves]
-    )
+        ulps = np.stack([_ulps(leaf, eps)[:count] for leaf in leaves])
+        hidden = [sizes * _f64(leaf.unedited)[:count] / _f64(leaf.scale)[:count] for leaf in leaves]
+    worst = ulps.argmax(0)
+    of_worst = lambda rows: np.stack(rows)[worst, np.arange(count)[:, None]]
     return Changes(
-        size=np.max([_f64(leaf.size) for leaf in leaves], axis=0)[:count],
-        ulps=ulps.max(0)[:count],
-        scale=np.take_along_axis(scales, worst, 0)[0][:count],
-        broken=np.any([leaf.broken for leaf in leaves], axis=0)[:count],
+        size=np.max([_f64(leaf.size)[:count] for leaf in leaves], axis=0),
+        ulps=ulps.max(0),
+        scale=of_worst([_f64(leaf.scale)[:count] for leaf in leaves]),
+        hidden=np.fmax(of_worst(hidden), 1.0),
+        broken=np.any([leaf.broken[:count] for leaf in leaves], axis=0),
     )
 
 
@@ -139,10 +149,17 @@ def _f64(values: np.ndarray) -> np.ndarray:
     return np.asarray(values, np.float64)
 
 
-def _widened(leaf: np.ndarray) -> np.ndarray:
+def _cast(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf
-    return leaf.astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
+    return leaf.astype(np.result_type(dtype, np.complex64) if np.iscomplexobj(leaf) else dtype)
+
+
+def _placed(batch: np.ndarray, sharding: Any) -> np.ndarray | Array:
+    """A batch laid over devices as the input is, for `fn` may rely on it."""
+    if not isinstance(sharding, NamedSharding):
+        return batch
+    return jax.device_put(batch, NamedSharding(sharding.mesh, P(None, *sharding.spec)))
 
 
 def _batches(edits: Sequence[Edit], size: int) -> Iterator[list[Edit]]:

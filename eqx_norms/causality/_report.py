@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ._plot import block_max, heat_map
+
 _SHORT_MAP = 32
 _SHOWN = 5
 
@@ -25,21 +27,24 @@ class CausalityReport:
 
     **Fields:**
 
-    - `leak`: whether an output reads an input that it must not read.
+    - `leak`: whether an output was seen to read an input that it must not read.
     - `status`: `"clear"`, not a bit changed; `"clear (float noise)"`, what changed is rounding;
-        `"leak"`.
+        `"leak"`; `"undecided"`, outputs changed that must not, and nothing tells by what; or
+        `"proved"`, where that was asked for: they cannot change. `assert_causal` raises on
+        `"leak"` and `"undecided"`.
     - `matrix`: `matrix[t, j]` is the largest absolute change of output `t` when input `j` alone
         was edited, over all edits tried; NaN where that was not measured. A check that finds
         nothing has no need to edit inputs one by one: then a forbidden pair that the edits
-        covered has 0, and the rest NaN. `dependency_matrix` measures every pair. A change
-        that was taken for rounding is 0 in a forbidden cell.
+        covered has 0, and the rest NaN, as have outputs that are undecided.
+        `dependency_matrix` measures every pair. A change that was taken for rounding is 0 in a
+        forbidden cell.
     - `allowed`: `allowed[t, j]` says whether output `t` may read input `j`.
     - `worst`: the largest change of an output that should not have changed, relative to its
         noise level, as an absolute number. 0 where there was none.
     - `scale`: the largest magnitude of the output during the edit that gave `worst`.
-    - `noise`: what was taken for rounding there, `noise_ulps * eps * scale`, with the eps of
-        the least precise dtype found in the function. A smaller change is a leak only where
-        float64 confirms it.
+    - `noise`: the noise level there, `noise_ulps * eps * scale`, with the eps of the least
+        precise dtype found in the function, float8 and float4 aside. Where float64 can be
+        asked, it decides on either side of that.
     - `splits`: the splits (or the examples kept) that were tried.
     - `possible_splits`: how many there are.
     - `edits`: how many edited inputs were run to find out.
@@ -47,6 +52,9 @@ class CausalityReport:
         for every such output, one entry: in the column of the last split that still changes it.
     - `notes`: remarks, in sentences.
     - `kind`: `"causal"`, `"strictly causal"` or `"independent"`.
+    - `assumptions`: what a proof takes for granted beside finite numbers, in sentences.
+    - `obstacles`: what stood in the way of a proof that was asked for: each operation, the line
+        that traced to it, and the outputs that it connects.
     """
 
     leak: bool
@@ -62,6 +70,8 @@ class CausalityReport:
     joint: bool
     notes: tuple[str, ...]
     kind: str
+    assumptions: tuple[str, ...] = ()
+    obstacles: tuple[str, ...] = ()
 
     def pairs(self) -> list[Pair]:
         """The leaking (output, input, change) triples, the largest change first."""
@@ -96,16 +106,16 @@ class CausalityReport:
 
         Needs matplotlib: `pip install "eqx-norms[plot]"`.
         """
-        from ._plot import plot_report
-
-        return plot_report(self, ax)
+        noun = "example" if self.kind == "independent" else "position"
+        return heat_map(self.matrix, self.allowed, title=_title(self), noun=noun, ax=ax)
 
     def __str__(self) -> str:
-        return "\n".join(_leak_lines(self) if self.leak else _clear_lines(self))
+        others = {"proved": _proved_lines, "leak": _leak_lines, "undecided": _undecided_lines}
+        return "\n".join(others.get(self.status, _clear_lines)(self))
 
     def leaking(self) -> Bool[np.ndarray, "T_out T_in"]:
         """Where `matrix` has a leak."""
-        return ~self.allowed & (np.nan_to_num(self.matrix, nan=0.0) > 0)
+        return ~self.allowed & (self.matrix > 0)
 
 
 _READS = {
@@ -119,6 +129,27 @@ _READS_NOT = {
     "independent": "no output reads another example",
 }
 
+_UNDECIDED = (
+    "What can decide: check fn without that operation, or with a plain JAX form of it; smaller "
+    "scales=, such as (1.,), which round less; or, if size is to decide, confirm_x64=False, which "
+    "takes changes below the noise level for rounding, and noise_ulps=, which moves that level."
+)
+
+
+def _proved_lines(report: CausalityReport) -> list[str]:
+    scope = (
+        "For every finite input of this shape, any finite values of the floating-point parameters, "
+        "and as long as no intermediate result overflows."
+    )
+    return [
+        f"proved: {_READS_NOT[report.kind]}.",
+        *map(_wrap, [scope, *report.assumptions]),
+    ]
+
+
+def _unproved(report: CausalityReport) -> list[str]:
+    return [f"Not proved: {obstacle}" for obstacle in report.obstacles]
+
 
 def _clear_lines(report: CausalityReport) -> list[str]:
     lines = [f"{report.status}: {_READS_NOT[report.kind]}, as far as the edits can tell."]
@@ -127,7 +158,17 @@ def _clear_lines(report: CausalityReport) -> list[str]:
             f"Largest change {report.worst:.2g}, rounding: outputs are of size "
             f"{report.scale:.2g}, noise is up to {report.noise:.2g}."
         )
-    return [*lines, _effort(report), *map(_wrap, report.notes)]
+    return [*lines, _effort(report), *map(_wrap, [*report.notes, *_unproved(report)])]
+
+
+def _undecided_lines(report: CausalityReport) -> list[str]:
+    return [
+        f"undecided: nothing tells whether {_READS[report.kind]}, or rounds.",
+        f"Largest change {report.worst:.2g}: outputs are of size {report.scale:.2g}, the noise "
+        f"level is {report.noise:.2g}.",
+        *map(_wrap, [*report.notes, *_unproved(report), _UNDECIDED]),
+        _effort(report),
+    ]
 
 
 def _leak_lines(report: CausalityReport) -> list[str]:
@@ -159,8 +200,7 @@ def suggestion(report: CausalityReport) -> list[str]:
     ahead = np.subtract.outer(*[-np.arange(len(leaking))] * 2)
     steps = np.unique(ahead[leaking])
     if len(steps) == 1 and leaking.sum() > max(2, (measured & (ahead == steps[0])).sum() / 2):
-        step = int(steps[0])
-        return [f"Every leak reaches {step} ahead: look for a mask or a shift off by {step}."]
+        return [_one_step(int(steps[0]), report.kind)]
     changes = report.matrix[measured]
     if (changes > 0).mean() < 0.9 or np.median(changes) < 0.01 * changes.max():
         return []
@@ -175,6 +215,27 @@ def suggestion(report: CausalityReport) -> list[str]:
     ]
 
 
+def _one_step(step: int, kind: str) -> str:
+    if step == 0:
+        return (
+            "Every leak is of the output's own input: look for inputs that are not shifted by one, "
+            "or for a mask that lets the diagonal through."
+        )
+    if kind == "independent":
+        where = f"{abs(step)} {'later' if step > 0 else 'earlier'}"
+        return f"Every leak reaches the example {where}: look for a roll or a shift of the batch."
+    return f"Every leak reaches {step} ahead: look for a mask or a shift off by {step}."
+
+
+def _title(report: CausalityReport) -> str:
+    """Of the heat map."""
+    if not report.leak:
+        return report.status + " (grey: not measured)" * bool(np.isnan(report.matrix).any())
+    count = len(report.pairs())
+    pairs = "pair" if count == 1 else "pairs"
+    return f"leak: {count} forbidden {pairs} (red)"
+
+
 def _effort(report: CausalityReport) -> str:
     what = "examples kept" if report.kind == "independent" else "splits"
     return (
@@ -185,10 +246,3 @@ def _effort(report: CausalityReport) -> str:
 
 def _wrap(sentence: str) -> str:
     return textwrap.fill(sentence, 92)
-
-
-def block_max(cells: np.ndarray, block: int, fill: float = 0) -> np.ndarray:
-    """The largest of every `block` by `block` cells."""
-    padded = np.pad(cells, [(0, -size % block) for size in cells.shape], constant_values=fill)
-    rows, columns = (size // block for size in padded.shape)
-    return padded.reshape(rows, block, columns, block).max((1, 3))

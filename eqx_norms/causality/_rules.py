@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from ._edits import Edit
 
 Kind = Literal["causal", "strictly causal", "independent"]
 _ALL_UP_TO = 128
 _CHOSEN = 64
+_BORDERS = 32
 _EDITS = 144
 
 
@@ -45,12 +46,31 @@ class Rule:
 
     def watch(self, edits: Sequence[Edit]) -> Bool[np.ndarray, "E T"]:
         """For every edit, the outputs that must not change."""
-        # As floats: NumPy multiplies matrices of bools without BLAS, a hundred times slower.
-        where = np.stack([edit.where for edit in edits]).astype(np.float32)
-        return where @ self.allowed.T.astype(np.float32) == 0
+        where = np.stack([edit.where for edit in edits])
+        if self.kind == "independent":
+            return ~where
+        read = np.logical_or.accumulate(where, 1)  # some input up to this position is replaced
+        if self.kind == "strictly causal":
+            read = np.pad(read, [(0, 0), (1, 0)])[:, :-1]
+        return ~read
+
+    def covered(self, splits: Sequence[int]) -> Float[np.ndarray, "T T"]:
+        """The matrix of a check that found nothing: 0 where `splits` would have shown a leak."""
+        # For `length` of some 10,000, this and `allowed` are the largest arrays there are.
+        matrix = np.full((self.length, self.length), np.nan, np.float32)
+        if self.kind == "independent":
+            matrix[list(splits)] = 0
+            np.fill_diagonal(matrix, np.nan)
+            return matrix
+        start = 0
+        for split in splits:  # of those behind an output, the first replaces most
+            end = split + 1 if self.kind == "strictly causal" else split
+            matrix[start:end, split:] = 0
+            start = end
+        return matrix
 
     def choose(self, splits: Sequence[int] | str, rng: np.random.Generator) -> tuple[int, ...]:
-        """The splits to try: all of up to 128, or 64 that are well spread and hit borders."""
+        """The splits to try, in order: all of up to 128, or 64 as `_auto` chooses them."""
         if isinstance(splits, str):
             if splits != "auto":
                 raise ValueError(f'splits must be "auto" or a sequence of integers, got {splits!r}')
@@ -74,8 +94,16 @@ class Rule:
     def _auto(self, rng: np.random.Generator) -> tuple[int, ...]:
         if self.length <= _ALL_UP_TO:
             return tuple(self.possible)
-        powers = [2**i for i in range(self.length.bit_length())]
-        borders = [p + step for p in powers for step in (-1, 0, 1)]
-        first = [self.possible[0], 1, 2, self.length // 2, self.length - 1, *borders]
-        wanted = dict.fromkeys([*first, *rng.permutation(self.length).tolist()])
-        return tuple(sorted([s for s in wanted if s in self.possible][:_CHOSEN]))
+        # At and beside powers of two, where chunks, windows and tables end; the largest first.
+        powers = [2**i for i in reversed(range(self.length.bit_length()))]
+        borders = [p + step for p in powers for step in (0, -1, 1)]
+        wanted = dict.fromkeys([self.possible[0], self.length - 1, *borders])
+        chosen = [split for split in wanted if split in self.possible][:_BORDERS]
+        # The rest where the gap is widest; not in its middle, or all would be ends of chunks.
+        while len(chosen) < _CHOSEN:
+            edges = np.sort([*chosen, self.length])
+            widest = np.diff(edges).argmax()
+            start, gap = int(edges[widest]), int(edges[widest + 1] - edges[widest])
+            low, high = max(1, 3 * gap // 8), min(gap - 1, 5 * gap // 8)
+            chosen.append(start + int(rng.integers(low, high + 1)))
+        return tuple(sorted(chosen))

@@ -1,15 +1,20 @@
-"""The same function in float64: what float noise does not survive and a leak does.
+"""The same function in another precision: what float noise does not survive and a leak does.
 
-A difference of a few ulps is either rounding or a weak leak, and only more precision can tell.
-Re-running the user's function on float64 inputs is not enough: parameters held in a closure
-stay float32, a `scan` whose carry starts as float32 refuses float64, and a cast inside the
-model throws the precision away again. So the function is traced at its own dtypes and the
-trace is evaluated with every float widened. What was `astype(float32)` keeps float64.
+A difference is either rounding or a leak, and only a second precision can tell. Re-running the
+user's function on float64 inputs is not enough: parameters held in a closure stay float32, a
+`scan` whose carry starts as float32 refuses float64, and a cast inside the model throws the
+precision away again. So the function is traced at its own dtypes and the trace is evaluated
+with every float in another. What was `astype(float32)` keeps float64.
+
+But for what is coarser than 16 bits: a cast to float8 or float4 is quantisation, which is part
+of what the function says, as a cast to an integer is. Such values are held in the wider dtype
+and rounded to the grid of their own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -18,9 +23,13 @@ from jaxtyping import Array
 
 # These hand their operands to code that expects the dtypes it was traced with.
 _OPAQUE = ("callback", "pallas_call", "ffi_call", "shard_map", "hi_primitive")
+# These hold a traced function under a name that does not tell, or read the bits of a dtype.
+_OPAQUE_EXACTLY = ("bitcast_convert_type", "reduce", "reduce_window")
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 # These are bound again with a wider body; every other inner jaxpr is a call, to be inlined.
 _BODIES = ("scan", "while", "cond")
+_FINE_MANTISSA = 7  # that of bfloat16
+_INPUT = ""
 
 
 def trace(fn: Callable, leaves: Sequence[Any]) -> jex.ClosedJaxpr:
@@ -28,14 +37,15 @@ def trace(fn: Callable, leaves: Sequence[Any]) -> jex.ClosedJaxpr:
     return jax.make_jaxpr(lambda *args: fn(*args))(*leaves)
 
 
-def widen(closed: jex.ClosedJaxpr) -> Callable[..., tuple[Array, ...]]:
-    """A function of the same leaves that evaluates `closed` with every float in float64.
+def widen(closed: jex.ClosedJaxpr, to: Any = np.float64) -> Callable[..., tuple[Array, ...]]:
+    """A function of the same leaves that evaluates `closed` with every float as `to`.
 
     Call it under `jax.enable_x64(True)`.
     """
+    to = np.dtype(to)
 
     def wide(*leaves: Array) -> tuple[Array, ...]:
-        return tuple(_evaluate(closed, [_wide(leaf) for leaf in leaves]))
+        return tuple(_evaluate(closed, [_wide(leaf, to) for leaf in leaves], to))
 
     return wide
 
@@ -51,13 +61,19 @@ def float_dtypes(closed: jex.ClosedJaxpr) -> set[np.dtype]:
     return found
 
 
-def opaque_parts(closed: jex.ClosedJaxpr) -> set[str]:
-    """The names of the operations that `widen` leaves in their own precision.
+def is_quantised(dtype: np.dtype) -> bool:
+    """Whether `dtype` is a float so coarse that a cast to it is no mere rounding."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
 
-    But for bit casts: they occur in every draw of random floats, and those do not depend on x.
+
+def opaque_parts(closed: jex.ClosedJaxpr) -> set[str]:
+    """The names of the operations that `widen` leaves in their own precision, if it matters.
+
+    It does where they read an input and an output reads them. So a debug callback does not
+    count, nor the bit casts in every draw of random floats, nor `equinox.error_if`.
     """
-    equations = (e for jaxpr in _all_jaxprs(_open(closed)) for e in jaxpr.eqns)
-    return {e.primitive.name for e in equations if _is_opaque(e)} - {"bitcast_convert_type"}
+    outs = _origins(closed, [frozenset([_INPUT]) for _ in _open(closed).invars])
+    return set(frozenset().union(*outs) - {_INPUT})
 
 
 def same_trace(one: jex.ClosedJaxpr, two: jex.ClosedJaxpr) -> bool:
@@ -70,31 +86,34 @@ def same_trace(one: jex.ClosedJaxpr, two: jex.ClosedJaxpr) -> bool:
     )
 
 
-def _evaluate(closed: Any, args: Sequence[Array]) -> list[Array]:
+def _evaluate(closed: Any, args: Sequence[Array], to: np.dtype) -> list[Array]:
     jaxpr = _open(closed)
-    consts = [_wide(const) for const in _consts(closed)]
+    consts = [_wide(const, to) for const in _consts(closed)]
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def read(atom):
-        return _wide(atom.val) if isinstance(atom, jex.Literal) else values[atom]
+        return _wide(atom.val, to) if isinstance(atom, jex.Literal) else values[atom]
 
     for eqn in jaxpr.eqns:
-        outs = _equation(eqn, [read(atom) for atom in eqn.invars])
-        values.update(zip(eqn.outvars, map(_wide, outs), strict=True))
+        if not eqn.outvars:
+            continue  # a debug callback: once is enough
+        outs = _equation(eqn, [read(atom) for atom in eqn.invars], to)
+        for var, out in zip(eqn.outvars, outs, strict=True):
+            values[var] = _wide(_on_grid(out, _aval(var)), to)
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _equation(eqn: jex.JaxprEqn, args: list[Array]) -> Sequence[Array]:
+def _equation(eqn: jex.JaxprEqn, args: list[Array], to: np.dtype) -> Sequence[Array]:
     name, params = eqn.primitive.name, eqn.params
     if _is_opaque(eqn):
         dtypes = [_aval(atom).dtype for atom in eqn.invars]
         return _bind(eqn, list(map(_narrow, args, dtypes)), params)
-    if name == "reduce_precision":
+    if name == "reduce_precision" and params["mantissa_bits"] >= _FINE_MANTISSA:
         return args
-    inner = next((params[key] for key in _INNER if key in params), None)
-    if inner is not None and name not in _BODIES:
-        return _evaluate(inner, args)
-    return _bind(eqn, args, {key: _wide_param(key, value) for key, value in params.items()})
+    inner = _called(eqn)
+    if inner is not None:
+        return _evaluate(inner, args, to)
+    return _bind(eqn, args, {key: _wide_param(key, value, to) for key, value in params.items()})
 
 
 def _bind(eqn: jex.JaxprEqn, args: Sequence[Array], params: dict) -> Sequence[Array]:
@@ -102,38 +121,107 @@ def _bind(eqn: jex.JaxprEqn, args: Sequence[Array], params: dict) -> Sequence[Ar
     return outs if eqn.primitive.multiple_results else [outs]
 
 
+def _called(eqn: jex.JaxprEqn) -> Any:
+    """The body of a call, which takes the operands and gives the results one by one."""
+    if eqn.primitive.name in _BODIES:
+        return None
+    return next((eqn.params[key] for key in _INNER if key in eqn.params), None)
+
+
 def _is_opaque(eqn: jex.JaxprEqn) -> bool:
-    # A bit cast reads the bits of its own dtype; `lax.reduce` also holds a traced function.
     name = eqn.primitive.name
-    return name in ("bitcast_convert_type", "reduce") or any(part in name for part in _OPAQUE)
+    return name in _OPAQUE_EXACTLY or any(part in name for part in _OPAQUE)
 
 
-def _wide_param(key: str, value: Any) -> Any:
+def _origins(closed: Any, ins: Sequence[frozenset[str]]) -> list[frozenset[str]]:
+    """For every output what it was made of: `_INPUT`, opaque operations, or neither."""
+    jaxpr = _open(closed)
+    origins = dict(zip(jaxpr.invars, ins, strict=True))
+
+    def read(atom):
+        return frozenset() if isinstance(atom, jex.Literal) else origins.get(atom, frozenset())
+
+    for eqn in jaxpr.eqns:
+        outs = _equation_origins(eqn, [read(atom) for atom in eqn.invars])
+        origins.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _equation_origins(eqn: jex.JaxprEqn, ins: list[frozenset[str]]) -> Sequence[frozenset[str]]:
+    inner = None if _is_opaque(eqn) else _called(eqn)
+    if inner is not None:
+        return _origins(inner, ins)
+    if eqn.primitive.name == "scan":
+        return _scan_origins(eqn, ins)
+    made_of = frozenset() if _only_raises(eqn) else frozenset().union(*ins)
+    if made_of and _is_opaque(eqn):
+        made_of |= {eqn.primitive.name}
+    elif made_of:
+        # A loop or a branch as a whole: every result of it may be made of everything in it.
+        for body in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(body):
+                made_of = made_of.union(*_origins(body, [made_of] * len(_open(body).invars)))
+    return [made_of] * len(eqn.outvars)
+
+
+def _only_raises(eqn: jex.JaxprEqn) -> bool:
+    """Whether this is a callback of `equinox.error_if`, which raises or is not run at all."""
+    callback = getattr(eqn.params.get("callback"), "callback_func", None)
+    return getattr(callback, "__module__", None) == eqx.error_if.__module__
+
+
+def _scan_origins(eqn: jex.JaxprEqn, ins: list[frozenset[str]]) -> list[frozenset[str]]:
+    body = eqn.params["jaxpr"]
+    # Constants, carry, slices go in; carry, slices come out. Each slice has one axis less inside.
+    last = len(ins) - _count_slices(eqn.invars, _open(body).invars)
+    carries = len(eqn.outvars) - _count_slices(eqn.outvars, _open(body).outvars)
+    first = last - carries
+    while True:
+        outs = _origins(body, ins)
+        carry = [a | b for a, b in zip(ins[first:last], outs[:carries], strict=True)]
+        if carry == ins[first:last]:
+            return outs
+        ins = [*ins[:first], *carry, *ins[last:]]
+
+
+def _count_slices(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(_aval(a).shape) > len(_aval(b).shape) for a, b in pairs)
+
+
+def _wide_param(key: str, value: Any, to: np.dtype) -> Any:
     if isinstance(value, tuple) or _is_jaxpr(value):
-        return jax.tree.map(_wide_jaxpr, value, is_leaf=_is_jaxpr)
+        return jax.tree.map(lambda leaf: _wide_jaxpr(leaf, to), value, is_leaf=_is_jaxpr)
     if key == "precision":
         return None
-    return _wide_dtype(value) if isinstance(value, np.dtype) else value
+    return _wide_dtype(value, to) if isinstance(value, np.dtype) else value
 
 
-def _wide_jaxpr(closed: Any) -> Any:
+def _wide_jaxpr(closed: Any, to: np.dtype) -> Any:
     if not _is_jaxpr(closed):
         return closed
     avals = [_aval(var) for var in _open(closed).invars]
-    structs = [jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype)) for a in avals]
-    wide = jax.make_jaxpr(lambda *args: _evaluate(closed, args))(*structs)
+    structs = [
+        jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype, to), sharding=a.sharding) for a in avals
+    ]
+    wide = jax.make_jaxpr(lambda *args: _evaluate(closed, args, to))(*structs)
     return wide if isinstance(closed, jex.ClosedJaxpr) else _open(wide)
 
 
-def _wide_dtype(dtype: np.dtype) -> np.dtype:
+def _wide_dtype(dtype: np.dtype, to: np.dtype) -> np.dtype:
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        return np.dtype(np.complex128)
-    return np.dtype(np.float64) if jnp.issubdtype(dtype, jnp.floating) else dtype
+        return np.result_type(to, np.complex64)
+    return to if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
-def _wide(value: Any) -> Array:
+def _wide(value: Any, to: np.dtype) -> Array:
     value = jnp.asarray(value)
-    return _narrow(value, _wide_dtype(value.dtype))
+    return _narrow(value, _wide_dtype(value.dtype, to))
+
+
+def _on_grid(value: Array, aval: Any) -> Array:
+    """`value`, rounded as it was in the trace if it was quantised there."""
+    return _narrow(value, aval.dtype) if is_quantised(aval.dtype) else value
 
 
 def _narrow(value: Array, dtype: np.dtype) -> Array:

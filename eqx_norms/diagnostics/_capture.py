@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from ._instrument import Where, instrument, restore
-from ._interpret import Marked, evaluate, outputs_in
+from ._instrument import Watch, Where
+from ._interpret import ArrayType, Marked, evaluate, marked_types
+from ._plan import make_plan
 
 
 def capture(
@@ -19,11 +20,14 @@ def capture(
 ) -> tuple[Any, dict[str, PyTree]]:
     """Evaluates `fn(model, *args)` and hands out what the submodules of `model` returned.
 
-    The model is not changed: `fn` gets a copy, in which the matched submodules mark their
-    outputs. `fn` is traced, as by `jax.jit`, and what was marked is collected as the traced
-    program runs. So it works under any transformation that `fn` applies, and `capture` may
-    itself stand under `jax.jit`, `jax.vmap` or `jax.grad`. Python side effects of `fn` happen
-    once, while it is traced.
+    `fn` is traced, as by `jax.jit`. Meanwhile, and in this thread only, the matched submodules mark
+    their outputs, and what was marked is collected as the traced program runs. So it works under
+    any transformation that `fn` applies, and `capture` may itself stand under `jax.jit`,
+    `jax.vmap`, `jax.grad` or another `capture`. Python side effects of `fn` happen once, while it
+    is traced.
+
+    The model and the structure of its tree stay as they are: `fn` may partition and combine it,
+    map over it together with a tree of the same structure, or take a training step.
 
     !!! example
 
@@ -52,6 +56,11 @@ def capture(
     has the path through which it is called; in an `equinox.nn.Shared` that is the path from which
     it is taken. A submodule that is never called has no entry, nor has a module that `fn` makes.
 
+    A submodule that `fn` has built anew, as `jax.jit` and `equinox.combine` do, has the path of
+    the arrays that it holds, or of those that they were computed from. One that holds no array,
+    such as an `equinox.nn.Lambda`, is found through the module in whose call it is called, or else
+    as the only one in the model that is equal to it.
+
     The value is what its `__call__` returned: an array of the dtype that the model computes in, or
     any pytree of these. Of a stateful layer, which returns `(output, state)`, it is the output.
     Axes come in this order:
@@ -65,20 +74,21 @@ def capture(
     same in every step of a loop, if `fn` itself differentiates the loop. To have the batch ahead
     of time, put the `jax.vmap` around `capture`, not inside `fn`.
 
-    In a `jax.lax.cond` or `switch`, what the branch not taken would have returned is NaN (zero for
-    integers). Under `jax.vmap` with a mapped predicate, JAX computes all branches for all
-    examples, and these values are captured.
+    In a `jax.lax.cond` or `switch`, what the branch not taken would have returned is NaN; it is
+    zero for integers, and where `jax_debug_nans` is set, which would stop at a NaN. Under
+    `jax.vmap` with a mapped predicate, JAX computes all branches for all examples, and these
+    values are captured.
 
     **Raises:**
 
     - `ValueError` if `where` matches nothing, or if nothing that it matches is called.
+    - `TypeError` if `model` or `args` hold a `jax.ShapeDtypeStruct`.
     - `NotImplementedError`, naming the submodule and the place, if it is called where no value can
         be handed out: in a while loop, in a function with a custom derivative rule, in
         `jax.shard_map`, and in any other primitive that this function does not know.
-
-    Inside `fn` the submodules of two paths have different tree structures, for the path is part
-    of it. To scan over layers, stack them before (`equinox.filter_vmap` over their keys), not in
-    `fn`.
+    - `NotImplementedError` if it cannot be told which submodule is called: it has no arrays and
+        several equals, or `fn` has stacked several into one. To scan over layers, stack them before
+        (`equinox.filter_vmap` over their keys), not in `fn`.
     """
     program = _Program(fn, model, args, where)
     out, marked = program.run(model, args, program.no_shifts())
@@ -110,7 +120,8 @@ def capture_grads(
     - the values, as [`eqx_norms.diagnostics.capture`][] returns them;
     - the derivatives of the loss with respect to the values, under the same keys, each of the
         structure, shapes and dtypes of its value. Integers have `None`, what the loss does not
-        depend on has zero. A value that is shared by several examples or steps has the sum;
+        depend on has zero. A value that is shared by several examples, steps or shards has the
+        sum;
     - the derivatives with respect to the model, as `equinox.filter_grad` gives them.
 
     **Raises:**
@@ -129,7 +140,7 @@ def capture_grads(
         model, shifts = model_and_shifts
         return program.run(model, args, shifts)
 
-    start = model, program.zero_shifts(model, args)
+    start = model, program.zero_shifts()
     (loss, marked), (model_grads, grads) = backward(start)
     return loss, program.by_path(marked), program.by_path(grads), model_grads
 
@@ -138,37 +149,39 @@ class _Program:
     """`fn(model, *args)` as a jaxpr in which the outputs of the matched submodules are tagged."""
 
     def __init__(self, fn: Callable, model: PyTree, args: tuple, where: Where):
-        traced = eqx.filter_make_jaxpr(fn)(instrument(model, where), *args)
-        self.jaxpr, self.out, self.static_out = traced
-        self.outputs = outputs_in(self.jaxpr)
-        if not self.outputs:
+        watch = Watch(model, where)
+        _check_arrays(model, args)
+        jaxpr, self.out, self.static_out = watch.trace(fn, model, args)
+        self.plan = make_plan(jaxpr, model, watch)
+        if not self.plan.outputs:
             raise ValueError(
-                "`fn` must call at least one submodule that `where` matches, but it calls none. "
-                "It is given a copy of the model: type `lambda model, x: model(x)`, not a function "
-                "that holds the model itself."
+                "`fn` must call at least one submodule that `where` matches, but it calls none, or "
+                "only in a derivative or in a solver that hides it. It is given a copy of the "
+                "model: type `lambda model, x: model(x)`, not a function that holds the model "
+                "itself."
             )
 
     def run(self, model: PyTree, args: tuple, shifts: Marked) -> tuple[Any, Marked]:
         arrays = jtu.tree_leaves(eqx.filter((model, args), eqx.is_array))
-        outs, marked = evaluate(self.jaxpr.jaxpr, self.jaxpr.consts, arrays, shifts)
+        outs, marked = evaluate(self.plan, arrays, shifts)
         out = jtu.tree_unflatten(jtu.tree_structure(self.out), outs)
-        return restore(eqx.combine(out, self.static_out)), marked
+        return eqx.combine(out, self.static_out), marked
 
     def by_path(self, marked: Marked) -> dict[str, PyTree]:
         calls = Counter()
         values = {}
-        for output, leaves in zip(self.outputs, marked, strict=True):
-            path, number = output.path, calls[output.path]
-            values[f"{path}#{number}" if number else path] = restore(output.rebuild(leaves))
+        for output, leaves in zip(self.plan.outputs, marked, strict=True):
+            [path] = output.paths
+            number = calls[path]
+            values[f"{path}#{number}" if number else path] = output.call.rebuild(leaves)
             calls[path] += 1
         return values
 
     def no_shifts(self) -> Marked:
-        return [[None] * output.structure.num_leaves for output in self.outputs]
+        return [[None] * output.call.structure.num_leaves for output in self.plan.outputs]
 
-    def zero_shifts(self, model: PyTree, args: tuple) -> Marked:
-        run = lambda model, args: self.run(model, args, self.no_shifts())[1]
-        return jax.tree.map(_zero_shift, eqx.filter_eval_shape(run, model, args))
+    def zero_shifts(self) -> Marked:
+        return [[_zero_shift(kind) for kind in kinds] for kinds in marked_types(self.plan)]
 
     def check_differentiable(self) -> None:
         shape = getattr(self.out, "shape", None)
@@ -177,8 +190,7 @@ class _Program:
                 "`loss_fn` must return one floating-point scalar, but it returns "
                 f"{eqx.combine(self.out, self.static_out)}. Type for instance `jnp.mean(loss)`."
             )
-        everywhere = Counter(o.path for o in outputs_in(self.jaxpr, recomputed=True))
-        anew = everywhere - Counter(o.path for o in self.outputs)
+        anew = dict.fromkeys(path for output in self.plan.recomputed for path in output.paths)
         if anew:
             raise NotImplementedError(
                 f"The derivative at {', '.join(map(repr, anew))} cannot be taken: `loss_fn` "
@@ -187,8 +199,16 @@ class _Program:
             )
 
 
-def _zero_shift(shape: jax.ShapeDtypeStruct) -> jax.Array | None:
-    if not jnp.issubdtype(shape.dtype, jnp.inexact):
-        return None
+def _check_arrays(model: PyTree, args: tuple) -> None:
+    for leaf in jtu.tree_leaves((model, args)):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"`model` and `args` must hold arrays, but they hold a {leaf}. For the shapes "
+                "alone type `equinox.filter_eval_shape(lambda model, x: capture(fn, model, x, "
+                "where=where), model, x)`."
+            )
+
+
+def _zero_shift(kind: ArrayType) -> jax.Array | None:
     # -0., for 0. + -0. is 0.: adding this is the identity, down to the sign of zero.
-    return jnp.full(shape.shape, -0.0, shape.dtype)
+    return kind.full(-0.0) if jnp.issubdtype(kind.dtype, jnp.inexact) else None

@@ -1,36 +1,188 @@
-"""Give the submodules that `where` matches, in a copy of the model, a call that tags its output."""
+"""While a function of a model is traced, tag what the submodules that `where` matches return.
 
+The model stays as it is, the structure of its tree with it. For as long as the function runs, the
+`__call__` of its modules' classes is exchanged.
+"""
+
+import contextlib
 import functools as ft
-from collections.abc import Callable, Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
-from ._tag import tag
+from ._tag import Place, tag
 
 Where = type | tuple[type, ...] | Callable[[str, eqx.Module], bool]
 
 
-def instrument(model: PyTree, where: Where) -> PyTree:
-    """A copy of `model` whose matched submodules tag what they return."""
-    matches = _as_predicate(where)
-    modules = list(_callable_modules((), model))
-    if any(isinstance(module, _Tagged) for _, module in modules):
-        raise NotImplementedError(
-            "`capture` must be given a model of its own, but this one is being captured already: "
-            "type one `capture` with a `where` that matches both."
-        )
-    paths = {path for path, module in modules if matches(path, module)}
-    if not paths:
-        raise ValueError(_nothing_matches(modules))
-    return _map_modules(lambda path, m: _tagged(m, path) if path in paths else m, (), model)
+class Watch:
+    """Which modules of `model` to look at, and, while a function is traced, which are called."""
+
+    def __init__(self, model: PyTree, where: Where):
+        matches = _as_predicate(where)
+        self.modules = dict(_callable_modules((), model))
+        self.matched = {
+            keys for keys, module in self.modules.items() if matches(path(keys), module)
+        }
+        if not self.matched:
+            raise ValueError(_nothing_matches(self.modules))
+        self.outer = _watch.get()
+        self.level = 0 if self.outer is None else self.outer.level + 1
+        self._places = {}
+        self._calls = []
+
+    def trace(self, fn: Callable, model: PyTree, args: tuple) -> tuple[Any, PyTree, PyTree]:
+        """As `equinox.filter_make_jaxpr(fn)(model, *args)`, with tags in it."""
+
+        def watched(model, *args):
+            # The copy that `fn` gets is alive until it returns, so ids stay distinct.
+            self._places = {id(m): keys for keys, m in _callable_modules((), model)}
+            with _set(_watch, self), _traces(self._key()), _exchanged(self._classes):
+                return fn(model, *args)
+
+        return eqx.filter_make_jaxpr(watched)(model, *args)
+
+    def call(self, module: eqx.Module, run: Callable[[], Any]) -> Any:
+        """What `run()` returns, which calls `module`, with a tag if it is looked for."""
+        if self.outer is not None:
+            run = ft.partial(self.outer.call, module, run)
+        place, held = self._place(module)
+        self._calls.append((module, place, held))
+        try:
+            out = run()
+        finally:
+            self._calls.pop()
+        if place is None or not self._may_match(module, place):
+            return out
+        return tag(out, place, held, self.level)
+
+    def _may_match(self, module: eqx.Module, place: Place) -> bool:
+        if place.holder is None:
+            return place.keys in self.matched
+        return any(type(self.modules[keys]) is type(module) for keys in self.matched)
+
+    def _place(self, module: eqx.Module) -> tuple[Place | None, Sequence[Array]]:
+        if id(module) in self._places:
+            return Place(self._places[id(module)]), ()
+        # `fn` has built it anew, as `jax.jit` and `equinox.combine` do.
+        leaves, _ = jtu.tree_flatten_with_path(eqx.filter(module, eqx.is_array))
+        if leaves:
+            names, held = zip(*leaves, strict=True)
+            return Place((), type(module), names), held
+        for caller, place, held in reversed(self._calls):
+            for keys, child in _callable_modules((), caller):
+                if child is module and place is not None:
+                    return place._replace(keys=(*place.keys, *keys)), held
+        return self._place_of_equal(module), ()
+
+    def _place_of_equal(self, module: eqx.Module) -> Place | None:
+        equal = [keys for keys, other in self.modules.items() if _equal(module, other)]
+        if len(equal) > 1 and self.matched.intersection(equal):
+            paths = ", ".join(repr(path(keys)) for keys in equal)
+            raise NotImplementedError(
+                f"`fn` calls a {type(module).__name__} in a tree that it has built anew, and which "
+                f"of {paths} this is cannot be told, for it holds no array. Call the module that "
+                "holds it, or type a `where` that leaves them out."
+            )
+        return Place(equal[0]) if len(equal) == 1 else None
+
+    @property
+    def _classes(self) -> set[type[eqx.Module]]:
+        return {type(module) for module in self.modules.values()}
+
+    def _key(self) -> "_Key":
+        matched = frozenset((keys, type(self.modules[keys])) for keys in self.matched)
+        return _Key((matched, self.outer and self.outer._key()))
 
 
-def restore(tree: PyTree) -> PyTree:
-    """`tree`, with every module in it of its own class again."""
-    return _map_modules(lambda path, m: _untagged(m) if isinstance(m, _Tagged) else m, (), tree)
+# The innermost capture whose function is being traced, in this thread.
+_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+# JAX keeps traces of the functions that are jitted inside `fn`. This is part of what it finds them
+# by, so that none with our tags in it is used where nothing is captured, nor the other way round.
+_traces = jax.make_user_context()
+
+
+class _Key:
+    """A value whose hash is computed once, for JAX asks for it at each look-up."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        self.hash = hash(value)
+
+    def __hash__(self):
+        return self.hash
+
+    def __eq__(self, other):
+        return isinstance(other, _Key) and self.value == other.value
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar, value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+_lock = threading.Lock()
+_users = Counter()
+
+
+@contextlib.contextmanager
+def _exchanged(classes: set[type]) -> Iterator[None]:
+    """Within it, calls of modules of these classes are told to the thread's `_watch`."""
+    # Several threads can be in here at a time: the last to leave a class restores it.
+    with _lock:
+        for cls in classes:
+            if not _users[cls]:
+                _exchange(cls)
+            _users[cls] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            for cls in classes:
+                _users[cls] -= 1
+                if not _users[cls]:
+                    _restore(cls)
+
+
+_own_calls = {}
+
+
+def _exchange(cls: type) -> None:
+    if "__call__" in vars(cls):
+        _own_calls[cls] = vars(cls)["__call__"]
+    original = next(vars(c)["__call__"] for c in cls.__mro__ if "__call__" in vars(c))
+
+    @ft.wraps(original, updated=())
+    def watched_call(self, *args, **kwargs):
+        run = ft.partial(original.__get__(self, type(self)), *args, **kwargs)
+        watch = _watch.get()
+        # A subclass that asks its superclass is one call, not two.
+        return run() if watch is None or type(self) is not cls else watch.call(self, run)
+
+    setattr(cls, "__call__", watched_call)  # noqa: B010
+
+
+def _restore(cls: type) -> None:
+    del _users[cls]
+    if cls in _own_calls:
+        setattr(cls, "__call__", _own_calls.pop(cls))  # noqa: B010
+    else:
+        delattr(cls, "__call__")
+
+
+def path(keys: tuple) -> str:
+    return jtu.keystr(keys).removeprefix(".")
 
 
 def _as_predicate(where: Where) -> Callable[[str, eqx.Module], bool]:
@@ -45,8 +197,8 @@ def _as_predicate(where: Where) -> Callable[[str, eqx.Module], bool]:
     )
 
 
-def _nothing_matches(modules: list[tuple[str, eqx.Module]]) -> str:
-    here = [f"{path!r}: {type(module).__name__}" for path, module in modules]
+def _nothing_matches(modules: dict[tuple, eqx.Module]) -> str:
+    here = [f"{path(keys)!r}: {type(module).__name__}" for keys, module in modules.items()]
     listed = ", ".join(here[:20]) + (", ..." if len(here) > 20 else "")
     return (
         "`where` must match at least one submodule that can be called, but it matches none. "
@@ -54,71 +206,14 @@ def _nothing_matches(modules: list[tuple[str, eqx.Module]]) -> str:
     )
 
 
-def _children(node: Any) -> tuple[list[tuple[tuple, Any]], Any]:
-    return jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
-
-
-def _path(keys: tuple) -> str:
-    return jtu.keystr(keys).removeprefix(".")
-
-
-def _callable_modules(keys: tuple, node: Any) -> Iterator[tuple[str, eqx.Module]]:
+def _callable_modules(keys: tuple, node: Any) -> Iterator[tuple[tuple, eqx.Module]]:
     if isinstance(node, eqx.Module) and callable(node):
-        yield _path(keys), node
-    for key, child in _children(node)[0]:
+        yield keys, node
+    children, _ = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    for key, child in children:
         if child is not node:
             yield from _callable_modules((*keys, *key), child)
 
 
-def _map_modules(fn: Callable[[str, eqx.Module], eqx.Module], keys: tuple, node: Any) -> Any:
-    children, structure = _children(node)
-    if not jtu.treedef_is_leaf(structure):
-        new = [_map_modules(fn, (*keys, *key), child) for key, child in children]
-        node = structure.unflatten(new)
-    return fn(_path(keys), node) if isinstance(node, eqx.Module) else node
-
-
-class _Tagged:
-    """Mixed in ahead of a module's own class: tags what its `__call__` returns."""
-
-    def __init_subclass__(cls) -> None:
-        # Not passed on, for a class that keeps a registry of its subclasses must not see ours.
-        pass
-
-    def __call__(self, *args, **kwargs):
-        out = super().__call__(*args, **kwargs)  # pyright: ignore
-        # The path is missing where the model itself made a new instance of this class.
-        path = self._eqx_norms_path  # pyright: ignore
-        return out if path is None else tag(out, path)
-
-
-def _tagged(module: eqx.Module, path: str) -> eqx.Module:
-    return _with_class(_tagged_class(type(module)), {**vars(module), "_eqx_norms_path": path})
-
-
-def _untagged(module: eqx.Module) -> eqx.Module:
-    _, _, cls, *_ = type(module).__mro__
-    return _with_class(cls, {k: v for k, v in vars(module).items() if k != "_eqx_norms_path"})
-
-
-def _with_class(cls: type, attributes: dict[str, Any]) -> Any:
-    # Past `__init__`, whose checks and conversions the module has been through.
-    module = object.__new__(cls)
-    for name, value in attributes.items():
-        object.__setattr__(module, name, value)
-    return module
-
-
-@ft.cache
-def _tagged_class(cls: type[eqx.Module]) -> type[eqx.Module]:
-    # A subclass, so that `isinstance` stays true. The path is a static field, not one class for
-    # each path: it is part of the tree's structure, so a function that is jitted inside the model
-    # and called with two submodules is traced for each of them.
-    namespace = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "__annotations__": {"_eqx_norms_path": str | None},
-        "_eqx_norms_path": eqx.field(static=True, init=False, default=None),
-    }
-    return type(cls)(cls.__name__, (_Tagged, cls), namespace)  # pyright: ignore
+def _equal(module: eqx.Module, other: eqx.Module) -> bool:
+    return type(module) is type(other) and bool(eqx.tree_equal(module, other))

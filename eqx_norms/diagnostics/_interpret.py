@@ -4,78 +4,50 @@ Only equations with a tag inside are taken apart; JAX evaluates all others as th
 custom derivative rules stay in force.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import eval_jaxpr
-from jax.extend.core import DebugInfo, Jaxpr, Literal, jaxprs_in_params, primitives
+from jax.extend.core import DebugInfo, Jaxpr, Literal, primitives
 
-from ._tag import Output, tag_p
+from ._plan import Plan, Step, scan_counts
+from ._tag import tag_p
 
 # One entry a tag, in program order, each with one entry an array that the tag marks.
 Marked = list[list[Any]]
 
 
-def outputs_in(jaxpr: Any, recomputed: bool = False) -> list[Output]:
-    """What the tags in `jaxpr` mark, in program order.
-
-    **Arguments:**
-
-    - `recomputed`: count also the tags that a differentiated checkpoint computes anew in its
-        backward pass. Each of these has its twin in the forward pass.
-    """
-    return [output for eqn in jaxpr.eqns for output in _outputs_of(eqn, recomputed)]
-
-
-def _outputs_of(eqn: Any, recomputed: bool = False) -> list[Output]:
-    if eqn.primitive is tag_p:
-        return [eqn.params["output"]]
-    if eqn.primitive is primitives.remat_p and eqn.params["differentiated"] and not recomputed:
-        return []
-    inner = _inner_jaxprs(eqn.params)
-    return [output for jaxpr in inner for output in outputs_in(jaxpr, recomputed)]
-
-
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-    yield from jaxprs_in_params(params)
-    # The newer kind of primitive, which `jax_remat3` and `jax_custom_vjp3` switch on, keeps its
-    # parameters one level down, some of them in a `jax.stages.Traced`.
-    if "_prim" in params:
-        inner = params["_prim"].params
-        yield from jaxprs_in_params({k: getattr(v, "jaxpr", v) for k, v in inner.items()})
-
-
-def evaluate(jaxpr: Any, consts: Any, args: Any, shifts: Marked) -> tuple[list[Any], Marked]:
-    """Evaluate `jaxpr`; return its outputs and the arrays that its tags mark.
+def evaluate(plan: Plan, args: Sequence, shifts: Marked) -> tuple[list[Any], Marked]:
+    """Evaluate the plan's jaxpr; return its outputs and the arrays that its tags mark.
 
     **Arguments:**
 
     - `shifts`: for every marked array what to add to it, or `None`.
     """
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    jaxpr = plan.jaxpr
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*plan.consts, *args], strict=True))
     marked = []
-    for eqn in jaxpr.eqns:
-        count = len(_outputs_of(eqn))
+    for eqn, step, last_uses in zip(jaxpr.eqns, plan.steps, plan.last_uses, strict=True):
+        count = len(step.outputs)
         here, shifts = shifts[:count], shifts[count:]
         rule = _rules.get(eqn.primitive, _refuse) if count else _as_it_stands
-        outs, found = rule(eqn, [_read(env, atom) for atom in eqn.invars], here)
+        outs, found = rule(eqn, step, [_read(env, atom) for atom in eqn.invars], here)
         env.update(zip(eqn.outvars, outs, strict=True))
         marked += found
+        del outs
+        for variable in last_uses:
+            del env[variable]
     return [_read(env, atom) for atom in jaxpr.outvars], marked
 
 
 def _read(env: dict, atom: Any) -> Any:
-    return atom.val if isinstance(atom, Literal) else env[atom]
+    # A literal holds a Python or NumPy scalar.
+    return jnp.asarray(atom.val) if isinstance(atom, Literal) else env[atom]
 
 
-def _evaluate_inner(jaxpr: Any, args: Any, shifts: Marked) -> tuple[list[Any], Marked]:
-    # Some primitives hold a jaxpr, some a closed one, and newer JAX has one type for both.
-    return evaluate(getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()), args, shifts)
-
-
-def _as_it_stands(eqn: Any, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
+def _as_it_stands(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
     pairs = zip(eqn.invars, args, strict=True)
     inputs = {atom: x for atom, x in pairs if not isinstance(atom, Literal)}
     names = DebugInfo("capture", "", ("",) * len(inputs), ("",) * len(eqn.outvars))
@@ -83,52 +55,68 @@ def _as_it_stands(eqn: Any, args: list, shifts: Marked) -> tuple[list[Any], Mark
     return eval_jaxpr(alone, (), *inputs.values()), []
 
 
-def _tag(eqn: Any, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
-    [shift] = shifts
-    return [_shifted(x, dx) for x, dx in zip(args, shift, strict=True)], [args]
+def _tag(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
+    [output], [shift] = step.outputs, shifts
+    if len(output.paths) > 1:
+        raise NotImplementedError(
+            f"The module that is called is made of {', '.join(map(repr, output.paths))} together, "
+            "so its output has no path. Stack or combine them before, so that `model` holds what "
+            "is called, or type a `where` that leaves them out."
+        )
+    values = args[: len(shift)]
+    return [_shifted(x, dx) for x, dx in zip(values, shift, strict=True)], [values]
 
 
 def _shifted(x: Any, dx: Any) -> Any:
     return x if dx is None else jax.lax.add(x, dx)
 
 
-def _inline(eqn: Any, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
-    [jaxpr] = jaxprs_in_params(eqn.params)
-    return _evaluate_inner(jaxpr, args, shifts)
+def _inline(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
+    [plan] = step.inner
+    return evaluate(plan, args, shifts)
 
 
-def _jit(eqn: Any, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
+def _jit(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
     def run(args, shifts):
-        return _evaluate_inner(eqn.params["jaxpr"], args, shifts)
+        return _inline(eqn, step, args, shifts)
 
-    run.__name__ = eqn.params["name"]
-    return jax.jit(run, inline=eqn.params["inline"])(args, shifts)
+    params = eqn.params
+    run.__name__ = params["name"]
+    # All but the donations: what is given away may be what is captured.
+    jitted = jax.jit(
+        run,
+        in_shardings=(_given(params["in_shardings"]), None),
+        out_shardings=(_given(params["out_shardings"]), None),
+        keep_unused=params["keep_unused"],
+        inline=params["inline"],
+    )
+    return jitted(args, shifts)
 
 
-def _checkpoint(eqn: Any, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
+def _given(shardings: Sequence) -> list:
+    return [s if isinstance(s, jax.sharding.Sharding) else None for s in shardings]
+
+
+def _checkpoint(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
     def run(args, shifts):
-        return _evaluate_inner(eqn.params["jaxpr"], args, shifts)
+        return _inline(eqn, step, args, shifts)
 
     cse = eqn.params["prevent_cse"]
     prevent_cse = cse if isinstance(cse, bool) else any(cse)
     return jax.checkpoint(run, prevent_cse=prevent_cse, policy=eqn.params["policy"])(args, shifts)
 
 
-def _scan(eqn: Any, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
-    body = eqn.params["jaxpr"]
-    # A carry has the same rank inside the loop and outside, what is scanned over has one axis
-    # less inside: counted so, for each JAX version keeps the numbers in another parameter.
-    num_carry = _count_equal_rank(eqn.outvars, body.outvars)
-    num_consts = _count_equal_rank(eqn.invars, body.invars) - num_carry
+def _scan(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
+    num_consts, num_carry = scan_counts(eqn)
     consts, init = args[:num_consts], args[num_consts : num_consts + num_carry]
 
-    def step(carry, x):
+    def body(carry, x):
         xs, shifts = x
-        outs, marked = _evaluate_inner(body, [*consts, *carry, *xs], shifts)
+        outs, marked = _inline(eqn, step, [*consts, *carry, *xs], shifts)
         return outs[:num_carry], (outs[num_carry:], marked)
 
     carry, (ys, marked) = jax.lax.scan(
-        step,
+        body,
         init,
         (args[num_consts + num_carry :], shifts),
         length=eqn.params["length"],
@@ -138,48 +126,81 @@ def _scan(eqn: Any, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
     return [*carry, *ys], marked
 
 
-def _count_equal_rank(outside: list, inside: list) -> int:
-    return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outside, inside, strict=True))
-
-
-def _cond(eqn: Any, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
+def _cond(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
     index, *operands = args
-    branches = eqn.params["branches"]
     parts = []
-    for branch in branches:
-        count = len(outputs_in(branch))
+    for plan in step.inner:
+        count = len(plan.outputs)
         parts.append(shifts[:count])
         shifts = shifts[count:]
 
-    def run(i, operands, parts):
-        return _evaluate_inner(branches[i], operands, parts[i])
-
-    missing = [_not_computed(run, i, operands, parts) for i in range(len(branches))]
-
     def branch(i):
-        def run_branch(operands, parts):
-            outs, marked = run(i, operands, parts)
-            of_all = [*missing[:i], marked, *missing[i + 1 :]]
+        def run(operands, parts):
+            outs, marked = evaluate(step.inner[i], operands, parts[i])
+            of_all = [_not_computed(plan) for plan in step.inner]
+            of_all[i] = marked
             return outs, [entry for of_branch in of_all for entry in of_branch]
 
-        return run_branch
+        return run
 
-    return jax.lax.switch(index, [branch(i) for i in range(len(branches))], operands, parts)
-
-
-def _not_computed(run: Callable, i: int, operands: list, parts: list) -> Marked:
-    _, shapes = jax.eval_shape(lambda operands, parts: run(i, operands, parts), operands, parts)
-    return jax.tree.map(_blank, shapes)
+    branches = [branch(i) for i in range(len(step.inner))]
+    return jax.lax.switch(index, branches, operands, parts)
 
 
-def _blank(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    # Not zero, which a statistic would take for an activation.
-    inexact = jnp.issubdtype(shape.dtype, jnp.inexact)
-    return jnp.full(shape.shape, jnp.nan if inexact else 0, shape.dtype)
+def _not_computed(plan: Plan) -> Marked:
+    return [[_blank(kind) for kind in kinds] for kinds in marked_types(plan)]
 
 
-def _refuse(eqn: Any, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
-    paths = ", ".join(sorted({repr(output.path) for output in _outputs_of(eqn)}))
+def _blank(kind: "ArrayType") -> jax.Array:
+    # Not zero, which a statistic would take for an activation; but not what `jax_debug_nans`
+    # would stop at, for no computation of the user's has made it.
+    debug_nans = jax.config.jax_debug_nans  # pyright: ignore[reportAttributeAccessIssue]
+    return kind.full(jnp.nan if jnp.issubdtype(kind.dtype, jnp.inexact) and not debug_nans else 0)
+
+
+class ArrayType(NamedTuple):
+    """What JAX wants to be the same where two arrays meet."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    sharding: Any
+    varying: frozenset[str]
+
+    def full(self, value: float) -> jax.Array:
+        """An array of this type."""
+        explicit = jax.sharding.AxisType.Explicit in self.sharding.mesh.axis_types
+        sharding = self.sharding if explicit else None
+        array = jax.lax.full(self.shape, value, self.dtype, sharding=sharding)
+        # `jax.shard_map` sums a derivative over the axes along which its variable is the same.
+        return jax.lax.pcast(array, tuple(self.varying), to="varying") if self.varying else array
+
+    def stacked(self, length: int) -> "ArrayType":
+        spec = jax.P(None, *self.sharding.spec)
+        sharding = jax.sharding.NamedSharding(self.sharding.mesh, spec)
+        return self._replace(shape=(length, *self.shape), sharding=sharding)
+
+
+def marked_types(plan: Plan) -> list[list[ArrayType]]:
+    """The types of the arrays that `evaluate` hands out."""
+    pairs = zip(plan.jaxpr.eqns, plan.steps, strict=True)
+    return [types for eqn, step in pairs if step.outputs for types in _types_in(eqn, step)]
+
+
+def _types_in(eqn: Any, step: Step) -> list[list[ArrayType]]:
+    if eqn.primitive is tag_p:
+        return [[_type_of(atom.aval) for atom in eqn.outvars]]
+    inner = [types for plan in step.inner for types in marked_types(plan)]
+    if eqn.primitive is primitives.scan_p:
+        return [[kind.stacked(eqn.params["length"]) for kind in types] for types in inner]
+    return inner
+
+
+def _type_of(aval: Any) -> ArrayType:
+    return ArrayType(aval.shape, aval.dtype, aval.sharding, aval.manual_axis_type.varying)
+
+
+def _refuse(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
+    paths = ", ".join(sorted({repr(path) for output in step.outputs for path in output.paths}))
     name = eqn.primitive.name
     raise NotImplementedError(
         f"The output of {paths} cannot be captured: it is computed inside `{name}`, from which no "

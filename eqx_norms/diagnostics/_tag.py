@@ -1,23 +1,42 @@
 """An identity that survives tracing: it marks in a jaxpr which arrays a submodule returned."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 
-class Output:
-    """What a tag knows of the output it marks: its path and all of it that is not an array.
+class Place(NamedTuple):
+    """Where in the model a called module stands.
 
-    Compared by identity, for the static part may hold anything.
+    At `keys`; or, where `holder` is not `None`, at `keys` within a module of that class. Which one
+    of that class is seen from the arrays it holds, at `names`: the tag has them as operands.
     """
 
-    def __init__(self, path: str, structure: Any, static: PyTree):
-        self.path = path
+    keys: tuple
+    holder: type | None = None
+    names: tuple = ()
+
+
+class Call:
+    """What a tag knows of the call it marks: its place and all of its output that is no array.
+
+    Compared by identity, for the static part may hold anything.
+
+    **Arguments:**
+
+    - `level`: of how many other captures the one that looks for this tag is part.
+    """
+
+    def __init__(self, place: Place, level: int, structure: Any, static: PyTree):
+        self.place = place
+        self.level = level
         self.structure = structure
         self.static = static
 
@@ -26,15 +45,20 @@ class Output:
         return eqx.combine(jtu.tree_unflatten(self.structure, leaves), self.static)
 
 
-def tag(out: PyTree, path: str) -> PyTree:
-    """`out`, with its arrays marked as what the submodule at `path` returned."""
+def tag(out: PyTree, place: Place, held: Sequence[Array], level: int) -> PyTree:
+    """`out`, with its arrays marked as what the submodule at `place` returned.
+
+    **Arguments:**
+
+    - `held`: the arrays of the place's holder.
+    """
     value, state = _split_state(out)
     arrays, static = eqx.partition(value, eqx.is_array)
     leaves, structure = jtu.tree_flatten(arrays)
     if not leaves:
         return out
-    output = Output(path, structure, static)
-    value = output.rebuild(tag_p.bind(*leaves, output=output))
+    call = Call(place, level, structure, static)
+    value = call.rebuild(tag_p.bind(*leaves, *held, call=call))
     return value if state is None else (value, state)
 
 
@@ -45,22 +69,36 @@ def _split_state(out: PyTree) -> tuple[PyTree, eqx.nn.State | None]:
     return out, None
 
 
+def _marked(operands: Sequence, call: Call) -> list:
+    return list(operands[: call.structure.num_leaves])
+
+
 tag_p = Primitive("eqx_norms_tag")
 tag_p.multiple_results = True
-tag_p.def_impl(lambda *arrays, output: list(arrays))
-tag_p.def_abstract_eval(lambda *avals, output: list(avals))
-mlir.register_lowering(tag_p, lambda context, *arrays, output: list(arrays))
+tag_p.def_impl(lambda *arrays, call: _marked(arrays, call))
+tag_p.def_abstract_eval(lambda *avals, call: _marked(avals, call))
+mlir.register_lowering(tag_p, lambda context, *arrays, call: _marked(arrays, call))
 
 
-def _jvp(primals, tangents, *, output):
+def _jvp(primals, tangents, *, call):
     # Only the value is the submodule's output; a marked tangent would be taken for a call.
-    return tag_p.bind(*primals, output=output), list(tangents)
+    return tag_p.bind(*primals, call=call), _marked(tangents, call)
 
 
-def _batch(arrays, axes, *, output):
+def _transpose(cotangents, *operands, call):
+    return [*cotangents, *[None] * (len(operands) - len(cotangents))]
+
+
+def _jet(primals, series, *, call):
+    return tag_p.bind(*primals, call=call), _marked(series, call)
+
+
+def _batch(arrays, axes, *, call):
     # vmap leaves the batch axis wherever the last operation put it; a caller expects it in front.
     moved = [_to_front(x, axis) for x, axis in zip(arrays, axes, strict=True)]
-    return tag_p.bind(*moved, output=output), [None if axis is None else 0 for axis in axes]
+    return tag_p.bind(*moved, call=call), [
+        None if axis is None else 0 for axis in _marked(axes, call)
+    ]
 
 
 def _to_front(x, axis):
@@ -68,4 +106,6 @@ def _to_front(x, axis):
 
 
 ad.primitive_jvps[tag_p] = _jvp
+ad.primitive_transposes[tag_p] = _transpose
 batching.primitive_batchers[tag_p] = _batch
+jet.jet_rules[tag_p] = _jet

@@ -1,0 +1,119 @@
+"""What the op asks of a compiler: identities, lowered as each platform needs them.
+
+Forward and backward are some passes over x. What two of them share, a cast or x - origin, XLA for
+CPU computes once and stores in float32, unless it is kept from seeing it. The figures are from
+jax 0.10.2 and two cores; `python -m benchmarks` has them all. XLA for GPU and TPU fuse passes of
+their own accord, so that nothing of this is done there, but where it says so.
+
+They are primitives because a function in `jax.numpy` is traced before anybody knows which platform
+it is compiled for. Tangents pass them untouched, in the dtype of the array; what a backward asks of
+its cotangent is asked again when it is transposed twice, as reverse mode does.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, PyTree
+
+_barrier = jax.lax.optimization_barrier
+
+
+def _identity(name: str, **platforms: Callable) -> Primitive:
+    """Of one array; `platforms` says which function to compile in its place, and where."""
+    marked, transposed = Primitive(f"eqx_norms_{name}"), Primitive(f"eqx_norms_{name}_transposed")
+    for primitive, other in (marked, transposed), (transposed, marked):
+        _define(primitive)
+        ad.deflinear2(primitive, lambda g, _, other=other, **how: [other.bind(g, **how)])
+    ad.primitive_jvps[marked] = lambda a, t, **how: (marked.bind(*a, **how), *t)
+    for platform, function in platforms.items():
+        rule = mlir.lower_fun(function, multiple_results=False)
+        mlir.register_lowering(marked, rule, platform=platform)
+    return marked
+
+
+def _define(primitive: Primitive) -> None:
+    primitive.def_impl(lambda a, **how: a)
+    primitive.def_abstract_eval(lambda a, **how: a)
+    mlir.register_lowering(primitive, lambda context, a, **how: [a])
+    batching.primitive_batchers[primitive] = lambda a, axis, **how: (
+        primitive.bind(*a, **how),
+        *axis,
+    )
+
+
+def _barrier_around(a: Array, *, dtype) -> Array:
+    """In `dtype`, but for float16: XLA for CPU takes a cast from bfloat16 into the sum behind it,
+    and one from float16 it stores, for each sum anew. (One in all, 4096 x 768, forward and
+    backward: .36 of eqx.nn's time, else .75.)
+    """
+    if dtype == jnp.bfloat16 and a.dtype == jnp.float32:
+        return _barrier(a.astype(dtype)).astype(a.dtype)
+    return _barrier(a)
+
+
+_again_p = _identity("again", cpu=_barrier_around)
+_cotangent_p = _identity(
+    "cotangent", cpu=_barrier_around, cuda=_barrier_around, tpu=_barrier_around
+)
+# A forward by itself, of 4096 examples or more, XLA for CPU makes one fusion of. In jax 0.10 it
+# does so in spite of barriers, in 0.11 and 0.12 they would take twice the time.
+_BARRIERS_LET_FUSE = jax.__version_info__ < (0, 11)
+
+
+def again(a: Array, dtype=None, alone: bool = False) -> Array:
+    """The same values, to be read by one more pass: `dtype`, if given, holds them without a loss.
+
+    `alone`: in a forward by itself. (2048 x 4096 bfloat16: the forward takes .29 of eqx.nn's time
+    with it, 1.2 without; forward and backward .60 and 1.03, and no temporaries instead of 12 bytes
+    an element.)
+    """
+    if alone and not _BARRIERS_LET_FUSE:
+        return a
+    return _again_p.bind(a, dtype=jnp.dtype(dtype or a.dtype))
+
+
+def cotangent(g: Array, dtype) -> Array:
+    """As it comes into the backward; `dtype` holds it without a loss, but for its bytes."""
+    return _cotangent_p.bind(g, dtype=jnp.dtype(dtype))
+
+
+_apart_p = Primitive("eqx_norms_apart")
+_apart_p.multiple_results = True
+_apart_p.def_impl(lambda *arrays: list(arrays))
+_apart_p.def_abstract_eval(lambda *arrays: list(arrays))
+mlir.register_lowering(_apart_p, mlir.lower_fun(lambda *arrays: _barrier(arrays)))
+batching.primitive_batchers[_apart_p] = lambda arrays, axes: (_apart_p.bind(*arrays), axes)
+ad.primitive_jvps[_apart_p] = lambda arrays, tangents: (_apart_p.bind(*arrays), tangents)
+
+
+def apart(tree: PyTree) -> PyTree:
+    """The residuals, of which the backward computes again what the forward has.
+
+    Without it, XLA sees that both share xc, and keeps that in float32 from the one to the other:
+    the memory that the rule is here to save. One barrier around all, since one for each would be as
+    the forward's, and merged with them. But g has its own: the backward must stay linear in it.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, _apart_p.bind(*leaves))
+
+
+def _to_float32(total: Array) -> Array:
+    if total.dtype != jnp.float32:
+        return total
+    return jax.lax.reduce_precision(total, exponent_bits=8, mantissa_bits=23)
+
+
+_settled_p = _identity("settled", cpu=_to_float32)
+
+
+def settled(total: Array) -> Array:
+    """A sum that is used by later passes, as a result of its own.
+
+    The operation is void: XLA for CPU would fuse the division behind it into the pass, and
+    then, if rows are many and short, store all that is summed. (65536 x 256 float32: the statistics
+    take 5 ms with it, 33 without. Not for a forward by itself, which is one fusion to the end.)
+    """
+    return _settled_p.bind(total)

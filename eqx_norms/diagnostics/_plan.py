@@ -1,0 +1,206 @@
+"""Which call of which module each tag in a jaxpr marks.
+
+A module that `fn` has built anew is known by the arrays it holds: each variable of the jaxpr has
+its origins, which are the arrays of the model that it was made of, and these lead back to a path.
+They are a set of bits in an integer.
+"""
+
+import functools as ft
+import operator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.tree_util as jtu
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, primitives
+from jaxtyping import PyTree
+
+from ._instrument import Watch, path
+from ._tag import Call, tag_p
+
+
+class Output(NamedTuple):
+    """A tag that is looked for; more than one path if it cannot be told which module was called."""
+
+    paths: tuple[str, ...]
+    call: Call
+
+
+class Step(NamedTuple):
+    """What is marked in one equation, in program order, and the plans of its inner jaxprs."""
+
+    outputs: list[Output]
+    inner: list["Plan"]
+
+
+class Plan:
+    """A jaxpr, closed or not, and what is marked in it.
+
+    `recomputed` are the tags that a differentiated checkpoint computes anew in its backward pass:
+    each has its twin in the forward pass, which is among the `outputs`.
+    """
+
+    def __init__(self, jaxpr: Any, steps: list[Step], recomputed: list[Output]):
+        self.jaxpr = _open(jaxpr)
+        self.consts = getattr(jaxpr, "consts", ())
+        self.steps = steps
+        self.outputs = [output for step in steps for output in step.outputs]
+        self.recomputed = recomputed
+
+    @ft.cached_property
+    def last_uses(self) -> list[set]:
+        """For each equation, the variables that nothing after it reads."""
+        needed = _variables(self.jaxpr.outvars)
+        last = []
+        for eqn in reversed(self.jaxpr.eqns):
+            here = _variables([*eqn.invars, *eqn.outvars])
+            last.append(here - needed)
+            needed |= here
+        return last[::-1]
+
+
+def make_plan(jaxpr: Any, model: PyTree, watch: Watch) -> Plan:
+    """The plan of a jaxpr of which the first operands are the arrays of `model`."""
+    planner = _Planner(model, watch)
+    origins = list(planner.arrays.values())
+    rest = [0] * (len(_open(jaxpr).invars) - len(origins))
+    plan, _ = planner.plan(jaxpr, (*origins, *rest))
+    return plan
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """The numbers of constants and of carried arrays of a `scan`."""
+    # A carry has the same rank inside the loop and outside, what is scanned over has one axis
+    # less inside: counted so, for each JAX version keeps the numbers in another parameter.
+    body = _open(eqn.params["jaxpr"])
+    carried = _count_equal_rank(eqn.outvars, body.outvars)
+    return _count_equal_rank(eqn.invars, body.invars) - carried, carried
+
+
+def _count_equal_rank(outside: list, inside: list) -> int:
+    return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outside, inside, strict=True))
+
+
+class _Planner:
+    def __init__(self, model: PyTree, watch: Watch):
+        leaves, _ = jtu.tree_flatten_with_path(eqx.filter(model, eqx.is_array))
+        self.arrays = {keys: 1 << i for i, (keys, _) in enumerate(leaves)}
+        self.watch = watch
+        self.plans = {}
+
+    def plan(self, jaxpr: Any, origins: tuple[int, ...]) -> tuple[Plan, list[int]]:
+        # Planned once for each set of origins, however often it is called.
+        key = id(_open(jaxpr)), origins
+        if key not in self.plans:
+            self.plans[key] = self._plan(jaxpr, origins)
+        return self.plans[key]
+
+    def _plan(self, jaxpr: Any, origins: tuple[int, ...]) -> tuple[Plan, list[int]]:
+        opened = _open(jaxpr)
+        env = dict(zip(opened.invars, origins, strict=True))
+        read = lambda atom: 0 if isinstance(atom, Literal) else env.get(atom, 0)
+        steps, recomputed = [], []
+        for eqn in opened.eqns:
+            inner, outs = self._inner(eqn, tuple(map(read, eqn.invars)))
+            env.update(zip(eqn.outvars, outs, strict=True))
+            found = self._outputs(eqn, read) or [o for plan in inner for o in plan.outputs]
+            recomputed += [o for plan in inner for o in plan.recomputed]
+            if eqn.primitive is primitives.remat_p and eqn.params["differentiated"]:
+                recomputed += found
+                found = []
+            steps.append(Step(found, inner))
+        return Plan(jaxpr, steps, recomputed), [read(atom) for atom in opened.outvars]
+
+    def _inner(self, eqn: Any, origins: tuple[int, ...]) -> tuple[list[Plan], list[int]]:
+        """The plans of the inner jaxprs of `eqn`, and the origins of its outputs."""
+        pairs = [self._inner_plan(eqn, jaxpr, origins) for jaxpr in _inner_jaxprs(eqn.params)]
+        outs = _outer_origins(eqn, origins)
+        through = [inner for _, inner in pairs if len(inner) == len(outs)]
+        if through:
+            outs = [ft.reduce(operator.or_, each) for each in zip(*through, strict=True)]
+        return [plan for plan, _ in pairs], outs
+
+    def _inner_plan(self, eqn: Any, jaxpr: Any, origins: tuple[int, ...]):
+        if eqn.primitive is primitives.scan_p:
+            return self._loop(jaxpr, origins, *scan_counts(eqn))
+        if eqn.primitive is primitives.while_p:
+            of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+            if jaxpr is eqn.params["body_jaxpr"]:
+                num_carry = len(eqn.outvars)
+                return self._loop(jaxpr, origins[of_cond:], of_body, num_carry)
+            return self.plan(jaxpr, (*origins[:of_cond], *origins[of_cond + of_body :]))
+        if eqn.primitive is primitives.cond_p:
+            return self.plan(jaxpr, origins[1:])
+        count = len(_open(jaxpr).invars)
+        return self.plan(jaxpr, origins if count == len(origins) else (_union(origins),) * count)
+
+    def _loop(self, jaxpr: Any, origins: tuple[int, ...], num_consts: int, num_carry: int):
+        start, stop = num_consts, num_consts + num_carry
+        while True:
+            plan, outs = self.plan(jaxpr, origins)
+            # What one step makes of the carry is what the next one gets.
+            carry = tuple(map(operator.or_, origins[start:stop], outs[:num_carry]))
+            if carry == origins[start:stop]:
+                return plan, outs
+            origins = (*origins[:start], *carry, *origins[stop:])
+
+    def _outputs(self, eqn: Any, read: Any) -> list[Output]:
+        call = eqn.params.get("call")
+        if eqn.primitive is not tag_p or call.level != self.watch.level:
+            return []
+        held = [read(atom) for atom in eqn.invars[len(eqn.outvars) :]]
+        found = [(*keys, *call.place.keys) for keys in self._holders(call, held)]
+        if not self.watch.matched.intersection(found):
+            return []
+        return [Output(tuple(path(keys) for keys in found), call)]
+
+    def _holders(self, call: Call, held: list[int]) -> list[tuple]:
+        """The modules that hold the most of the arrays that the called one holds."""
+        cls, names = call.place.holder, call.place.names
+        if cls is None:
+            return [()]
+        scores = {}
+        for keys, module in self.watch.modules.items():
+            if type(module) is cls:
+                own = [self.arrays.get((*keys, *name), 0) for name in names]
+                both = [(a, b) for a, b in zip(own, held, strict=True) if a & b]
+                # An array that comes from there alone says more than one that others are in too.
+                scores[keys] = (sum(a == b for a, b in both), len(both))
+        best = max(scores.values(), default=(0, 0))
+        return [keys for keys, score in scores.items() if score == best != (0, 0)]
+
+
+def _outer_origins(eqn: Any, origins: tuple[int, ...]) -> list[int]:
+    count = len(eqn.outvars)
+    if eqn.primitive is tag_p or count == len(origins) > 1:
+        return list(origins[:count])  # one result for each operand, as of an optimization barrier
+    name = eqn.primitive.name
+    if name.startswith("reduce_") or name in ("dot_general", "conv_general_dilated"):
+        # This makes an activation, a gradient or a norm, not what could stand for the weight.
+        return [0] * count
+    return [_union(origins)] * count
+
+
+def _union(origins: tuple[int, ...]) -> int:
+    return ft.reduce(operator.or_, origins, 0)
+
+
+def _open(jaxpr: Any) -> Any:
+    # Some primitives hold a jaxpr, some a closed one, and newer JAX has one type for both.
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _variables(atoms: list) -> set:
+    return {atom for atom in atoms if not isinstance(atom, Literal)}
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    values = list(params.values())
+    # The newer kind of primitive, which `jax_remat3` and `jax_custom_vjp3` switch on, keeps its
+    # parameters one level down, some of them in a `jax.stages.Traced`.
+    if "_prim" in params:
+        values += [getattr(v, "jaxpr", v) for v in params["_prim"].params.values()]
+    for value in values:
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, Jaxpr | ClosedJaxpr):
+                yield each

@@ -1,0 +1,275 @@
+"""Leak or rounding, where the two are hard to tell apart: what must never pass, what never fail.
+
+The oracle for a causal function is the same function in float64, or the algebra in its comment;
+for a leak, the way it is made.
+"""
+
+import dataclasses
+
+import causality_zoo as zoo
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from eqx_norms.causality import (
+    CausalityError,
+    _judge as judging,
+    assert_causal,
+    check_causal,
+    check_independent,
+    dependency_matrix,
+)
+
+T, D, CHUNK = 16, 8, 4
+
+
+def words(report):
+    """The text of a report on one line."""
+    return " ".join(str(report).split())
+
+
+# Causal but for rounding. Edits of size 100 leave absolute rounding in the past, and a norm
+# divides it by what is small there.
+
+
+def fft_convolution_then_norm(x):
+    return zoo.norm(zoo.fft_convolution(x), 1)
+
+
+def chunked_linear_attention_then_norm(x):
+    """Linear attention in chunks: a masked product inside each, a running sum of those before."""
+    q, k, v = (x @ zoo.weights(x.dtype, D, D, seed=i) for i in range(3))
+    q, k, v = (part.reshape(-1, CHUNK, D) for part in (q, k, v))
+    state = jnp.einsum("ctk,ctv->ckv", k, v)
+    before = state.cumsum(0) - state
+    inside = jnp.tril(jnp.einsum("ctk,csk->cts", q, k))
+    mixed = jnp.einsum("cts,csv->ctv", inside, v) + jnp.einsum("ctk,ckv->ctv", q, before)
+    return zoo.norm(mixed.reshape(-1, D), 1)
+
+
+NOISY = [fft_convolution_then_norm, chunked_linear_attention_then_norm]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("fn", NOISY)
+def test_rounding_that_a_norm_enlarges_is_no_leak(fn, dtype, getkey):
+    with jax.enable_x64(dtype == "float64"):
+        report = check_causal(fn, jr.normal(getkey(), (T, D), dtype))
+    assert report.status == "clear (float noise)", str(report)
+    assert "does not shrink" not in words(report)
+
+
+# A callback in the way
+
+
+def leaky_mean(x):
+    return x + x.mean(0, keepdims=True)
+
+
+def printed(x):
+    jax.debug.callback(lambda v: None, x[0, 0])
+    return x
+
+
+def checked(x):
+    return eqx.error_if(x, x.max() > 1e30, "too large")
+
+
+def measured_on_the_host(x):
+    jax.pure_callback(lambda v: v, jax.ShapeDtypeStruct((), x.dtype), x[0, 0])
+    return x
+
+
+def printed_in_a_loop(x):
+    def step(carry, row):
+        jax.debug.callback(lambda v: None, row[0])
+        return carry, row
+
+    return jax.lax.scan(step, 0, x)[1]
+
+
+WATCHED = [printed, checked, measured_on_the_host, printed_in_a_loop]
+
+
+@pytest.mark.parametrize("watch", WATCHED)
+def test_what_cannot_reach_the_output_leaves_the_verdict_alone(watch, getkey):
+    x = jr.normal(getkey(), (T, D), jnp.bfloat16)
+    assert check_causal(lambda x: leaky_mean(watch(x)), x).leak
+    noisy = lambda x: zoo.noisy_sum_in_float32_inside(watch(x))
+    assert check_causal(noisy, x).status.startswith("clear")
+
+
+# Coarse casts
+
+
+def quantised(x, axis):
+    """Scaled into the range of float8 by the largest value along `axis`, and back."""
+    scale = (jnp.abs(x).max(axis, keepdims=True) / 448).astype(x.dtype)
+    return (x / scale).astype(jnp.float8_e4m3fn).astype(x.dtype) * scale
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dynamic_quantisation_over_time_is_a_leak(dtype, getkey):
+    x = jr.normal(getkey(), (T, D), dtype)
+    assert check_causal(lambda x: quantised(x, (0, 1)), x).leak
+    assert check_causal(lambda x: quantised(x, 1), x).status == "clear"
+
+
+def test_dynamic_quantisation_over_a_batch_is_a_leak(getkey):
+    x = jr.normal(getkey(), (4, T, D))
+    assert check_independent(lambda x: quantised(x, (0, 2)), x).leak
+    assert check_independent(lambda x: quantised(x, (1, 2)), x).status == "clear"
+
+
+# Where nothing can tell
+
+
+def on_the_host(x):
+    """A prefix sum as the total minus the rest, computed outside JAX in the dtype of `x`."""
+
+    def host(x):
+        return x.sum(0, keepdims=True) - x[::-1].cumsum(0)[::-1] + x
+
+    return jax.pure_callback(host, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+def test_rounding_behind_a_callback_is_undecided(getkey):
+    x = jr.normal(getkey(), (T, D))
+    with pytest.raises(CausalityError, match=r"^undecided: nothing tells whether") as caught:
+        assert_causal(on_the_host, x)
+    report = caught.value.report
+    assert (report.leak, report.status, report.pairs()) == (False, "undecided", [])
+    # Outputs that moved are open, not 0: T - 1 of them, as the last has nothing after it.
+    assert np.isnan(report.matrix[report.matrix.shape[0] // 2]).all()
+    text = words(report)
+    assert "not conclusive: pure_callback has no float64 form" in text
+    assert "confirm_x64=False, which takes changes below the noise level for rounding" in text
+    # As the message says.
+    assert check_causal(on_the_host, x, confirm_x64=False).status == "clear (float noise)"
+    assert "undecided" in report.plot().get_title()
+
+
+def test_a_large_leak_behind_a_callback_is_a_leak(getkey):
+    x = jr.normal(getkey(), (T, D))
+    assert check_causal(lambda x: leaky_mean(on_the_host(x)), x).leak
+
+
+def test_a_leak_behind_a_callback_in_bfloat16_does_not_pass(getkey):
+    # The very change that may be a leak: below half of the output, which is 64 ulps of bfloat16.
+    x = jr.normal(getkey(), (T, D), jnp.bfloat16)
+    faint = lambda x: x + 0.01 * jnp.tanh(on_the_host(x).mean(0, keepdims=True))
+    with pytest.raises(CausalityError):
+        assert_causal(faint, x)
+
+
+def test_a_failed_re_run_is_undecided(getkey, monkeypatch):
+    def refuse(closed, to):
+        raise NotImplementedError("no such thing in float64")
+
+    monkeypatch.setattr(judging, "widen", refuse)
+    x = jr.normal(getkey(), (T, D))
+    report = check_causal(zoo.prefix_sum_as_total_minus_suffix, x)
+    assert report.status == "undecided"
+    told = "The float64 re-run failed (NotImplementedError: no such thing in float64)."
+    assert told in report.notes
+    assert check_causal(zoo.target_not_shifted, x).leak
+
+
+def test_rounding_of_large_edits_is_judged_by_their_size(getkey):
+    # Without float64 nothing tells the rounding of edits of size 100 from a leak, but it is known
+    # not to be larger than 100 times the noise level: neither "leak" nor "clear".
+    x = jr.normal(getkey(), (T, D))
+    report = check_causal(fft_convolution_then_norm, x, confirm_x64=False)
+    assert report.status == "undecided"
+    one = check_causal(fft_convolution_then_norm, x, confirm_x64=False, scales=(1.0,))
+    assert one.status == "clear (float noise)"
+
+
+# Discrete outputs
+
+
+def test_a_rank_that_rounding_changes_is_no_leak(getkey):
+    # The sum of all features of a norm is 0 but for rounding, in one precision or the other.
+    x = jr.normal(getkey(), (T, D))
+    best = lambda x: fft_convolution_then_norm(x).argmax(1)
+    assert not check_causal(best, x).leak
+    assert check_causal(lambda x: fft_convolution_then_norm(leaky_mean(x)).argmax(1), x).leak
+
+
+# The matrix
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_dependency_matrix_draws_no_rounding(dtype, getkey):
+    with jax.enable_x64(dtype == "float64"):
+        x = jr.normal(getkey(), (T, D), dtype)
+        report = check_causal(fft_convolution_then_norm, x)
+        matrix = dependency_matrix(fft_convolution_then_norm, x)
+    assert (matrix[~report.allowed] == 0).all()
+    assert (matrix[report.allowed] > 0).all()
+    assert "X" not in dataclasses.replace(report, matrix=matrix).heatmap().split("\n", 1)[1]
+
+
+def test_dependency_matrix_keeps_what_is_small_but_read(getkey):
+    # One hundred millionth of an input 4 back, far below one eps of the output's size.
+    fn = lambda x: x + jnp.where(jnp.abs(x) < 1e-3, 1e-8 * jnp.tanh(jnp.roll(x, 4, 0)), 0)
+    x = jr.normal(getkey(), (T, 1)).at[9].set(0.0)
+    matrix = dependency_matrix(fn, x)
+    assert matrix[9, 5] > 0
+    assert matrix[9, :5].max() == 0 == matrix[9, 6:9].max()
+
+
+def test_dependency_matrix_keeps_what_it_cannot_judge(getkey):
+    x = jr.normal(getkey(), (T, D))
+    matrix = dependency_matrix(on_the_host, x)
+    assert (matrix[np.tri(T, dtype=bool)] > 0).all()
+
+
+def test_dependency_matrix_refuses_a_function_that_is_not_finite(getkey):
+    x = jr.normal(getkey(), (T, D))
+    with pytest.raises(ValueError, match=r"must return finite numbers .* output 2 holds NaN"):
+        dependency_matrix(lambda x: x.at[2].set(jnp.nan), x)
+
+
+# What a person reads
+
+
+def test_a_leak_of_the_own_input_is_not_called_off_by_0(getkey):
+    text = words(check_causal(lambda x: x, jr.normal(getkey(), (T, D)), strict=True))
+    assert "off by" not in text
+    assert "Every leak is of the output's own input: look for inputs that are not shifted" in text
+
+
+@pytest.mark.parametrize("step, where", [(1, "1 earlier"), (-2, "2 later")])
+def test_a_leak_between_neighbours_in_a_batch_is_named(step, where, getkey):
+    def shifted(x):
+        later = jnp.concatenate([x, jnp.zeros_like(x)])[-step if step < 0 else 0 :][: len(x)]
+        earlier = jnp.concatenate([jnp.zeros_like(x), x])[len(x) - step :][: len(x)]
+        return x + (later if step < 0 else earlier)
+
+    text = words(check_independent(shifted, jr.normal(getkey(), (8, D))))
+    assert "off by" not in text
+    assert f"Every leak reaches the example {where}: look for a roll or a shift" in text
+
+
+NO_POSITIONS = {
+    "got shapes [(16, 8), ()]; return only those that have: lambda x: fn(x)[0]": lambda x: (
+        x,
+        x.sum(),
+    ),
+    "must have positions, got shapes [()]": lambda x: x.sum(),
+    "got shapes [(16, 8), (8,)]; move that axis inside fn": lambda x: (x, x.mean(0)),
+    "got 8 along axis 0 of shape (8,); no axis is: cut or pad": lambda x: x.mean(0),
+    "got 8 along axis 0 of shape (8, 16); name the axis as out_axis=": lambda x: x.T,
+}
+
+
+@pytest.mark.parametrize("text", NO_POSITIONS)
+def test_outputs_without_positions_get_one_piece_of_advice(text):
+    with pytest.raises(ValueError) as caught:
+        assert_causal(NO_POSITIONS[text], jnp.ones((T, D)))
+    assert text in str(caught.value)
+    assert "by closure" not in str(caught.value)

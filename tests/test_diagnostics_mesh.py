@@ -1,0 +1,172 @@
+"""capture and capture_grads inside `jax.shard_map`, and on meshes with explicit axes.
+
+Tolerances as in test_diagnostics_capture.py: the same float32 operations on numbers of order one,
+in programs that XLA may fuse differently.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from eqx_norms.diagnostics import capture, capture_grads
+
+RTOL, ATOL = 2e-6, 2e-6
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+LINEAR = eqx.nn.Linear
+
+
+def assert_close(a, b):
+    np.testing.assert_allclose(a, b, rtol=RTOL, atol=ATOL)
+
+
+def in_shards(fn, *args):
+    """`fn` on each of four shards of the arguments' first axis."""
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(AUTO,))
+    spec = jax.P("i")
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec))(*args)
+
+
+def test_in_a_shard_map_each_shard_has_the_derivative_of_its_own_loss(getkey):
+    linear = LINEAR(3, 3, key=getkey())
+    x = jr.normal(getkey(), (8, 3))
+    scale = jnp.arange(1.0, 5.0)  # another loss on each shard
+
+    def loss(linear, x, scale):
+        twice = lambda x, _: (jnp.tanh(jax.vmap(linear)(x)), None)
+        return scale * jnp.sum(jax.lax.scan(twice, x, length=2)[0] ** 2)
+
+    def one(x, scale):
+        value, values, grads, _ = capture_grads(loss, linear, x, scale[0], where=LINEAR)
+        return value[None], jnp.swapaxes(values[""], 0, 1), jnp.swapaxes(grads[""], 0, 1)
+
+    def by_hand(x, scale):
+        def shifted(shift):
+            first = linear(x) + shift[0]
+            second = linear(jnp.tanh(first)) + shift[1]
+            return scale * jnp.sum(jnp.tanh(second) ** 2), jnp.stack([first, second])
+
+        (value, values), grads = jax.value_and_grad(shifted, has_aux=True)(jnp.zeros((2, 3)))
+        return value, values, grads
+
+    value, values, grads = in_shards(one, x, scale)
+    of_example, *expected = jax.vmap(by_hand)(x, jnp.repeat(scale, 2))
+    assert_close(value, jnp.sum(of_example.reshape(4, 2), axis=1))
+    assert_close(values, expected[0])
+    assert_close(grads, expected[1])
+
+
+def test_what_is_the_same_on_all_shards_has_the_derivative_of_their_sum(getkey):
+    linear = LINEAR(3, 3, key=getkey())
+    x = jr.normal(getkey(), (4, 3))
+    loss = lambda linear, x: jnp.vdot(linear(jnp.ones(3)), x)
+    one = lambda x: capture_grads(loss, linear, x[0], where=LINEAR)[2][""][None]
+    # `jax.grad` with respect to an unvarying array does the same.
+    assert_close(in_shards(one, x), jnp.broadcast_to(jnp.sum(x, axis=0), (4, 3)))
+
+
+def branches(linear, x):
+    return jax.lax.switch(
+        jnp.int32(jnp.sum(x) > 0), [lambda x: linear(2 * x), lambda x: linear(linear(x))], x
+    )
+
+
+def branches_by_hand(linear, x):
+    missing = jnp.full((), jnp.nan)
+    twice, once = linear(2 * x), linear(x)
+    positive = jnp.sum(x) > 0
+    values = jnp.where(
+        jnp.array([positive, ~positive, ~positive])[:, None],
+        missing,
+        jnp.stack([twice, once, linear(once)]),
+    )
+    return values, 2 * jnp.where(positive, linear(once), twice)
+
+
+def test_a_cond_in_a_shard_map(getkey):
+    linear = LINEAR(3, 3, key=getkey())
+    row = jr.normal(getkey(), (3,))
+    x = jnp.stack([row, -row, -row, row])  # both branches are taken
+
+    def one(x):
+        values = capture(branches, linear, x[0], where=LINEAR)[1]
+        loss = lambda *args: jnp.sum(branches(*args) ** 2)
+        grads = capture_grads(loss, linear, x[0], where=LINEAR)[2]
+        stack = lambda tree: jnp.stack([tree[key] for key in ("", "#1", "#2")])[None]
+        return stack(values), stack(grads)
+
+    values, grads = in_shards(one, x)
+    expected, at_the_output = jax.vmap(lambda x: branches_by_hand(linear, x))(x)
+    assert_close(values, expected)
+    positive = (jnp.sum(x, axis=1) > 0)[:, None]
+    assert_close(grads[:, 0], jnp.where(positive, 0, at_the_output))
+    assert_close(grads[:, 2], jnp.where(positive, at_the_output, 0))
+    assert_close(grads[:, 1], jnp.where(positive, at_the_output @ linear.weight, 0))
+
+
+def test_on_an_explicit_mesh_derivatives_and_branches_lie_where_the_values_do(getkey):
+    mesh = jax.make_mesh((4, 2), ("batch", "other"), axis_types=(EXPLICIT, EXPLICIT))
+    linear = LINEAR(3, 3, key=getkey())
+    x = jr.normal(getkey(), (8, 3))
+
+    def fn(linear, x, positive):
+        batched = lambda x: jax.vmap(linear)(x)
+        step = lambda x, _: (
+            jax.lax.cond(positive, batched, lambda x: jnp.tanh(batched(batched(x))), x),
+            None,
+        )
+        return jax.lax.scan(step, x, length=2)[0]
+
+    loss = lambda *args: jnp.sum(fn(*args) ** 2)
+    run = lambda x, positive: capture_grads(loss, linear, x, positive, where=LINEAR)[:3]
+    for positive in (jnp.array(True), jnp.array(False)):
+        expected = jax.jit(run)(x, positive)
+        for transform in (jax.jit, lambda f: f):
+            with jax.set_mesh(mesh):
+                sharded = jax.device_put(x, jax.P("batch", None))
+                _, values, grads = found = transform(run)(sharded, positive)
+            jax.tree.map(assert_close, found, expected)
+            for key, value in values.items():
+                assert value.sharding.spec == jax.P(None, "batch", None), key
+                assert grads[key].sharding.spec == value.sharding.spec, key
+
+
+def test_a_shard_map_over_one_axis_of_an_explicit_mesh(getkey):
+    mesh = jax.make_mesh((2, 4), ("manual", "batch"), axis_types=(EXPLICIT, EXPLICIT))
+    linear = LINEAR(3, 3, key=getkey())
+    x = jr.normal(getkey(), (2, 8, 3))
+    batched = lambda linear, x: jax.vmap(lambda x: jnp.tanh(linear(x)))(x)
+    loss = lambda linear, x: jnp.sum(
+        jax.lax.cond(x.shape[0] > 0, batched, lambda linear, x: x, linear, x) ** 2
+    )
+
+    def one(x):
+        _, values, grads, _ = capture_grads(loss, linear, x[0], where=LINEAR)
+        assert jax.typeof(grads[""]) == jax.typeof(values[""])
+        return values[""][None], grads[""][None]
+
+    expected = jax.vmap(jax.vmap(linear))(x)
+    spec = jax.P("manual")
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, jax.P("manual", "batch", None))
+        mapped = jax.shard_map(one, in_specs=spec, out_specs=spec, axis_names={"manual"})
+        values, grads = jax.jit(mapped)(sharded)
+    assert_close(values, expected)
+    t = jnp.tanh(expected)
+    assert_close(grads, 2 * t * (1 - t**2))
+
+
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
+def test_a_mesh_that_is_not_set(axis_type, getkey):
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(axis_type,))
+    x = jr.normal(getkey(), (8, 3))
+    sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("batch")))
+    act = eqx.nn.Lambda(jnp.tanh)
+    loss = lambda act, x: jnp.sum(jnp.sin(act(x)))
+    _, values, grads, _ = jax.jit(lambda x: capture_grads(loss, act, x, where=eqx.nn.Lambda))(
+        sharded
+    )
+    assert_close(grads[""], jnp.cos(jnp.tanh(x)))
+    assert grads[""].sharding.is_equivalent_to(values[""].sharding, 2)
