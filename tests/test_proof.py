@@ -19,6 +19,7 @@ import random_programs
 from draws import seed
 from random_programs import STEPS, D, T
 
+from eqx_norms import GroupNorm, LayerNorm, RMSNorm
 from eqx_norms.causality import (
     CausalityError,
     assert_causal,
@@ -155,6 +156,7 @@ def test_every_rule_is_drawn():
             drawn |= every_primitive(check((name,), seed(number))[0])
     elsewhere = {"sharding_constraint", "copy_p", "random_wrap", "random_unwrap", "rng_uniform"}
     elsewhere |= {"random_split", "random_gamma", "rng_bit_generator", "igamma_grad_a"}
+    elsewhere |= {name for name in RULES if name.startswith("eqx_norms_")}
     elsewhere |= {"log2", "one_minus_square", "tile", "split", "threefry2x32"}
     assert set(RULES) - drawn <= elsewhere
 
@@ -422,7 +424,9 @@ def test_other_axes_and_several_arrays():
     x = {"a": floats("float32", 3, LENGTH, 2), "b": tokens()[None]}
     fn = lambda x: jnp.cumsum(x["a"], 1) * jnp.cumsum(x["b"], 1)[..., None].astype("float32")
     assert check_causal(fn, x, axis=1, prove=True).status == "proved"
-    fixed = check_causal(lambda x: x["a"] + x["b"].sum().astype("float32"), x, axis=1, fixed="b", prove=True)
+    fixed = check_causal(
+        lambda x: x["a"] + x["b"].sum().astype("float32"), x, axis=1, fixed="b", prove=True
+    )
     assert fixed.status == "proved"
 
 
@@ -430,3 +434,14 @@ def test_zero_parameters_are_not_proved():
     """Found by the proof without `perturb_params`, which the edits need."""
     report = check_causal(zoo.ZeroInitialisedBranch(4), floats(), prove=True)
     assert report.status == "clear" and report.obstacles
+
+
+@pytest.mark.parametrize("norm", (LayerNorm(4), RMSNorm(4), GroupNorm(2, 4)))
+def test_our_norms_are_proved(norm):
+    per_token = lambda x: jax.vmap(norm)(x).cumsum(0)
+    assert check_causal(per_token, floats(), prove=True).status == "proved"
+
+
+def test_our_norm_over_everything_is_not():
+    leaking = check_causal(LayerNorm((LENGTH, 4)), floats(), prove=True)
+    assert leaking.leak

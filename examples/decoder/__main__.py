@@ -147,7 +147,8 @@ def checked_and_trained(run: Run, data: Data, mesh: Mesh | None) -> Run:
     report = check(run.settings, run.state.model, data)
     checked = time.perf_counter()
     what = "READS THE FUTURE" if report.leak else "does not read the future"
-    print(f"  check     {checked - began:.1f} s: {what}, by {report.edits} edits", flush=True)
+    how = "proved" if report.status == "proved" else f"by {report.edits} edits"
+    print(f"  check     {checked - began:.1f} s: {what}, {how}", flush=True)
     state = train(run.settings, data, run.state, run.path, mesh=mesh)
     step, loss = state.history[-1]
     seconds = time.perf_counter() - checked

@@ -106,9 +106,8 @@ def check(settings: Settings, model: Decoder, data: Data) -> CausalityReport:
     ids = (0, len(data.vocabulary) - 1)  # edits are to draw from the whole alphabet
     if settings.norm in LEAKING:
         return check_causal(model, letters, token_values=ids)
-    return assert_causal(
-        model, letters, token_values=ids, err_msg=f"The {settings.norm} model is not trained:"
-    )
+    message = f"The {settings.norm} model is not trained:"
+    return assert_causal(model, letters, token_values=ids, prove=True, err_msg=message)
 
 
 # ---- The loop.
