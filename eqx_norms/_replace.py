@@ -57,7 +57,8 @@ def replace_norms(
 def _converted(norm: Any) -> eqx.Module:
     params = norm.weight, norm.bias
     fields = {k: v for k, v in vars(norm).items() if k not in ("weight", "bias")}
-    ours = eqx.filter_eval_shape(_ours[type(norm)], **fields)
+    # Fields by closure: as arguments, NumPy's numbers among them would be traced.
+    ours = eqx.filter_eval_shape(lambda: _ours[type(norm)](**fields))
     # Theirs as they are: not of `shape` in an ensemble, and None in a model that was partitioned.
     return eqx.tree_at(
         lambda layer: (layer.weight, layer.bias), ours, params, is_leaf=lambda node: node is None

@@ -9,7 +9,6 @@ batch. Then the same for a case from an issue tracker, where a gradient was the 
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import sys
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from arguments import figure_path
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from names_data import Vocabulary, batches, read_names
 
@@ -420,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 if every verdict is as expected, 1 if not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="lines, or CSV")
-    parser.add_argument("--out", type=Path, default="causal_leak.png", help="the figure's path")
+    parser.add_argument("--out", type=figure_path, default="causal_leak.png", help="the figure")
     parser.add_argument("--quick", action="store_true", help="shorter lines, a smaller model")
     args = parser.parse_args(argv)
     start = time.perf_counter()
@@ -429,8 +429,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
-    if importlib.util.find_spec("matplotlib") is None:
-        parser.error('the figure needs matplotlib: pip install "eqx-norms[examples]"')
 
     surprises = Surprises()
     print(paint("\nDoes the model see the future?\n", BOLD))

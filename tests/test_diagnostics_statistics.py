@@ -3,6 +3,7 @@
 Tolerances: a sum of n float32 terms errs by about sqrt(n) roundings of 6e-8; SVD by some tens.
 """
 
+import draws
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -281,3 +282,33 @@ def test_singular_value_statistics_of_known_matrices(scale):
 def test_singular_values_are_of_a_matrix(statistic, shape):
     with pytest.raises(ValueError, match=r"must be a matrix.*`x.reshape\(-1, x.shape\[-1\]\)`"):
         statistic(jnp.ones(shape))
+
+
+# Down to the smallest normal number and up to the largest: 1 to 2 times these.
+@pytest.mark.parametrize("size", [1.2e-38, 1e-30, 1e19, 1e36, 1.7e38])
+def test_singular_value_statistics_of_any_size(size):
+    rng = np.random.default_rng(draws.seed(0))
+    entries = rng.choice([-1, 1], (20, 18)) * rng.uniform(1, 2, (20, 18))
+    x = (size * entries).astype(np.float32)
+    singular = np.linalg.svd(x.astype(np.float64), compute_uv=False)
+    exact = {
+        singular_value_ratio: singular[0] / singular.sum(),
+        stable_rank: np.sum((singular / singular[0]) ** 2),
+        effective_rank: np.exp(scipy.stats.entropy(singular)),
+    }
+    for statistic, expected in exact.items():
+        np.testing.assert_allclose(statistic(x), expected, rtol=1e-5)
+
+
+def test_scaling_singular_values_adds_nothing_to_their_gradient(getkey):
+    def plain(x):
+        singular = jnp.linalg.svd(x, compute_uv=False)
+        return singular[0] / jnp.sum(singular)
+
+    with jax.enable_x64(True):
+        x = jr.normal(getkey(), (6, 4), jnp.float64)
+        grad = jax.grad(singular_value_ratio)(x)
+        # Singular values of random matrices are rarely closer than 1e-4, by which errors grow.
+        np.testing.assert_allclose(grad, jax.grad(plain)(x), rtol=1e-9, atol=1e-9)
+        # The ratio does not depend on the size of x: along x there is no slope.
+        np.testing.assert_allclose(jnp.sum(grad * x), 0, atol=1e-9)

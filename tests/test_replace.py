@@ -172,3 +172,21 @@ def test_an_optimiser_state_goes_on_to_fit(model, getkey):
         want, _ = optimiser.update(grad(model), state)
     for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(want), strict=True):
         assert_same(a, b)
+
+
+@pytest.mark.parametrize("cast", [np.float32, np.float64])
+def test_numpy_numbers_as_eps_and_sizes(cast):
+    """As `jnp.finfo(dtype).eps` is; the layers themselves take them."""
+    size = np.int64(8)
+    with pytest.warns(UserWarning, match="set as static"):  # Equinox's own, of its layers
+        layers = [
+            eqx.nn.LayerNorm((size,), eps=cast(1e-3)),
+            eqx.nn.RMSNorm((size,), eps=cast(1e-3)),
+            eqx.nn.GroupNorm(np.int32(2), size, eps=cast(1e-3)),
+        ]
+    x = jnp.linspace(-1, 1, 8)
+    for layer in layers:
+        new = replace_norms(layer)
+        assert new.eps == layer.eps and type(new) in OURS
+        # Some tens of roundings of values of 2 and less.
+        np.testing.assert_allclose(new(x), layer(x), atol=1e-5)

@@ -109,9 +109,9 @@ def perturbed(
     params, static = eqx.partition(fn, spec)
     params, others = eqx.partition(params, eqx.is_inexact_array)
     if not jax.tree.leaves(params):
-        selected = "" if trainable is None else "that trainable= selects, "
+        selected = "" if trainable is None else " that trainable= selects"
         raise TypeError(
-            f"perturb_params needs a fn that is a pytree with float arrays {selected}as an Equinox "
+            f"perturb_params needs a fn that is a pytree with float arrays{selected}, as an Equinox "
             f"module is, got {type(fn).__name__}; wrap parameters with "
             "jax.tree_util.Partial(apply, params)"
         )

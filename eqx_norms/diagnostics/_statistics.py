@@ -1,7 +1,8 @@
 """Statistics of activations, gradients, weights and updates.
 
 All take floating-point arrays, compute in float32 (float64 for float64 input) and work under
-`jax.jit` and `jax.vmap`; `jax.vmap` also gives a statistic for each unit, or for each step.
+`jax.jit` and `jax.vmap`; `jax.vmap` also gives a statistic for each unit, or for each step. Entries
+below the smallest normal number, 1.2e-38 in float32, count as zero where XLA has it so, as on CPUs.
 """
 
 from collections.abc import Callable
@@ -316,6 +317,7 @@ def effective_rank(x: Float[ArrayLike, "rows columns"]) -> Float[Array, ""]:
 
 
 def _singular_values(x: Float[ArrayLike, "rows columns"]) -> Float[Array, " values"]:
+    """Those of a multiple of `x`, whose squares and sums neither overflow nor underflow."""
     x = _wide(x)
     if x.ndim != 2:
         raise ValueError(
@@ -323,7 +325,9 @@ def _singular_values(x: Float[ArrayLike, "rows columns"]) -> Float[Array, " valu
             "`x.reshape(-1, x.shape[-1])` to count every leading axis as rows, or `jax.vmap` for "
             "one result each."
         )
-    return jnp.linalg.svd(x, compute_uv=False)
+    # No statistic depends on the size of `x`, so that its scale is a constant to differentiation.
+    scale = _power_of_two(jax.lax.stop_gradient(jnp.max(jnp.abs(x))))
+    return jnp.linalg.svd(x / scale, compute_uv=False)
 
 
 def _wide(x: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ..arguments import folder_path
 from ..names_data import read_names
 from ._common import Architecture, Pairs, Runs, letter_pairs, train
 from ._plots import plt
@@ -171,11 +172,13 @@ def run(studies: Sequence[str], argv: Sequence[str] | None = None, doc: str | No
     )
     parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--quick", action="store_true", help="2 seeds, few steps, shallow")
-    parser.add_argument("--out", type=Path, default=Path("activations_and_gradients"))
+    parser.add_argument("--out", type=folder_path, default="activations_and_gradients")
     args = parser.parse_args(argv)
     try:
         from tqdm import tqdm
 
+        if args.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {args.seeds}")
         names = read_names(args.data, spanish=args.spanish)
         args.out.mkdir(parents=True, exist_ok=True)
     except ImportError as error:

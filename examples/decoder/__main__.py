@@ -31,6 +31,7 @@ import jax
 
 from eqx_norms.causality import CausalityError, CausalityReport
 
+from ..arguments import folder_path
 from ..names_data import read_names
 from .checkpoint import State, load
 from .data import Data, batch_at, split
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     add("--mesh", help="devices, as 8 or 4x2: the batch over 4, the features over 2")
     add("--memory", action="store_true", help="print what a training step takes, and end")
     add("--quick", action="store_true", help="a small model, seconds")
-    add("--out", type=Path, default=Path("decoder"), help="for checkpoints and the figure")
+    add("--out", type=folder_path, default="decoder", help="for checkpoints and the figure")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
     return parser
 

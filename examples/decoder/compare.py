@@ -24,11 +24,11 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
+from ..arguments import figure_path
 from ..names_data import read_names
 from .data import Data, batch_at, split
 from .instead import INSTEAD
 from .model import NORMS, Decoder
-from .plot import figure_path
 from .settings import PLACEMENTS, Settings
 from .train import evaluate, make_optimiser, make_step
 
@@ -167,12 +167,7 @@ def parser() -> argparse.ArgumentParser:
     for field in ("layers", "width", "batch", "steps"):
         add(f"--{field}", type=int, default=getattr(SMALL, field), help="by default %(default)s")
     add("--data", nargs="+", default=[], metavar="FILE", help="a name a line, or CSV")
-    add(
-        "--out",
-        type=figure_path,
-        default=Path("decoder/compare.png"),
-        help="the figure; %(default)s",
-    )
+    add("--out", type=figure_path, default="decoder/compare.png", help="the figure; %(default)s")
     return parser
 
 

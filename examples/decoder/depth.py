@@ -23,6 +23,7 @@ from tqdm import tqdm
 from eqx_norms import is_norm
 from eqx_norms.diagnostics import capture_grads
 
+from ..arguments import figure_path
 from ..names_data import read_names
 from .data import Data, batch_at, split
 from .model import Block, Decoder
@@ -144,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     for field in ("layers", "width", "batch", "steps", "seed"):
         add(f"--{field}", type=int, default=getattr(DEEP, field), help="by default %(default)s")
     add("--rate", type=float, default=DEEP.rate, help="the highest learning rate, %(default)s")
-    add("--out", type=Path, default=Path("decoder/depth.png"), help="the figure; %(default)s")
+    add("--out", type=figure_path, default="decoder/depth.png", help="the figure; %(default)s")
     return parser
 
 

@@ -17,10 +17,10 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
+from ..arguments import figure_path
 from ..names_data import read_names
 from .data import Data, split
 from .depth import DEEP, Spread, spread, tidy
-from .plot import figure_path
 from .settings import PLACEMENTS, Settings
 from .train import start
 
@@ -84,12 +84,7 @@ def parser() -> argparse.ArgumentParser:
     for field in ("layers", "width"):
         add(f"--{field}", type=int, default=getattr(DEEP, field), help="by default %(default)s")
     add("--seeds", type=int, default=5, help="whose mean it is; by default %(default)s")
-    add(
-        "--out",
-        type=figure_path,
-        default=Path("decoder/placements.png"),
-        help="figure; %(default)s",
-    )
+    add("--out", type=figure_path, default="decoder/placements.png", help="the figure; %(default)s")
     return parser
 
 

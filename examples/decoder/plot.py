@@ -1,6 +1,5 @@
 """The figure: what the loss says, and what the model writes."""
 
-import argparse
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.backend_bases import FigureCanvasBase
 
 from .data import Data
 from .report import Outcome, share, some_names
@@ -30,14 +28,6 @@ COLOURS = {
 
 
 LOSS, NAMES, VERDICT = "held-out loss, nats a letter", "what it writes", "check before training"
-
-
-def figure_path(text: str) -> Path:
-    """An argument of a command: before all the work, and with the suffix that is written."""
-    path, known = Path(text), FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in known:
-        raise argparse.ArgumentTypeError(f"a figure ends in .{', .'.join(known)}; got {text!r}")
-    return path
 
 
 def draw(outcomes: Sequence[Outcome], data: Data, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Everything that decides what a run computes. A checkpoint carries it, and `--resume` compares."""
 
 import dataclasses
+import math
 
 # Where the norms of a block stand, `model.Block` says how.
 PLACEMENTS = ("pre", "post", "sandwich", "peri", "parallel")
@@ -31,6 +32,10 @@ class Settings:
         for name in ("width", "layers", "heads", "context", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:  # JAX's keys are of 32 bits
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"rate must be positive and finite, got {self.rate}")
         if self.placement not in PLACEMENTS:
             raise ValueError(
                 f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}"
