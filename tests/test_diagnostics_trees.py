@@ -100,6 +100,17 @@ def test_partition_and_combine(net, getkey):
     assert_close(pair_grads, net_grads)
 
 
+def test_frozen_layers(net, getkey):
+    x = jr.normal(getkey(), (5, 4))
+    spec = jax.tree.map(lambda _: False, net)
+    spec = eqx.tree_at(lambda net: net.second.weight, spec, True)
+    params, frozen = eqx.partition(net, spec)
+    combined = lambda params, frozen, x: loss_of(eqx.combine(params, frozen), x)
+    value, values, grads, net_grads = by_hand(net, x)
+    found = capture_grads(combined, params, frozen, x, where=WHERE)
+    assert_close(found, (value, values, grads, eqx.filter(net_grads, spec)))
+
+
 @pytest.mark.parametrize("rebuild", [eqx.filter_jit, eqx.filter_checkpoint])
 def test_layers_without_arrays_in_a_tree_that_is_built_anew(rebuild, net, getkey):
     x = jr.normal(getkey(), (5, 4))

@@ -57,9 +57,10 @@ def capture(
     it is taken. A submodule that is never called has no entry, nor has a module that `fn` makes.
 
     A submodule that `fn` has built anew, as `jax.jit` and `equinox.combine` do, has the path of
-    the arrays that it holds, or of those that they were computed from. One that holds no array,
-    such as an `equinox.nn.Lambda`, is found through the module in whose call it is called, or else
-    as the only one in the model that is equal to it.
+    the arrays that it holds, or of those that they were computed from. Frozen ones, which
+    `equinox.partition` has taken out of the model, must be in one of `args`, as it returned them.
+    A submodule that holds no array, such as an `equinox.nn.Lambda`, is found through the module in
+    whose call it is called, or else as the only one in the model that is equal to it.
 
     The value is what its `__call__` returned: an array of the dtype that the model computes in, or
     any pytree of these. Of a stateful layer, which returns `(output, state)`, it is the output.
@@ -152,7 +153,7 @@ class _Program:
         watch = Watch(model, where)
         _check_arrays(model, args)
         jaxpr, self.out, self.static_out = watch.trace(fn, model, args)
-        self.plan = make_plan(jaxpr, model, watch)
+        self.plan = make_plan(jaxpr, model, args, watch)
         if not self.plan.outputs:
             raise ValueError(
                 "`fn` must call at least one submodule that `where` matches, but it calls none, or "

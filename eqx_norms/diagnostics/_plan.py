@@ -59,13 +59,21 @@ class Plan:
         return last[::-1]
 
 
-def make_plan(jaxpr: Any, model: PyTree, watch: Watch) -> Plan:
-    """The plan of a jaxpr of which the first operands are the arrays of `model`."""
+def make_plan(jaxpr: Any, model: PyTree, args: tuple, watch: Watch) -> Plan:
+    """The plan of a jaxpr whose operands are the arrays of `model` and of `args`."""
     planner = _Planner(model, watch)
     origins = list(planner.arrays.values())
-    rest = [0] * (len(_open(jaxpr).invars) - len(origins))
-    plan, _ = planner.plan(jaxpr, (*origins, *rest))
+    for arg in args:
+        # What `equinox.partition` has taken out of the model stands there in an argument.
+        same = type(arg) is type(model)
+        origins += [planner.add(keys) if same else 0 for keys in _array_keys(arg)]
+    plan, _ = planner.plan(jaxpr, tuple(origins))
     return plan
+
+
+def _array_keys(tree: PyTree) -> list[tuple]:
+    leaves, _ = jtu.tree_flatten_with_path(eqx.filter(tree, eqx.is_array))
+    return [keys for keys, _ in leaves]
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
@@ -83,10 +91,16 @@ def _count_equal_rank(outside: list, inside: list) -> int:
 
 class _Planner:
     def __init__(self, model: PyTree, watch: Watch):
-        leaves, _ = jtu.tree_flatten_with_path(eqx.filter(model, eqx.is_array))
-        self.arrays = {keys: 1 << i for i, (keys, _) in enumerate(leaves)}
+        self.arrays = {keys: 1 << i for i, keys in enumerate(_array_keys(model))}
         self.watch = watch
         self.plans = {}
+
+    def add(self, keys: tuple) -> int:
+        """The origin of an array that stands at these keys, if the model has none there."""
+        if keys in self.arrays:
+            return 0
+        self.arrays[keys] = 1 << len(self.arrays)
+        return self.arrays[keys]
 
     def plan(self, jaxpr: Any, origins: tuple[int, ...]) -> tuple[Plan, list[int]]:
         # Planned once for each set of origins, however often it is called.
