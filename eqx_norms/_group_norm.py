@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._checks import check_eps, check_floating, check_param_dtype, check_size, no_state
 from ._normalize import normalize
+from ._real import Real
 
 
 def group_norm(
@@ -18,7 +19,7 @@ def group_norm(
     weight: Float[Array, "channels"] | None = None,
     bias: Float[Array, "channels"] | None = None,
     *,
-    eps: float = 1e-5,
+    eps: Real = 1e-5,
 ) -> Float[Array, "channels *spatial"]:
     r"""Normalises one example, each group of neighbouring channels over all its entries.
 
@@ -107,7 +108,7 @@ class GroupNorm(eqx.Module):
         self,
         groups: int,
         channels: int | None = None,
-        eps: float = 1e-5,
+        eps: Real = 1e-5,
         channelwise_affine: bool = True,
         dtype=None,
     ):

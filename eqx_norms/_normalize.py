@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from ._real import Real
+
 Example = Float[Array, "*shape"]
 Broadcastable = Float[Array, "..."]
 Mask = Bool[Array, "*shape"]
@@ -257,7 +259,7 @@ def normalize_reference(
     weight: Broadcastable | None = None,
     bias: Broadcastable | None = None,
     *,
-    eps: float = 1e-5,
+    eps: Real = 1e-5,
     centre: bool = True,
 ) -> Example:
     """The same function in plain `jax.numpy`, differentiated by JAX: the oracle of the tests.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
+from .._real import Real
 from ._edits import Edit, Editor, make_editor, mixing_edits, nothing, vocabulary
 from ._inputs import Problem, make_problem, perturbed, require_same_length, traced
 from ._judge import DIFFERS_FROM_ITSELF, function_eps, judge
@@ -35,13 +36,13 @@ def assert_causal(
     out_axis: int | None = None,
     strict: bool = False,
     splits: Sequence[int] | str = "auto",
-    scales: Sequence[float] = (1.0, 10.0, 100.0),
+    scales: Sequence[Real] = (1.0, 10.0, 100.0),
     token_values: Sequence[int] | None = None,
-    noise_ulps: float = 64,
+    noise_ulps: Real = 64,
     confirm_x64: bool = True,
     batch_size: int = 8,
     key: PRNGKeyArray | None = None,
-    perturb_params: float | None = None,
+    perturb_params: Real | None = None,
     err_msg: str = "",
 ) -> CausalityReport:
     """Raises `CausalityError` if output `t` of `fn(x)` reads an input later than `t`.
@@ -116,13 +117,13 @@ def assert_independent(
     axis: int = 0,
     out_axis: int | None = None,
     splits: Sequence[int] | str = "auto",
-    scales: Sequence[float] = (1.0, 10.0, 100.0),
+    scales: Sequence[Real] = (1.0, 10.0, 100.0),
     token_values: Sequence[int] | None = None,
-    noise_ulps: float = 64,
+    noise_ulps: Real = 64,
     confirm_x64: bool = True,
     batch_size: int = 8,
     key: PRNGKeyArray | None = None,
-    perturb_params: float | None = None,
+    perturb_params: Real | None = None,
     err_msg: str = "",
 ) -> CausalityReport:
     """Raises `CausalityError` if output `b` of `fn(x)` reads an input other than `b`.
@@ -169,13 +170,13 @@ def check_independent(fn: Callable[[PyTree], PyTree], x: PyTree, **options) -> C
 class How(NamedTuple):
     """The options that both checks share, as `assert_causal` documents them."""
 
-    scales: Sequence[float]
+    scales: Sequence[Real]
     token_values: Sequence[int] | None
-    noise_ulps: float
+    noise_ulps: Real
     confirm_x64: bool
     batch_size: int
     key: PRNGKeyArray | None
-    perturb_params: float | None
+    perturb_params: Real | None
 
 
 def _check(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, PRNGKeyArray
 
+from .._real import Real
+
 
 class Edit(NamedTuple):
     """Replace the positions where `where` holds, in the way numbered `kind`.
@@ -70,7 +72,7 @@ class Editor:
 def make_editor(
     leaves: Sequence[np.ndarray],
     axes: Sequence[int],
-    scales: Sequence[float],
+    scales: Sequence[Real],
     token_values: Sequence[int] | None,
     key: PRNGKeyArray | None,
 ) -> Editor:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from .._real import Real
 from ._widen import trace
 
 
@@ -85,7 +86,7 @@ def require_same_length(problem: Problem, axis: int, out_axis: int | None) -> No
         )
 
 
-def perturbed(fn: Callable, sigma: float, rng: np.random.Generator) -> Callable:
+def perturbed(fn: Callable, sigma: Real, rng: np.random.Generator) -> Callable:
     """`fn` with normal noise of size `sigma` on its float leaves."""
     params, static = eqx.partition(fn, eqx.is_inexact_array)
     if not jax.tree.leaves(params):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from .._real import Real
 from ._edits import Edit
 from ._inputs import Problem
 from ._probe import Changes, Probe, make_probe
@@ -50,7 +51,7 @@ def judge(
     probe: Probe,
     edits: Sequence[Edit],
     watch: Bool[np.ndarray, "E T"],
-    noise_ulps: float,
+    noise_ulps: Real,
     confirm_x64: bool,
 ) -> Verdict:
     """Measures `edits` and decides about the outputs that `watch` says must not change."""
@@ -84,7 +85,7 @@ def judge_singles(
     probe: Probe,
     edits: Sequence[Edit],
     watch: Bool[np.ndarray, "E T"],
-    noise_ulps: float,
+    noise_ulps: Real,
     confirm_x64: bool,
 ) -> Float[np.ndarray, "E T"]:
     """The sizes of the changes, with those of watched outputs that are mere rounding set to 0."""
@@ -100,7 +101,7 @@ def judge_singles(
     return size
 
 
-def _sort(changes: Changes, watch, broke, noise_ulps: float, confirmable: bool):
+def _sort(changes: Changes, watch, broke, noise_ulps: Real, confirmable: bool):
     """Which watched changes are leaks, and which are yet to be told from rounding or overflow."""
     leaks = watch & (changes.ulps > noise_ulps)
     faint = watch & ~leaks & (changes.ulps > 0)
@@ -120,7 +121,7 @@ def confirm(
     watch: Bool[np.ndarray, "E T"],
     faint: Bool[np.ndarray, "E T"],
     changes: Changes,
-    noise_ulps: float,
+    noise_ulps: Real,
 ) -> tuple[Bool[np.ndarray, "E T"], Changes, list[str]]:
     """Which of the `faint` changes float64 shows to be leaks, and what it measured."""
     none = np.zeros_like(faint)
@@ -190,7 +191,7 @@ def _breakage(
     return changes.broken & watch & ~spoiled, notes if count else []
 
 
-def _require_sane_baseline(edits: Sequence[Edit], changes: Changes, noise_ulps: float) -> None:
+def _require_sane_baseline(edits: Sequence[Edit], changes: Changes, noise_ulps: Real) -> None:
     empty = np.array([not edit.where.any() for edit in edits])
     if changes.broken[empty].any():
         position = int(changes.broken[empty].any(0).argmax())

@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._real import Real
 from ._edits import Edit, make_editor, nothing, single_edits
 from ._inputs import Problem, make_problem
 from ._judge import Verdict, function_eps, judge_singles
@@ -26,7 +27,7 @@ def dependency_matrix(
     axis: int = 0,
     out_axis: int | None = None,
     method: Literal["perturb", "vjp"] = "perturb",
-    scales: Sequence[float] = (1.0, 10.0, 100.0),
+    scales: Sequence[Real] = (1.0, 10.0, 100.0),
     token_values: Sequence[int] | None = None,
     batch_size: int = 8,
     key: PRNGKeyArray | None = None,
@@ -77,7 +78,7 @@ def locate(
     rule: Rule,
     verdict: Verdict,
     edits: Sequence[Edit],
-    noise_ulps: float,
+    noise_ulps: Real,
     confirm_x64: bool,
 ) -> tuple[Float[np.ndarray, "T T"], bool, list[str]]:
     """The matrix of a leak, whether only joint edits show it, and a remark."""
