@@ -17,6 +17,7 @@ from ._checks import (
     check_size,
 )
 from ._normalize import normalize
+from ._real import Real
 
 
 class AdaLayerNorm(eqx.Module):
@@ -64,7 +65,7 @@ class AdaLayerNorm(eqx.Module):
         self,
         shape: int | Sequence[int],
         cond_size: int,
-        eps: float = 1e-5,
+        eps: Real = 1e-5,
         dtype=None,
         *,
         key: PRNGKeyArray,

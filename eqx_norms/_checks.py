@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ._real import Real
+
 # The default of the layers' `state`: None would be a state like any other.
 no_state = object()
 
@@ -35,7 +37,7 @@ def check_size(call: str, size: int) -> int:
     return size
 
 
-def check_eps(name: str, eps: float) -> float:
+def check_eps(name: str, eps: Real) -> float:
     if not (isinstance(eps, numbers.Real) and 0 <= eps < math.inf):
         raise ValueError(f"`{name}(eps=...)` must be a finite number, 0 or above; got {eps!r}.")
     return float(eps)

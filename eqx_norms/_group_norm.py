@@ -18,7 +18,7 @@ def group_norm(
     weight: Float[Array, "channels"] | None = None,
     bias: Float[Array, "channels"] | None = None,
     *,
-    eps: float = 1e-5,
+    eps: Real = 1e-5,
 ) -> Float[Array, "channels *spatial"]:
     r"""Normalises one example, each group of neighbouring channels over all its entries.
 
@@ -109,7 +109,7 @@ class GroupNorm(eqx.Module):
         self,
         groups: int,
         channels: int | None = None,
-        eps: float = 1e-5,
+        eps: Real = 1e-5,
         channelwise_affine: bool = True,
         dtype=None,
     ):

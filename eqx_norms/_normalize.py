@@ -256,7 +256,7 @@ def normalize_reference(
     weight: Broadcastable | None = None,
     bias: Broadcastable | None = None,
     *,
-    eps: float = 1e-5,
+    eps: Real = 1e-5,
     centre: bool = True,
 ) -> Example:
     """The same function in plain `jax.numpy`, differentiated by JAX: the oracle of the tests.

@@ -19,6 +19,7 @@ from ._checks import (
     no_state,
 )
 from ._normalize import normalize
+from ._real import Real
 
 
 def rms_norm(
@@ -26,7 +27,7 @@ def rms_norm(
     weight: Float[Array, "..."] | None = None,
     bias: Float[Array, "..."] | None = None,
     *,
-    eps: float = 1e-5,
+    eps: Real = 1e-5,
     where: Bool[Array, "*shape"] | None = None,
     axis_name: Hashable | None = None,
 ) -> Float[Array, "*shape"]:
@@ -105,7 +106,7 @@ class RMSNorm(eqx.Module):
     def __init__(
         self,
         shape: int | Sequence[int],
-        eps: float = 1e-5,
+        eps: Real = 1e-5,
         use_weight: bool = True,
         use_bias: bool = True,
         dtype=None,

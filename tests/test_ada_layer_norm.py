@@ -7,6 +7,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from oracles import assert_alike, ulps
+from refused import refused
 
 from eqx_norms import AdaLayerNorm, layer_norm
 
@@ -86,11 +87,11 @@ def test_bfloat16_activations_with_a_float32_condition(getkey):
 
 
 def test_bad_input(trained, getkey):
-    with pytest.raises(ValueError, match=r"of shape \(5,\); got an array of shape \(2, 5\).*vmap"):
+    with refused(ValueError, r"of shape \(5,\); got an array of shape \(2, 5\).*vmap"):
         trained(jnp.ones((2, *SHAPE)), jnp.ones((2, 5)))
-    with pytest.raises(ValueError, match=r"jax.vmap\(ada_layer_norm\)\(x\)"):
+    with refused(ValueError, r"jax.vmap\(ada_layer_norm\)\(x\)"):
         trained(jnp.ones((2, *SHAPE)), jnp.ones(5))
-    with pytest.raises(TypeError, match=r"cond=.*int32"):
+    with refused(TypeError, r"cond=.*int32"):
         trained(jnp.ones(SHAPE), jnp.ones(5, jnp.int32))
-    with pytest.raises(ValueError, match=r"cond_size=\.\.\.\)` must be 1 or more; got 0"):
+    with refused(ValueError, r"cond_size=\.\.\.\)` must be 1 or more; got 0"):
         AdaLayerNorm(SHAPE, 0, key=getkey())

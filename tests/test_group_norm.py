@@ -19,6 +19,7 @@ from oracles import (
     terms,
     ulps,
 )
+from refused import refused
 
 from eqx_norms import GroupNorm, assert_causal, group_norm, layer_norm
 from eqx_norms.causality import CausalityError
@@ -152,7 +153,7 @@ def test_error_ends_in_the_call_that_works(shape, cure, affine):
 
 @pytest.mark.parametrize("shape", ((), (5,), (5, 4)))
 def test_channels_that_are_nowhere(shape):
-    with pytest.raises(ValueError, match="expected 6 channels") as info:
+    with refused(ValueError, "expected 6 channels") as info:
         GroupNorm(3, 6)(jnp.ones(shape))
     assert "vmap" not in str(info.value)
 
@@ -170,19 +171,19 @@ def test_channels_that_are_nowhere(shape):
     ],
 )
 def test_bad_arguments(args, error, text):
-    with pytest.raises(error, match=re.escape(text)):
+    with refused(error, re.escape(text)):
         GroupNorm(*args)
 
 
 def test_bad_arguments_of_the_function():
     x = jnp.ones((6, 4))
-    with pytest.raises(ValueError, match="got 4 groups and 6 channels"):
+    with refused(ValueError, "got 4 groups and 6 channels"):
         group_norm(x, 4)
-    with pytest.raises(ValueError, match=r"expected shape \(6,\), got \(4,\)"):
+    with refused(ValueError, r"expected shape \(6,\), got \(4,\)"):
         group_norm(x, 2, bias=jnp.ones(4))
-    with pytest.raises(TypeError, match="`group_norm` normalises real floating-point"):
+    with refused(TypeError, "`group_norm` normalises real floating-point"):
         group_norm(jnp.ones((6, 4), int), 2)
-    with pytest.raises(ValueError, match="got a scalar"):
+    with refused(ValueError, "got a scalar"):
         group_norm(jnp.ones(()), 1)
-    with pytest.raises(ValueError, match="got 4 groups and 6 channels"):
+    with refused(ValueError, "got 4 groups and 6 channels"):
         GroupNorm(4, channelwise_affine=False)(x)

@@ -17,6 +17,7 @@ import optax
 import pytest
 from draws import seed
 from oracles import assert_alike
+from refused import refused
 
 from eqx_norms import LayerNorm, RMSNorm, layer_norm, rms_norm
 
@@ -90,10 +91,10 @@ def test_input_must_be_real_floating_point(layer, dtype):
     x = jnp.ones(3, dtype)
     function = LAYERS[layer]
     for call, name in ((layer(3), layer.__name__), (function, function.__name__)):
-        with pytest.raises(TypeError, match=f"`{name}` normalises real floating-point arrays") as e:
+        what = f"`{name}` normalises real floating-point arrays"
+        with refused(TypeError, what, jnp.dtype(dtype).name, "x.astype(jnp.float32)"):
             call(x)
-        assert jnp.dtype(dtype).name in str(e.value) and "x.astype(jnp.float32)" in str(e.value)
-    with pytest.raises(TypeError, match="got a list"):
+    with refused(TypeError, "got a list"):
         function([1.0, 2.0])
 
 
@@ -115,22 +116,21 @@ BAD_ARGUMENTS = [
 @EACH_LAYER
 @pytest.mark.parametrize("arguments, error, text", BAD_ARGUMENTS)
 def test_bad_arguments(layer, arguments, error, text):
-    with pytest.raises(error, match=text) as info:
+    with refused(error, text, f"`{layer.__name__}("):
         layer(**arguments)
-    assert f"`{layer.__name__}(" in str(info.value)
 
 
 @pytest.mark.parametrize("function", LAYERS.values())
 def test_bad_parameters_of_the_function(function):
     x = jnp.ones(3)
-    with pytest.raises(ValueError, match=r"bias that broadcasts .* got bias of shape \(4,\) and x"):
+    with refused(ValueError, r"bias that broadcasts .* got bias of shape \(4,\) and x"):
         function(x, bias=jnp.ones(4))
     # (2, 3) and (3,) do broadcast together, but to (2, 3): y would not have the shape of x.
-    with pytest.raises(ValueError, match=r"got weight of shape \(2, 3\) and x of shape \(3,\)"):
+    with refused(ValueError, r"got weight of shape \(2, 3\) and x of shape \(3,\)"):
         function(x, jnp.ones((2, 3)))
-    with pytest.raises(TypeError, match=r"weight=\.\.\.\)` normalises .* dtype int32"):
+    with refused(TypeError, r"weight=\.\.\.\)` normalises .* dtype int32"):
         function(x, jnp.ones(3, int))
-    with pytest.raises(ValueError, match=r"norm\(eps=\.\.\.\)` must be"):
+    with refused(ValueError, r"norm\(eps=\.\.\.\)` must be"):
         function(x, eps=-1)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from draws import seed
 from oracles import Exact, assert_alike, assert_close, exact_norm, terms
+from refused import refused
 
 from eqx_norms import LayerNorm, RMSNorm, layer_norm, normalize_reference, rms_norm
 
@@ -124,5 +125,5 @@ def test_numpy_mask_mapped_under_jit(layer):
 @LAYERS
 def test_bad_masks(layer):
     for mask in (jnp.ones(N), jnp.ones(N, int), jnp.ones((1, N), bool), jnp.ones((), bool), True):
-        with pytest.raises(ValueError, match=r"mask of the shape of x.*\(17,\) and bool, got"):
+        with refused(ValueError, r"mask of the shape of x.*\(17,\) and bool, got"):
             layer(N)(jnp.ones(N), where=mask)

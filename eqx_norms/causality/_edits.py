@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, PRNGKeyArray
 
 TokenValues = Sequence[int] | Mapping[str, Sequence[int]] | None
 
+from .._real import Real
+
 
 class Edit(NamedTuple):
     """Replace the positions where `where` holds, in the way numbered `kind`.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from .._real import Real
 from ._edits import Edit
 from ._inputs import Problem
 from ._probe import Changes, Probe, make_probe

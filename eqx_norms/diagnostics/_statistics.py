@@ -15,6 +15,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
+from .._real import Real
+
 
 class ActivationStats(NamedTuple):
     """What [`eqx_norms.diagnostics.activation_stats`][] returns."""
@@ -117,7 +119,7 @@ def histogram(
 
 
 def dead_unit_fraction(
-    x: Float[ArrayLike, "*batch units"], threshold: float = 1e-8, batch_fraction: float = 0.95
+    x: Float[ArrayLike, "*batch units"], threshold: Real = 1e-8, batch_fraction: Real = 0.95
 ) -> Float[Array, ""]:
     r"""The share of units that are silent on almost all of the batch.
 
@@ -160,7 +162,7 @@ def dead_unit_fraction(
 def saturation_fraction(
     fn: Callable[[Float[Array, ""]], Float[Array, ""]],
     x: Float[ArrayLike, "*shape"],
-    slope: float = 0.1,
+    slope: Real = 0.1,
 ) -> Float[Array, ""]:
     r"""The share of entries at which an activation function is almost flat.
 
