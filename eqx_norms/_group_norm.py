@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._checks import check_eps, check_floating, check_param_dtype, check_size, no_state
 from ._normalize import normalize, together
+from ._real import Real
 
 
 def group_norm(

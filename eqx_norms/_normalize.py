@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from ._lowering import again, apart, cotangent, settled
+from ._real import Real
 
 Example = Float[Array, "*shape"]
 Broadcastable = Float[Array, "..."]

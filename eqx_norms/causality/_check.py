@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
+from .._real import Real
 from ._edits import MASK, Edit, Editor, TokenValues, called, make_editor, mixing_edits, nothing
 from ._inputs import Problem, make_problem, perturbed, require_same_length, traced
 from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
@@ -36,14 +37,14 @@ def assert_causal(
     out_axis: int | None = None,
     strict: bool = False,
     splits: Sequence[int] | str = "auto",
-    scales: Sequence[float] = (1.0, 10.0, 100.0),
+    scales: Sequence[Real] = (1.0, 10.0, 100.0),
     token_values: TokenValues = None,
     fixed: str | Iterable[str] = (),
-    noise_ulps: float = 64,
+    noise_ulps: Real = 64,
     confirm_x64: bool = True,
     batch_size: int = 8,
     key: PRNGKeyArray | None = None,
-    perturb_params: float | None = None,
+    perturb_params: Real | None = None,
     trainable: PyTree | None = None,
     prove: bool | Literal["required"] = False,
     assume_bounded: bool = True,
@@ -155,14 +156,14 @@ def assert_independent(
     axis: int = 0,
     out_axis: int | None = None,
     splits: Sequence[int] | str = "auto",
-    scales: Sequence[float] = (1.0, 10.0, 100.0),
+    scales: Sequence[Real] = (1.0, 10.0, 100.0),
     token_values: TokenValues = None,
     fixed: str | Iterable[str] = (),
-    noise_ulps: float = 64,
+    noise_ulps: Real = 64,
     confirm_x64: bool = True,
     batch_size: int = 8,
     key: PRNGKeyArray | None = None,
-    perturb_params: float | None = None,
+    perturb_params: Real | None = None,
     trainable: PyTree | None = None,
     prove: bool | Literal["required"] = False,
     assume_bounded: bool = True,
@@ -229,14 +230,14 @@ def check_independent(fn: Callable[[PyTree], PyTree], x: PyTree, **options) -> C
 class How(NamedTuple):
     """The options that both checks share, as `assert_causal` documents them."""
 
-    scales: Sequence[float]
+    scales: Sequence[Real]
     token_values: TokenValues
     fixed: str | Iterable[str]
-    noise_ulps: float
+    noise_ulps: Real
     confirm_x64: bool
     batch_size: int
     key: PRNGKeyArray | None
-    perturb_params: float | None
+    perturb_params: Real | None
     trainable: PyTree | None
     prove: bool | Literal["required"]
     assume_bounded: bool

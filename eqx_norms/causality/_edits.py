@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray
 
-TokenValues = Sequence[int] | Mapping[str, Sequence[int]] | None
-
 from .._real import Real
+
+TokenValues = Sequence[int] | Mapping[str, Sequence[int]] | None
 
 
 class Edit(NamedTuple):
@@ -108,7 +108,7 @@ class Editor:
 def make_editor(
     leaves: Sequence[Array | np.ndarray],
     axes: Sequence[int],
-    scales: Sequence[float],
+    scales: Sequence[Real],
     token_values: TokenValues,
     key: PRNGKeyArray | None,
     names: Sequence[str] | None = None,

@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from .._real import Real
 from ._edits import is_mask, require_names
 from ._widen import trace
 
@@ -100,7 +101,7 @@ def require_same_length(problem: Problem, axis: int, out_axis: int | None) -> No
 
 
 def perturbed(
-    fn: Callable, sigma: float, rng: np.random.Generator, trainable: PyTree | None
+    fn: Callable, sigma: Real, rng: np.random.Generator, trainable: PyTree | None
 ) -> tuple[Callable, list[str]]:
     """`fn` with normal noise of size `sigma` on what is `trainable`, and the paths of the rest."""
     if not 0 < sigma < np.inf:
@@ -111,8 +112,8 @@ def perturbed(
     if not jax.tree.leaves(params):
         selected = "" if trainable is None else " that trainable= selects"
         raise TypeError(
-            f"perturb_params needs a fn that is a pytree with float arrays{selected}, as an Equinox "
-            f"module is, got {type(fn).__name__}; wrap parameters with "
+            f"perturb_params needs a fn that is a pytree with float arrays{selected}, as an "
+            f"Equinox module is, got {type(fn).__name__}; wrap parameters with "
             "jax.tree_util.Partial(apply, params)"
         )
 

@@ -77,7 +77,7 @@ class Judge:
 
     problem: Problem
     probe: Probe
-    noise_ulps: float
+    noise_ulps: Real
     confirm_x64: bool
 
     def verdict(self, edits: Sequence[Edit], watch: Bool[np.ndarray, "E T"]) -> Verdict:
@@ -108,7 +108,7 @@ class Judge:
             size=changes.size,
             worst=float(changes.size[worst]) if there else 0.0,
             scale=scale,
-            noise=self.noise_ulps * (_EPS64 if in_float64 else self.probe.eps) * scale,
+            noise=float(self.noise_ulps) * (_EPS64 if in_float64 else self.probe.eps) * scale,
             in_float64=in_float64,
             notes=tuple(notes),
         )
@@ -223,7 +223,7 @@ def _breakage(
     return changes.broken & watch & ~spoiled, notes if count else []
 
 
-def require_sane_baseline(edits: Sequence[Edit], changes: Changes, noise_ulps: float) -> None:
+def require_sane_baseline(edits: Sequence[Edit], changes: Changes, noise_ulps: Real) -> None:
     """Refuses a function that is not finite, or not the same again, on the unedited input."""
     empty = np.array([not edit.where.any() for edit in edits])
     if changes.broken[empty].any():

@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._real import Real
 from ._edits import Edit, TokenValues, at_one, make_editor, nothing, single_edits
 from ._inputs import Problem, make_problem
 from ._judge import Judge, Verdict, function_eps, require_sane_baseline
@@ -28,7 +29,7 @@ def dependency_matrix(
     axis: int = 0,
     out_axis: int | None = None,
     method: Literal["perturb", "vjp"] = "perturb",
-    scales: Sequence[float] = (1.0, 10.0, 100.0),
+    scales: Sequence[Real] = (1.0, 10.0, 100.0),
     token_values: TokenValues = None,
     fixed: str | Iterable[str] = (),
     batch_size: int = 8,
