@@ -72,8 +72,8 @@ def _outline(allowed: np.ndarray) -> list[tuple[list[float], list[float]]]:
     return edges
 
 
-def block_max(cells: np.ndarray, block: int, fill: float = 0.0) -> np.ndarray:
+def block_max(cells: np.ndarray, block: int) -> np.ndarray:
     """The largest of every `block` by `block` cells."""
-    padded = np.pad(cells, [(0, -size % block) for size in cells.shape], constant_values=fill)
+    padded = np.pad(cells, [(0, -size % block) for size in cells.shape])
     rows, columns = (size // block for size in padded.shape)
     return padded.reshape(rows, block, columns, block).max((1, 3))
