@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
+
+Example = Float[Array, "*shape"]
 
 _barrier = jax.lax.optimization_barrier
 
@@ -55,9 +57,6 @@ def _barrier_around(a: Array, *, dtype) -> Array:
 
 
 _again_p = _identity("again", cpu=_barrier_around)
-_cotangent_p = _identity(
-    "cotangent", cpu=_barrier_around, cuda=_barrier_around, tpu=_barrier_around
-)
 # A forward by itself, of 4096 examples or more, XLA for CPU makes one fusion of. In jax 0.10 it
 # does so in spite of barriers, in 0.11 and 0.12 they would take twice the time.
 _BARRIERS_LET_FUSE = jax.__version_info__ < (0, 11)
@@ -75,29 +74,44 @@ def again(a: Array, dtype=None, alone: bool = False) -> Array:
     return _again_p.bind(a, dtype=jnp.dtype(dtype or a.dtype))
 
 
-def cotangent(g: Array, dtype) -> Array:
-    """As it comes into the backward; `dtype` holds it without a loss, but for its bytes."""
-    return _cotangent_p.bind(g, dtype=jnp.dtype(dtype))
+def _barrier_around_all(*arrays: Array, centred: bool) -> list[Array]:
+    return list(_barrier(arrays))
+
+
+def _barrier_on_cuda(*arrays: Array, centred: bool) -> list[Array]:
+    return list(arrays if centred and arrays[0].dtype == jnp.float32 else _barrier(arrays))
 
 
 _apart_p = Primitive("eqx_norms_apart")
 _apart_p.multiple_results = True
-_apart_p.def_impl(lambda *arrays: list(arrays))
-_apart_p.def_abstract_eval(lambda *arrays: list(arrays))
-mlir.register_lowering(_apart_p, mlir.lower_fun(lambda *arrays: _barrier(arrays)))
-batching.primitive_batchers[_apart_p] = lambda arrays, axes: (_apart_p.bind(*arrays), axes)
-ad.primitive_jvps[_apart_p] = lambda arrays, tangents: (_apart_p.bind(*arrays), tangents)
+_apart_p.def_impl(lambda *arrays, centred: list(arrays))
+_apart_p.def_abstract_eval(lambda *arrays, centred: list(arrays))
+mlir.register_lowering(_apart_p, lambda context, *arrays, centred: list(arrays))
+mlir.register_lowering(_apart_p, mlir.lower_fun(_barrier_around_all), platform="cpu")
+mlir.register_lowering(_apart_p, mlir.lower_fun(_barrier_on_cuda), platform="cuda")
+batching.primitive_batchers[_apart_p] = lambda arrays, axes, **how: (
+    _apart_p.bind(*arrays, **how),
+    axes,
+)
+ad.primitive_jvps[_apart_p] = lambda arrays, tangents, **how: (
+    _apart_p.bind(*arrays, **how),
+    tangents,
+)
 
 
-def apart(tree: PyTree) -> PyTree:
-    """The residuals, of which the backward computes again what the forward has.
+def apart(x: Example, *others: PyTree, centred: bool) -> tuple:
+    """What the backward keeps, x first, of which it computes again what the forward has.
 
-    Without it, XLA sees that both share xc, and keeps that in float32 from the one to the other:
-    the memory that the rule is here to save. One barrier around all, since one for each would be as
-    the forward's, and merged with them. But g has its own: the backward must stay linear in it.
+    On a CPU, without it, XLA sees that both share xc, and keeps that in float32 from the one to the
+    other: the memory that the rule is here to save. One barrier around all, since one for each
+    would be as the forward's, and merged with them.
+
+    Compiled for an H100, six layers of [norm, matmul, tanh], 8192 x 1024: with it, the gradient
+    moves .94 of eqx.nn's bytes for LayerNorm in bfloat16 and .89 for RMSNorm in float32, without
+    1.04 and 1.00. For LayerNorm in float32 it is 1.20 with it, and 1.00 without: none there.
     """
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, _apart_p.bind(*leaves))
+    leaves, structure = jax.tree.flatten((x, *others))
+    return jax.tree.unflatten(structure, _apart_p.bind(*leaves, centred=centred))
 
 
 def _to_float32(total: Array) -> Array:

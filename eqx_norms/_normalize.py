@@ -4,8 +4,8 @@
 
 with mean and variance over all entries of one example: those under a mask left out, those on
 other devices counted in. In the order of the file: the statistics, the forward, the backward, the
-way from the backward to forward mode, the plain reference, the entry. `again`, `apart`, `cotangent`
-and `settled` change no value: `_lowering.py` says what they are for.
+way from the backward to forward mode, the plain reference, the entry. `again`, `apart` and
+`settled` change no value: `_lowering.py` says what they are for.
 """
 
 import functools as ft
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from ._lowering import again, apart, cotangent, settled
+from ._lowering import again, apart, settled
 from ._real import Real
 
 Example = Float[Array, "*shape"]
@@ -146,13 +146,13 @@ def _backward(spec: _Spec, residuals: _Residuals, g: Example):
     the last two summed over what was broadcast, the first without mean(gw) if not centred.
     """
     # Of x in its own dtype each later use would round a derivative of this: it is cast up once.
-    x, weight, where, origin, d, rstd = apart(residuals)
+    x, weight, where, origin, d, rstd = apart(*residuals, centred=spec.centre)
     dtype, x = x.dtype, _to_compute_dtype(x)
     d, rstd = _recalled(spec, x, where, origin, d, rstd)
     g = _only(where, g)
     dbias = None if spec.bias_shape is None else _sum_to(spec.bias_shape, g)
 
-    read = _Pass(x, cotangent(g, dtype), weight, where, origin, d, rstd)
+    read = _Pass(x, again(g, dtype), weight, where, origin, d, rstd)
     settle = dtype == jnp.float16
     mean_gw = None
     if spec.centre:
