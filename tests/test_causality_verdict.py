@@ -145,7 +145,7 @@ def on_the_host(x):
 
 def test_rounding_behind_a_callback_is_undecided(getkey):
     x = jr.normal(getkey(), (T, D))
-    with pytest.raises(CausalityError, match=r"^undecided: nothing tells whether") as caught:
+    with pytest.raises(CausalityError, match=r"^undecided: .* nothing tells which\.") as caught:
         assert_causal(on_the_host, x)
     report = caught.value.report
     assert (report.leak, report.status, report.pairs()) == (False, "undecided", [])
@@ -153,7 +153,7 @@ def test_rounding_behind_a_callback_is_undecided(getkey):
     assert np.isnan(report.matrix[report.matrix.shape[0] // 2]).all()
     text = words(report)
     assert "not conclusive: pure_callback has no float64 form" in text
-    assert "confirm_x64=False, which takes changes below the noise level for rounding" in text
+    assert "confirm_x64=False, which takes changes below the noise level for rounding," in text
     # As the message says.
     assert check_causal(on_the_host, x, confirm_x64=False).status == "clear (float noise)"
     assert "undecided" in report.plot().get_title()

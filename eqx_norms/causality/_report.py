@@ -130,9 +130,10 @@ _READS_NOT = {
 }
 
 _UNDECIDED = (
-    "What can decide: check fn without that operation, or with a plain JAX form of it; smaller "
-    "scales=, such as (1.,), which round less; or, if size is to decide, confirm_x64=False, which "
-    "takes changes below the noise level for rounding, and noise_ulps=, which moves that level."
+    "What can decide: float64 (confirm_x64=True, the default), on an fn without callbacks and "
+    "kernels or with plain JAX forms of them; smaller scales=, such as (1.,), which round less; or "
+    "size alone, by confirm_x64=False, which takes changes below the noise level for rounding, "
+    "and noise_ulps=, which moves that level."
 )
 
 
@@ -163,7 +164,7 @@ def _clear_lines(report: CausalityReport) -> list[str]:
 
 def _undecided_lines(report: CausalityReport) -> list[str]:
     return [
-        f"undecided: nothing tells whether {_READS[report.kind]}, or rounds.",
+        f"undecided: {_READS[report.kind]}, or what changed is rounding; nothing tells which.",
         f"Largest change {report.worst:.2g}: outputs are of size {report.scale:.2g}, the noise "
         f"level is {report.noise:.2g}.",
         *map(_wrap, [*report.notes, *_unproved(report), _UNDECIDED]),
