@@ -190,6 +190,7 @@ def test_weights_that_are_cast_masked_or_behind_a_barrier(net, getkey):
         arrays = jax.jit(lambda tree: jax.tree.map(lambda a: a.astype(jnp.float16), tree))(arrays)
         arrays = jax.lax.optimization_barrier(arrays)
         arrays = jax.tree.map(lambda a: jnp.where(a > 0, a, 0).astype(jnp.float32), arrays)
+        arrays = jax.tree.map(lambda a: jax.lax.reduce_precision(a, 5, 10), arrays)  # float16's
         return eqx.combine(arrays, static)(x)
 
     half = lambda a: jnp.maximum(a.astype(jnp.float16), 0).astype(jnp.float32)

@@ -78,8 +78,8 @@ class Watch:
             return Place((), type(module), names), held
         for caller, place, held in reversed(self._calls):
             for keys, child in _callable_modules((), caller):
-                if child is module and place is not None:
-                    return place._replace(keys=(*place.keys, *keys)), held
+                if child is module:
+                    return place and place._replace(keys=(*place.keys, *keys)), held
         return self._place_of_equal(module), ()
 
     def _place_of_equal(self, module: eqx.Module) -> Place | None:

@@ -134,21 +134,22 @@ class _Planner:
             outs = [ft.reduce(operator.or_, each) for each in zip(*through, strict=True)]
         return [plan for plan, _ in pairs], outs
 
-    def _inner_plan(self, eqn: Any, jaxpr: Any, origins: tuple[int, ...]):
+    def _inner_plan(self, eqn: Any, jaxpr: Any, origins: tuple[int, ...]) -> tuple[Plan, list[int]]:
         if eqn.primitive is primitives.scan_p:
             return self._loop(jaxpr, origins, *scan_counts(eqn))
         if eqn.primitive is primitives.while_p:
             of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
             if jaxpr is eqn.params["body_jaxpr"]:
-                num_carry = len(eqn.outvars)
-                return self._loop(jaxpr, origins[of_cond:], of_body, num_carry)
+                return self._loop(jaxpr, origins[of_cond:], of_body, len(eqn.outvars))
             return self.plan(jaxpr, (*origins[:of_cond], *origins[of_cond + of_body :]))
         if eqn.primitive is primitives.cond_p:
             return self.plan(jaxpr, origins[1:])
         count = len(_open(jaxpr).invars)
         return self.plan(jaxpr, origins if count == len(origins) else (_union(origins),) * count)
 
-    def _loop(self, jaxpr: Any, origins: tuple[int, ...], num_consts: int, num_carry: int):
+    def _loop(
+        self, jaxpr: Any, origins: tuple[int, ...], num_consts: int, num_carry: int
+    ) -> tuple[Plan, list[int]]:
         start, stop = num_consts, num_consts + num_carry
         while True:
             plan, outs = self.plan(jaxpr, origins)
@@ -189,7 +190,8 @@ def _outer_origins(eqn: Any, origins: tuple[int, ...]) -> list[int]:
     if eqn.primitive is tag_p or count == len(origins) > 1:
         return list(origins[:count])  # one result for each operand, as of an optimization barrier
     name = eqn.primitive.name
-    if name.startswith("reduce_") or name in ("dot_general", "conv_general_dilated"):
+    reduces = name.startswith("reduce_") and name != "reduce_precision"
+    if reduces or name in ("dot_general", "conv_general_dilated"):
         # This makes an activation, a gradient or a norm, not what could stand for the weight.
         return [0] * count
     return [_union(origins)] * count
