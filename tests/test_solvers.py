@@ -109,7 +109,6 @@ def value_and_tangent(run, field, y, tangents):
 
 # ---- diffrax
 
-
 TSIT5 = diffrax.Tsit5()
 
 
@@ -233,7 +232,7 @@ def test_operator_of_a_norm(norm, jac, getkey):
 def test_linear_solve_by_products_alone(both, getkey):
     """GMRES asks for an operator's products, its gradient for those of the transpose."""
     (ours, theirs), (y, b, g) = both, jr.normal(getkey(), (3, SIZE))
-    solver = lx.GMRES(rtol=1e-14, atol=1e-14)
+    solver = lx.GMRES(rtol=1e-13, atol=1e-13)  # Reached after 4 products, and below the bound.
 
     def run(field, b):
         operator = lx.JacobianLinearOperator(residual, y, (field, b))
