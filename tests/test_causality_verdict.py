@@ -152,7 +152,7 @@ def test_rounding_behind_a_callback_is_undecided(getkey):
     # Outputs that moved are open, not 0: T - 1 of them, as the last has nothing after it.
     assert np.isnan(report.matrix[report.matrix.shape[0] // 2]).all()
     text = words(report)
-    assert "not conclusive: pure_callback has no float64 form" in text
+    assert "not conclusive: pure_callback has no such form" in text
     assert "confirm_x64=False, which takes changes below the noise level for rounding," in text
     # As the message says.
     assert check_causal(on_the_host, x, confirm_x64=False).status == "clear (float noise)"
@@ -183,6 +183,15 @@ def test_a_failed_re_run_is_undecided(getkey, monkeypatch):
     told = "The float64 re-run failed (NotImplementedError: no such thing in float64)."
     assert told in report.notes
     assert check_causal(zoo.target_not_shifted, x).leak
+
+
+def test_a_float64_function_that_overflows_in_float32_is_undecided(getkey):
+    with jax.enable_x64(True):
+        x = jr.normal(getkey(), (T, D), jnp.float64)
+        huge = lambda x: fft_convolution_then_norm(x) + 1e300 * jnp.tanh(x) * 1e-300
+        report = check_causal(huge, x)
+    assert report.status == "undecided", str(report)
+    assert "The float32 re-run failed (FloatingPointError" in words(report)
 
 
 def test_rounding_of_large_edits_is_judged_by_their_size(getkey):

@@ -139,11 +139,11 @@ class Judge:
             exact, leaks = self._confirm(edits, watch, doubtful, changes)
         except Exception as error:  # what has no float64 form may raise what it likes
             reason = str(error).split("\n")[0]
-            notes += [f"The float64 re-run failed ({type(error).__name__}: {reason})."]
+            notes += [f"The {self._other} re-run failed ({type(error).__name__}: {reason})."]
             return by_size
         names = ", ".join(sorted(opaque_parts(self.problem.closed))) if leaks.any() else ""
         if names:
-            notes += [f"The float64 re-run is not conclusive: {names} has no float64 form."]
+            notes += [f"The {self._other} re-run is not conclusive: {names} has no such form."]
             return by_size._replace(leaks=leaks & large, undecided=leaks & ~large)
         return Findings(changes, exact, leaks, none, notes)
 
@@ -155,9 +155,11 @@ class Judge:
         of the lesser precision is enough in any case.
         """
         chosen = np.flatnonzero(doubtful.any(1))
-        found = self._second.measure(
-            [edits[0], *(edits[row] for row in chosen)], "second precision"
-        )
+        rows = [edits[0], *(edits[row] for row in chosen)]
+        with np.errstate(over="ignore"):  # a constant too large for float32
+            found = self._second.measure(rows, "second precision")
+        if found.broken[0].any():
+            raise FloatingPointError("the output for the unedited x is not finite there")
         second = Changes(*(_scatter(values[1:], chosen, len(edits)) for values in found))
         second = _as_infinite(second, _breakage(edits, second, watch, blind_ok=True)[0])
         exact, coarse = (changes, second) if self._is_exact else (second, changes)
@@ -174,12 +176,17 @@ class Judge:
         """Whether the function is one of float64 to begin with."""
         return self.probe.eps <= _EPS64
 
+    @property
+    def _other(self) -> str:
+        """The second precision."""
+        return "float32" if self._is_exact else "float64"
+
     @functools.cached_property
     def _second(self) -> Probe:
-        dtype = np.float32 if self._is_exact else np.float64
-        fn, eps = widen(self.problem.closed, dtype), float(np.finfo(dtype).eps)
+        """The probe in the second precision."""
+        fn, eps = widen(self.problem.closed, self._other), float(np.finfo(self._other).eps)
         probe = self.probe
-        return make_probe(fn, probe.editor, probe.out_axes, eps, probe.batch_size, dtype)
+        return make_probe(fn, probe.editor, probe.out_axes, eps, probe.batch_size, self._other)
 
 
 def _status(found: Findings, changed) -> tuple[str, Bool[np.ndarray, "E T"]]:
