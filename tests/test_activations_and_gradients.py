@@ -249,6 +249,7 @@ def test_a_step_is_the_oracle_s(norm):
         np.testing.assert_allclose(w[1], w[0] - RATE * dw, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_runs_together_are_runs_alone():
     configs = [(1.0, 0.1), (1.4, 0.5)]
     train = ft.partial(common.train, common.Architecture(1, "LN"), PAIRS, steps=6, every=3)
@@ -263,6 +264,7 @@ def test_runs_together_are_runs_alone():
     assert (together.losses[0] != together.losses[1]).all()
 
 
+@pytest.mark.slow
 def test_it_learns_and_batch_norm_s_state_goes_along():
     for norm in ("LN", "BN"):
         runs = common.train(
