@@ -14,7 +14,8 @@ def refused(error, match, *texts):
     Under `pytest --jaxtyping-packages=eqx_norms,beartype.beartype` the type checker may refuse the
     input before the package does, in its own words.
     """
-    with pytest.raises((error, jaxtyping.TypeCheckError)) as info:
+    errors = error if isinstance(error, tuple) else (error,)
+    with pytest.raises((*errors, jaxtyping.TypeCheckError)) as info:
         yield info
     if not info.errisinstance(jaxtyping.TypeCheckError):
         message = str(info.value)

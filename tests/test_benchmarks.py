@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 from draws import seed
+from oracles import assert_alike
 
 from benchmarks.__main__ import BEGIN, END, PAGE, PAGE_FILES, filled, main
 from benchmarks._accuracy import exact
@@ -35,15 +36,19 @@ def call():
 EVERY_RIVAL = [r for r in (*JAX_RIVALS, "torch") if r not in ("keras", "torch") or is_installed(r)]
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+# The other layers, each of which every rival has to compile, are slow.
+@pytest.mark.parametrize(
+    "layer",
+    [pytest.param(n, marks=[] if n == "LayerNorm" else pytest.mark.slow) for n in LAYERS],
+)
 @pytest.mark.parametrize("rival", EVERY_RIVAL)
 def test_rivals_do_the_same_work(call, rival, layer):
     x, g = np.random.default_rng(seed(0)).standard_normal((2, 64, 32), np.float32)
     got = call("_accuracy.outputs", rival, x, g, layer)
     want = exact(x, g) if layer == "LayerNorm" else call("_accuracy.outputs", "ours", x, g, layer)
     assert list(got) == [*want]
-    for name in want:  # some ulps of sums over 64 rows
-        np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=2e-5, err_msg=name)
+    for name in want:  # float32, by formulas of their own: sums over 64 rows of 32
+        assert_alike(np.float32(got[name]), want[name], 64 * 32)
 
 
 def test_quick_run_writes_one_story(tmp_path):

@@ -98,6 +98,7 @@ def test_figure(quick_run):
     assert orange[0] == 0 and 0.01 < orange[1] < orange[2]
 
 
+@pytest.mark.slow
 def test_unexpected_verdict_own_lines_and_csv(tmp_path, monkeypatch, capsys):
     """The norm called per token leaks; the text is the user's, in two files."""
     wrong = causal_leak.Case(causal_leak.OverTokensAndFeatures, "per token", False, False)

@@ -6,6 +6,7 @@ The oracle is the zoo: every function there says by its place what the answer is
 import functools
 import inspect
 import itertools
+import re
 
 import causality_zoo as zoo
 import equinox as eqx
@@ -17,6 +18,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from draws import seed
+from refused import refused
 
 from eqx_norms.causality import (
     CausalityError,
@@ -35,6 +37,7 @@ from eqx_norms.causality._widen import trace
 
 T, D = 8, 4
 DTYPES = ("float32", "bfloat16", "float64")
+OTHERS = DTYPES[1:]
 # In bfloat16 these change not one bit of the output: there is nothing to see.
 BELOW_BFLOAT16 = ("one_millionth", "one_millionth_through_float32")
 
@@ -71,7 +74,7 @@ def test_the_zoo_is_large_enough():
     assert sum(map(len, zoos)) >= 15 and sum(map(len, leaks)) >= 22
 
 
-@pytest.mark.parametrize("fn, dtype", cases(zoo.CAUSAL))
+@pytest.mark.parametrize("fn, dtype", cases(zoo.CAUSAL, slow=OTHERS))
 def test_no_false_alarm(fn, dtype):
     with jax.enable_x64(dtype == "float64"):
         report = check_causal(fn, floats(dtype, T, D))
@@ -79,7 +82,7 @@ def test_no_false_alarm(fn, dtype):
     assert report.pairs() == []
 
 
-@pytest.mark.parametrize("fn, dtype", cases(zoo.LEAKY, slow=("bfloat16", "float64")))
+@pytest.mark.parametrize("fn, dtype", cases(zoo.LEAKY, slow=OTHERS))
 def test_leak_is_found_and_located(fn, dtype):
     with jax.enable_x64(dtype == "float64"):
         report = check_causal(fn, floats(dtype, T, D))
@@ -101,7 +104,7 @@ def test_token_leak_is_found(fn, tokens):
     assert check_causal(fn, tokens).leak
 
 
-@pytest.mark.parametrize("fn, dtype", cases(zoo.STRICT))
+@pytest.mark.parametrize("fn, dtype", cases(zoo.STRICT, slow=OTHERS))
 def test_strict_model_passes(fn, dtype):
     with jax.enable_x64(dtype == "float64"):
         report = check_causal(fn, floats(dtype, T, D), strict=True)
@@ -116,7 +119,7 @@ def test_own_entry_is_a_leak_only_under_strict(fn, x):
     assert all(pair.input == pair.output for pair in report.pairs())
 
 
-@pytest.mark.parametrize("fn, dtype", cases(zoo.INDEPENDENT))
+@pytest.mark.parametrize("fn, dtype", cases(zoo.INDEPENDENT, slow=OTHERS))
 def test_independent_examples_pass(fn, dtype):
     with jax.enable_x64(dtype == "float64"):
         report = check_independent(fn, floats(dtype, 4, 5, D))
@@ -527,10 +530,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("text", REFUSED)
 def test_bad_arguments_are_refused(x, text):
-    with pytest.raises((ValueError, TypeError)) as caught:
+    with refused((ValueError, TypeError), re.escape(text)):
         REFUSED[text](x)
-    assert not isinstance(caught.value, CausalityError)
-    assert text in str(caught.value)
 
 
 def test_numpy_inside_gets_a_remark(x):

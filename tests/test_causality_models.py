@@ -143,7 +143,8 @@ def test_the_threads_table_digit_for_digit(thread_input):
 def test_the_threads_probe_is_blind_to_its_fix(thread_input):
     # Over the batch: causal in time. The probe sees nothing, not even that position 4 is read.
     fix = haiku_norm((0,))
-    assert np.abs(threads_probe(fix, thread_input)).max() < 1e-6
+    # Rounding, beside entries of 1: 80 ulps.
+    assert np.abs(threads_probe(fix, thread_input)).max() < 1e-5
     assert not check_causal(fix, thread_input, axis=1).leak
     assert check_independent(fix, thread_input).leak
     assert dependency_matrix(fix, thread_input, axis=1, method="vjp").diagonal().min() > 1e-3

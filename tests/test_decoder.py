@@ -27,6 +27,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from draws import seed
+from oracles import ulps
 
 from eqx_norms.causality import CausalityError
 from examples.decoder import (
@@ -50,6 +51,7 @@ NAMES = [a + b for a in ("an", "ber", "ca", "do", "el") for b in ("son", "ley", 
 SMALL = Settings(width=8, layers=1, heads=2, context=10, steps=12, batch=8, rate=0.01, seed=seed())
 DATA = data.split(NAMES, SMALL.context)
 SYMBOLS = len(DATA.vocabulary)
+EPS = 2.0**-23
 
 
 @pytest.fixture(autouse=True)
@@ -121,9 +123,9 @@ def test_bigram_and_evaluate_letter_by_letter():
     expected = [nats(*pair) for name in marked for pair in itertools.pairwise(name)]
 
     bigram = sample.Bigram(DATA.train, SYMBOLS)
-    # float32, and 200 of them summed.
-    np.testing.assert_allclose(train.evaluate(bigram, DATA.train), np.mean(expected), rtol=1e-6)
-    np.testing.assert_allclose(train.loss_fn(bigram, DATA.train), np.mean(expected), rtol=1e-6)
+    mean, rtol = np.mean(expected), ulps(len(expected)) * EPS  # 200 of them summed
+    np.testing.assert_allclose(train.evaluate(bigram, DATA.train), mean, rtol=rtol)
+    np.testing.assert_allclose(train.loss_fn(bigram, DATA.train), mean, rtol=rtol)
 
 
 def layer_norm(x, layer):
@@ -164,15 +166,22 @@ def test_decoder_against_numpy(getkey):
     wide = eqx.combine(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params), static)
     expected = oracle(wide, letters)
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(found, expected, atol=2e-5)  # some hundred float32 roundings
+    # Some two hundred roundings one after the other, which two norms may magnify.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=400 * EPS * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
     "norm, option, tolerance",
     [
-        *((norm, {"norms": "eqx"}, 1e-5) for norm in model.NORMS),
+        *(
+            pytest.param(
+                norm, {"norms": "eqx"}, 1e-5, marks=[] if norm == "per-token" else pytest.mark.slow
+            )
+            for norm in model.NORMS
+        ),
         ("per-token", {"remat": True}, 1e-5),
-        ("per-token", {"bf16": True}, 0.05),  # two or three digits
+        # Two or three digits.
+        pytest.param("per-token", {"bf16": True}, 0.05, marks=pytest.mark.slow),
     ],
 )
 def test_options_change_how_not_what(norm, option, tolerance):
@@ -214,7 +223,7 @@ def test_first_step_is_adams():
     names = DATA.train[:8]
     after, _, loss = train.make_step(chosen)(before, opt_state, names)
     expected, grads = eqx.filter_jit(eqx.filter_value_and_grad(train.loss_fn))(before, names)
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)  # of two programs
     leaves = lambda tree: map(np.asarray, jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
     for old, new, grad in zip(*map(leaves, (before, after, grads)), strict=True):
         large = np.abs(grad) > 1e-3  # beside Adam's eps, 1e-8, after clipping
@@ -246,8 +255,8 @@ def test_samples_follow_the_bigram(getkey):
     rows = np.asarray(sample.sample(bigram, getkey(), count=4000, context=10))
     expected = np.exp(bigram.scores[0])  # of the first letter
     found = np.bincount(rows[:, 0], minlength=SYMBOLS) / len(rows)
-    # Four standard errors of a share, and the bigram's own loss is the mean of what it writes.
-    assert (np.abs(found - expected) < 4 * np.sqrt(expected / len(rows))).all()
+    # Five standard errors of a share, and the bigram's own loss is the mean of what it writes.
+    assert (np.abs(found - expected) < 5 * np.sqrt(expected / len(rows))).all()
     after = np.asarray(bigram.scores)[np.asarray(data.shifted(rows))]
     entropy = -(np.exp(after) * after).sum(-1)[np.asarray(data.counted(rows))].mean()
     np.testing.assert_allclose(train.evaluate(bigram, rows), entropy, rtol=0.03)
@@ -271,7 +280,7 @@ def test_future_hidden(norm, getkey):
 # ---- The check
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("norm", model.NORMS)
 def test_check_sees_every_leaking_pair(norm, bf16):
     chosen = dataclasses.replace(SMALL, norm=norm, bf16=bf16)
@@ -300,6 +309,7 @@ class Counting(eqx.Module):
         return self.model(letters)
 
 
+@pytest.mark.slow
 def test_check_costs_less_than_2_percent_of_the_default_training():
     """In floating-point operations, as the compiler counts them, of the model as it is trained."""
     chosen = Settings()
@@ -344,7 +354,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
     steps, losses = zip(*whole.history, strict=True)
     assert steps == tuple(range(13))
     np.testing.assert_allclose(losses[-1], train.evaluate(whole.model, DATA.held_out))
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.1
 
 
 def names_file(tmp_path):
@@ -356,6 +366,7 @@ def names_file(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resume_ends_at_the_same_bits(tmp_path):
     """A real SIGINT, against the same command undisturbed."""
     size = f"--quick --width 8 --steps 1500 --context 8 --seed {seed(3)}".split()
@@ -415,7 +426,7 @@ def test_leaking_norms_beat_what_can_be_known(quick_run):
     assert list(losses) == ["bigram", *model.NORMS]
     for fair in ("bigram", "per-token"):
         assert losses[fair][0] == losses[fair][1]
-        assert losses[fair][0] > 0.99 * entropy  # 20 names are held out
+        assert losses[fair][0] > 0.97 * entropy  # 20 names are held out
     assert losses["per-token"][0] < 1.05 * entropy < losses["bigram"][0]
     for leaking in ("over-tokens-and-features", "over-tokens"):
         assert losses[leaking][0] < 0.9 * entropy < 1.05 * entropy < losses[leaking][1]
@@ -445,6 +456,7 @@ def test_samples_are_looked_up_and_judged(getkey):
     assert "--norm all" in report.legend([other]) and "--norm all" not in report.legend([one])
 
 
+@pytest.mark.slow
 def test_resume_of_what_is_finished_prints_the_same(quick_run):
     command, printed = quick_run
     again = printed_by([*command, "--resume"])
@@ -466,6 +478,7 @@ def test_figure(quick_run):
         assert left.sum() > 500 and right.sum() > 500
 
 
+@pytest.mark.slow
 def test_one_leaking_norm_alone(tmp_path):
     """Is trained in spite of the verdict, and says how to judge what it writes."""
     command = ["--data", str(names_file(tmp_path)), "--quick", "--steps", "2", "--out"]

@@ -132,6 +132,7 @@ def test_split_batch_needs_nothing_in_the_forward():
     assert not collectives(compiled_step(None)[1].compiled)
 
 
+@pytest.mark.slow
 def test_split_features_need_three_sums_a_norm():
     """Mean, mean of what is left, variance: an all-reduce each, of one number a token."""
     mesh = meshes.make_mesh("4x2")
@@ -173,6 +174,7 @@ def history(folder):
         return np.array(json.loads(file.readline())["history"])
 
 
+@pytest.mark.slow
 def test_checkpoints_are_for_any_mesh(tmp_path):
     """Half on 4 x 2 devices, the rest on one, as all on one: but for the rounding of sums."""
     path = tmp_path / "a.eqx"

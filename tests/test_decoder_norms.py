@@ -106,8 +106,8 @@ def test_placements_by_hand(placement, norm):
 
     letters = jnp.arange(8) % SYMBOLS
     found, expected = eqx.filter_jit(decoder)(letters), jax.jit(by_hand)(letters)
-    # float32, on scores of some tens.
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    # Norms of four entries magnify rounding; a norm that stands elsewhere changes everything.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * np.ptp(expected))
     assert np.ptp(expected) > 1
 
 

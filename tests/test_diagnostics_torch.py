@@ -150,7 +150,7 @@ def run_transformer_in_torch(model, hooks, embedding, tokens):
 @pytest.mark.parametrize(
     ("make", "run_in_torch", "length", "target_shape"),
     [
-        (MLP, run_mlp_in_torch, CONTEXT, (BATCH,)),
+        pytest.param(MLP, run_mlp_in_torch, CONTEXT, (BATCH,), marks=pytest.mark.slow),
         (Transformer, run_transformer_in_torch, 9, (BATCH, 9)),
     ],
     ids=["mlp", "transformer"],

@@ -85,20 +85,12 @@ OTHER_CASES = {
 
 NAMES = [*TRANSFORMATIONS, *MODULE_TRANSFORMATIONS]
 
-# One of each kind, for what `test_float32` has seen in all of them; the first five stand for most.
+# For what `test_float32` has seen in all of them.
 SHORT = [
     "value_and_grad_of_batch",
-    "hessian",
     "transpose_of_linearize",
     "checkpoint_hvp",
     "scan_grad",
-    "nested_vmap",
-    "while_loop_jvp",
-    "cond_grad",
-    "grad_of_shard_map_check_vma_True",
-    "shard_map_of_grad_check_vma_False",
-    "explicit_sharding_over_features",
-    "export_with_symbolic_batch",
     "filter_vjp",
 ]
 
@@ -173,7 +165,7 @@ def test_float64(name):
         check(name, CASE, jnp.float64)
 
 
-@slow_unless_in(SHORT[:5])
+@slow_unless_in(SHORT)
 @pytest.mark.parametrize("case", OTHER_CASES.values(), ids=OTHER_CASES)
 def test_float64_of_the_family(name, case):
     """RMSNorm and GroupNorm go through the same rule; so a short list by default."""
@@ -181,7 +173,7 @@ def test_float64_of_the_family(name, case):
         check(name, case, jnp.float64)
 
 
-@slow_unless_in(SHORT[:5])
+@slow_unless_in(SHORT)
 def test_float32_in_64_bit_mode(name):
     """No constant, count or mean turns an array into float64."""
     with jax.enable_x64(True):

@@ -29,7 +29,7 @@ class ActivationStats(NamedTuple):
 
 
 def activation_stats(
-    x: Float[ArrayLike, "*shape"], percentiles: tuple[float, ...] = ()
+    x: Float[ArrayLike, "*shape"], percentiles: tuple[Real, ...] = ()
 ) -> ActivationStats:
     r"""Mean, spread and size of all entries of an array.
 
