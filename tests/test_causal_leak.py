@@ -40,9 +40,9 @@ def test_every_verdict_is_as_expected(quick_run):
     assert status == 0
     # 4 lines of 16 letters: 16 * 15 / 2 pairs look ahead, 4 * 3 pairs of lines.
     for row in (
-        r"per token +no +no",
-        r"over \(tokens, features\) +YES, 120 of 120 pairs +no",
-        r"over the batch +no +YES, 12 of 12 pairs",
+        r"per token +no, proved +no, proved",
+        r"over \(tokens, features\) +YES, 120 of 120 pairs +no, proved",
+        r"over the batch +no, proved +YES, 12 of 12 pairs",
     ):
         assert re.search(rf"^  {row}$", printed, re.MULTILINE), row
     assert "verdicts all as expected" in printed
@@ -73,7 +73,7 @@ def test_table_of_the_thread_digit_for_digit(quick_run):
     assert [line for line in lines if re.fullmatch(r"(-?\d\.\d\d ?){7}", line)] == digits + blind
     assert "Digit for digit" in printed
     assert re.search(r"over both axes +YES, 21 of 21 pairs +YES, 6 of 6 pairs", printed)
-    assert re.search(r"over axis 0 +no +YES, 6 of 6 pairs", printed)
+    assert re.search(r"over axis 0 +no, proved +YES, 6 of 6 pairs", printed)
 
 
 def test_random_bits_of_the_thread_are_switched_back():

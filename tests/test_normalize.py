@@ -161,8 +161,11 @@ def test_every_layout_is_as_exact():
     x, weight, bias, g = draw(4096)
     x = (x + 1e6).astype(np.float32)
     want, size = (f(x, weight, bias, g).y for f in (exact_norm, terms))
+    x, weight, bias = map(jnp.asarray, (x, weight, bias))
     norm = lambda x: layer_norm(x, weight, bias)
-    columns = jax.jit(jax.vmap(norm, in_axes=1, out_axes=1))(np.ascontiguousarray(x.T)).T
+    columns = jax.jit(jax.vmap(norm, in_axes=1, out_axes=1))(
+        jnp.asarray(np.ascontiguousarray(x.T))
+    ).T
     for y in (columns, jax.vmap(norm)(x), jnp.stack([norm(row) for row in x[:4]])):
         assert (np.abs(y - want[: len(y)]) <= ulps(4096) * EPS * size[: len(y)]).all()
 
