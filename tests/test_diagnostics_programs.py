@@ -186,6 +186,7 @@ class Scalar(eqx.Module):
         return jnp.sum(x)
 
 
+@pytest.mark.slow
 def test_outside_jit_no_intermediate_outlives_its_last_use():
     shape, most = (7, 331), []
 
