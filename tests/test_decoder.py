@@ -321,7 +321,12 @@ def test_check_costs_less_than_2_percent_of_the_default_training():
     symbols = 27  # of the census surnames
     decoder, opt_state = train.start(chosen, symbols)
     counting = Counting(decoder, [])
-    train.check(chosen, counting, names)
+    train.check(chosen, counting, names)  # proved, without a run
+    jax.effects_barrier()
+    assert not counting.count
+    leaking = dataclasses.replace(chosen, norm="over-tokens")
+    counting = Counting(train.start(leaking, symbols)[0], [])
+    train.check(leaking, counting, names)
     jax.effects_barrier()
     assert len(counting.count) > chosen.context
 

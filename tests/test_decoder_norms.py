@@ -206,11 +206,11 @@ def test_compare_trains_every_seed_as_if_alone():
     chosen = dataclasses.replace(SMALL, layers=1, rate=0.02, steps=compare.AT_ONCE + 3)
     side_by_side = compare.trained(chosen, DATA, 2, bar)
     step = train.make_step(chosen)
-    for number, loss in enumerate(side_by_side):
-        alone = dataclasses.replace(chosen, seed=number)
+    for run, loss in enumerate(side_by_side):
+        alone = dataclasses.replace(chosen, seed=run)
         decoder, opt_state = train.start(alone, SYMBOLS)
         for number in range(chosen.steps):
-            names = data.batch_at(DATA, number, size=8, seed=seed)
+            names = data.batch_at(DATA, number, size=8, seed=run)
             decoder, opt_state, _ = step(decoder, opt_state, names)
         np.testing.assert_allclose(loss, train.evaluate(decoder, DATA.held_out), rtol=1e-4)
     assert abs(side_by_side[0] / side_by_side[1] - 1) > 1e-3

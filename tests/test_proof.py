@@ -142,13 +142,7 @@ def test_some_random_programs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STEPS)
-def test_no_step_moves_what_is_unconnected(name):
-    check((name,), seed(len(name)))
-
-
-@pytest.mark.slow
-def test_every_rule_is_drawn():
+def test_every_step_and_every_rule():
     """But for those that only one of the supported versions has, or that no public call makes."""
     drawn = set()
     for name in STEPS:
