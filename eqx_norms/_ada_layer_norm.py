@@ -17,7 +17,7 @@ from ._checks import (
     check_size,
 )
 from ._normalize import normalize
-from ._real import Real
+from ._real import Integer, Real
 
 
 class AdaLayerNorm(eqx.Module):
@@ -63,7 +63,7 @@ class AdaLayerNorm(eqx.Module):
 
     def __init__(
         self,
-        shape: int | Sequence[int],
+        shape: Integer | Sequence[Integer],
         cond_size: int,
         eps: Real = 1e-5,
         dtype=None,

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._real import Real
+from ._real import Integer, Real
 
 # The default of the layers' `state`: None would be a state like any other.
 no_state = object()
 
 
-def check_shape(name: str, shape: int | Sequence[int]) -> tuple[int, ...]:
+def check_shape(name: str, shape: Integer | Sequence[Integer]) -> tuple[int, ...]:
     try:
         sizes = tuple(map(operator.index, shape if isinstance(shape, Iterable) else [shape]))
     except TypeError:
@@ -27,14 +27,14 @@ def check_shape(name: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-def check_size(call: str, size: int) -> int:
+def check_size(call: str, size: Integer) -> int:
     try:
-        size = operator.index(size)
+        number = operator.index(size)
     except TypeError:
         raise TypeError(f"`{call}` must be an int; got {size!r}.") from None
-    if size < 1:
-        raise ValueError(f"`{call}` must be 1 or more; got {size}.")
-    return size
+    if number < 1:
+        raise ValueError(f"`{call}` must be 1 or more; got {number}.")
+    return number
 
 
 def check_eps(name: str, eps: Real) -> float:

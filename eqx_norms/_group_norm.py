@@ -10,12 +10,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._checks import check_eps, check_floating, check_param_dtype, check_size, no_state
 from ._normalize import normalize, together
-from ._real import Real
+from ._real import Integer, Real
 
 
 def group_norm(
     x: Float[Array, "channels *spatial"],
-    groups: int,
+    groups: Integer,
     weight: Float[Array, "channels"] | None = None,
     bias: Float[Array, "channels"] | None = None,
     *,
@@ -108,8 +108,8 @@ class GroupNorm(eqx.Module):
 
     def __init__(
         self,
-        groups: int,
-        channels: int | None = None,
+        groups: Integer,
+        channels: Integer | None = None,
         eps: Real = 1e-5,
         channelwise_affine: bool = True,
         dtype=None,
@@ -179,7 +179,7 @@ class GroupNorm(eqx.Module):
         return y if state is no_state else (y, state)
 
 
-def _check_groups(name: str, groups: int, channels: int | None) -> int:
+def _check_groups(name: str, groups: Integer, channels: Integer | None) -> int:
     groups = check_size(f"{name}(groups=...)", groups)
     if channels is not None and channels % groups:
         raise ValueError(

@@ -19,7 +19,7 @@ from ._checks import (
     no_state,
 )
 from ._normalize import normalize
-from ._real import Real
+from ._real import Integer, Real
 
 
 def layer_norm(
@@ -108,7 +108,7 @@ class LayerNorm(eqx.Module):
 
     def __init__(
         self,
-        shape: int | Sequence[int],
+        shape: Integer | Sequence[Integer],
         eps: Real = 1e-5,
         use_weight: bool = True,
         use_bias: bool = True,

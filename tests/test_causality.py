@@ -32,7 +32,7 @@ from eqx_norms.causality import (
 from eqx_norms.causality._edits import Edit, make_editor
 from eqx_norms.causality._inputs import Problem
 from eqx_norms.causality._judge import Judge
-from eqx_norms.causality._probe import Changes
+from eqx_norms.causality._probe import Changes, Probe
 from eqx_norms.causality._widen import trace
 
 T, D = 8, 4
@@ -275,8 +275,9 @@ def test_float64_has_rounding_of_its_own():
         def measure(self, edits, label):
             return measured(self.ulps)
 
-    class Narrow:
-        eps = 2.0**-23
+    class Narrow(Probe):
+        def __init__(self):
+            object.__setattr__(self, "eps", 2.0**-23)
 
     closed = trace(lambda x: [x], [jnp.ones(2)])
     problem = Problem(zoo.rnn_scan, (), (0,), (0,), closed, ())

@@ -349,7 +349,7 @@ def test_watched_and_covered_by_their_definitions(kind):
     read = np.stack([edit.where for edit in edits]).astype(int) @ rule.allowed.T.astype(int)
     assert np.array_equal(rule.watch(edits), read == 0)
 
-    splits = rule.choose(rng.choice([*rule.possible], 4, replace=False), rng)
+    splits = rule.choose(rng.choice([*rule.possible], 4, replace=False).tolist(), rng)
     expected = np.full((13, 13), np.nan)
     for split in splits:
         where = rule.where(split)

@@ -574,11 +574,16 @@ def _scatter(context, eqn, x, indices, updates):
 )
 def _reduce(context, eqn, x):
     """Every entry that is reduced; of a maximum, those that may be the largest."""
-    aval, axes, name = eqn.outvars[0].aval, tuple(eqn.params["axes"]), eqn.primitive.name
+    aval, axes, name = eqn.outvars[0].aval, _axes(eqn), eqn.primitive.name
     x = _contenders(x, axes, name)
     reads = None if x.reads is None else np.bitwise_or.reduce(x.reads, axes)
     low, high = _reduced_bounds(x, axes, name)
     return [known(aval, reads, low, high)]
+
+
+def _axes(eqn) -> tuple[int, ...]:
+    """NumPy's integers, as `vmap` leaves them, included."""
+    return tuple(map(int, eqn.params["axes"]))
 
 
 def _contenders(x: Known, axes: tuple[int, ...], name: str) -> Known:
@@ -617,7 +622,7 @@ def _reduced_bounds(x: Known, axes: tuple[int, ...], name: str):
 
 @rule("argmax", "argmin")
 def _argmax(context, eqn, x):
-    axes = tuple(eqn.params["axes"])
+    axes = _axes(eqn)
     x = _contenders(x, axes, eqn.primitive.name)
     reads = None if x.reads is None else np.bitwise_or.reduce(x.reads, axes)
     return [known(eqn.outvars[0].aval, reads, 0, x.shape[axes[0]] - 1)]

@@ -61,7 +61,7 @@ def float_dtypes(closed: jex.ClosedJaxpr) -> set[np.dtype]:
     return found
 
 
-def is_quantised(dtype: np.dtype) -> bool:
+def is_quantised(dtype: Any) -> bool:
     """Whether `dtype` is a float so coarse that a cast to it is no mere rounding."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
 
@@ -208,7 +208,7 @@ def _wide_jaxpr(closed: Any, to: np.dtype) -> Any:
     return wide if isinstance(closed, jex.ClosedJaxpr) else _open(wide)
 
 
-def _wide_dtype(dtype: np.dtype, to: np.dtype) -> np.dtype:
+def _wide_dtype(dtype: Any, to: np.dtype) -> Any:
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return np.result_type(to, np.complex64)
     return to if jnp.issubdtype(dtype, jnp.floating) else dtype
@@ -224,7 +224,7 @@ def _on_grid(value: Array, aval: Any) -> Array:
     return _narrow(value, aval.dtype) if is_quantised(aval.dtype) else value
 
 
-def _narrow(value: Array, dtype: np.dtype) -> Array:
+def _narrow(value: Array, dtype: Any) -> Array:
     return value if value.dtype == dtype else jax.lax.convert_element_type(value, dtype)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jax.extend.core import DebugInfo, Jaxpr, Literal, primitives
 
+from .._real import Real
 from ._plan import Plan, Step, scan_counts
 from ._tag import tag_p
 
@@ -166,7 +167,7 @@ class ArrayType(NamedTuple):
     sharding: Any
     varying: frozenset[str]
 
-    def full(self, value: float) -> jax.Array:
+    def full(self, value: Real) -> jax.Array:
         """An array of this type."""
         explicit = jax.sharding.AxisType.Explicit in self.sharding.mesh.axis_types
         sharding = self.sharding if explicit else None
