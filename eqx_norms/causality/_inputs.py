@@ -109,8 +109,8 @@ def perturbed(
     if not jax.tree.leaves(params):
         selected = "" if trainable is None else " that trainable= selects"
         raise TypeError(
-            f"perturb_params needs a fn that is a pytree with float arrays{selected}, as an Equinox "
-            f"module is, got {type(fn).__name__}; wrap parameters with "
+            f"perturb_params needs a fn that is a pytree with float arrays{selected}, as an "
+            f"Equinox module is, got {type(fn).__name__}; wrap parameters with "
             "jax.tree_util.Partial(apply, params)"
         )
 
