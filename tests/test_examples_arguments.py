@@ -51,9 +51,9 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "out, message",
     [
-        ("fig", r"a figure ends in \.eps, .*; got 'fig'"),
-        ("fig.xyz", r"a figure ends in \.eps, .*; got 'fig\.xyz'"),
-        ("fig.pgf", r"a figure ends in \.eps, .*; got 'fig\.pgf'"),
+        ("fig", r"a figure ends in \.\w+, .*; got 'fig'"),
+        ("fig.xyz", r"a figure ends in \.\w+, .*; got 'fig\.xyz'"),
+        ("fig.pgf", r"a figure ends in \.\w+, .*; got 'fig\.pgf'"),
         (".", r"a figure ends in .*; got '\.'"),
         ("folder.png", "a figure is a file, and 'folder.png' is a directory"),
         ("file.txt/fig.png", r"file\.txt is a file, not a directory"),
