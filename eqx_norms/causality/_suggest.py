@@ -85,11 +85,12 @@ def _segments(report, leaking) -> list[str]:
     across = group[:, None] != group
     if not (leaking & across).any() or (leaking & ~across).any():
         return []
-    outputs, inputs = np.nonzero(leaking.any(1))[0], np.nonzero(leaking.any(0))[0]
-    padding = "" if np.intersect1d(outputs, inputs).size else ", or padding"
+    # With two segments, or padding in front, the array does not tell which of them it is.
+    outputs, inputs = np.flatnonzero(leaking.any(1)), np.flatnonzero(leaking.any(0))
+    padding = "" if np.intersect1d(outputs, inputs).size else " or padding"
     return [
-        f"Every leak crosses from one segment to another: look for a mask that ignores the segment "
-        f"ids{padding}, and for positions that are reset where it is the mask that should be."
+        "Every leak crosses from one segment to another: look for a mask that ignores the segment "
+        f"ids{padding}. Positions that are reset hide nothing."
     ]
 
 
