@@ -334,6 +334,19 @@ def test_a_convolutional_net(getkey):
     assert not proof(lambda x: centred(x.T).T, floats(), CAUSAL).holds
 
 
+def test_what_a_kernel_masks_is_not_read():
+    """A convolution of three taps on either side is causal where its later ones are zero."""
+    kernel = floats("float32", 4, 4, 5)
+    layout = ("NCH", "OIH", "NCH")
+
+    def run(x, mask):
+        masked = jnp.where(mask, kernel, 0)
+        return jax.lax.conv_general_dilated(x.T[None], masked, (1,), "SAME", (1,), (1,), layout)[0].T
+
+    assert proof(functools.partial(run, mask=np.arange(5) < 3), floats(), CAUSAL).holds
+    assert not proof(functools.partial(run, mask=np.arange(5) < 4), floats(), CAUSAL).holds
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("masked", (True, False))
 def test_a_flax_transformer(masked):
