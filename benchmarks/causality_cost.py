@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from eqx_norms.causality import assert_causal
+from eqx_norms.causality import assert_causal, rules
 from eqx_norms.causality._edits import make_editor, mixing_edits, nothing
 from eqx_norms.causality._probe import make_probe
-from eqx_norms.causality._rules import Rule
+from eqx_norms.causality._trials import Rule
 
 WIDTH, BATCH_SIZE = 128, 8
 
@@ -72,7 +72,7 @@ def row(length, repeats):
 
     # The same edits through one probe that is already compiled.
     editor = make_editor((np.asarray(x),), (0,), (1.0, 10.0, 100.0), None, None)
-    rule = Rule("causal", length)
+    rule = Rule("causal", rules.causal(length))
     trials = [*rule.edits(report.splits, editor.kinds), *mixing_edits(length)]
     edits = [nothing(editor), *trials, nothing(editor)]
     probe = make_probe(lambda x: (layers(x),), editor, (0,), 2.0**-23, BATCH_SIZE)

@@ -124,7 +124,7 @@ class Judge:
         broke, notes = _breakage(edits, changes, watch, blind_ok)
         changes = _as_infinite(changes, broke)
         loud = watch & (changes.ulps > self.noise_ulps)
-        large = watch & (changes.ulps > self.noise_ulps * changes.hidden)
+        large = watch & (self.beyond_rounding(changes) > 0)
         doubtful = loud if self._is_exact else watch & (changes.ulps > 0)
         none = np.zeros_like(watch)
         if not doubtful.any() or not float_dtypes(self.problem.closed):
@@ -138,14 +138,36 @@ class Judge:
         try:
             exact, leaks = self._confirm(edits, watch, doubtful, changes)
         except Exception as error:  # what has no float64 form may raise what it likes
-            reason = str(error).split("\n")[0]
-            notes += [f"The {self._other} re-run failed ({type(error).__name__}: {reason})."]
+            notes += [self._failed(error)]
             return by_size
         names = ", ".join(sorted(opaque_parts(self.problem.closed))) if leaks.any() else ""
         if names:
             notes += [f"The {self._other} re-run is not conclusive: {names} has no such form."]
             return by_size._replace(leaks=leaks & large, undecided=leaks & ~large)
         return Findings(changes, exact, leaks, none, notes)
+
+    def beyond_rounding(self, changes: Changes) -> Float[np.ndarray, "E T"]:
+        """The size of a change; 0 if it may be the rounding of numbers that an edit made large."""
+        return np.where(changes.ulps > self.noise_ulps * changes.hidden, changes.size, 0)
+
+    def second_look(
+        self, edits: Sequence[Edit]
+    ) -> tuple[Float[np.ndarray, "E T"] | None, list[str]]:
+        """The same in float64, for edits whose changes may be hidden by rounding, and remarks.
+
+        None if there is nothing more precise.
+        """
+        if self._is_exact or not self.confirm_x64:
+            return None, []
+        try:
+            with np.errstate(over="ignore"):  # a constant too large for float32
+                return self.beyond_rounding(self._second.measure(edits, "second precision")), []
+        except Exception as error:  # what has no float64 form may raise what it likes
+            return None, [self._failed(error)]
+
+    def _failed(self, error: Exception) -> str:
+        reason = str(error).split("\n")[0]
+        return f"The {self._other} re-run failed ({type(error).__name__}: {reason})."
 
     def _confirm(self, edits, watch, doubtful, changes: Changes):
         """The changes in float64, and which of the doubtful ones are leaks.
