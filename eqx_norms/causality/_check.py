@@ -368,18 +368,16 @@ def _check(
     )
     _require_same_trace(problem)
     proof = _proof(problem, rule, how) if how.prove else None
-    proved = proof is not None and proof.holds
-    if proved and rule.required is None:
-        return _proved(rule, proof, common)
+    report = _proved(rule, proof, common) if proof is not None and proof.holds else None
+    if report is not None and rule.required is None:
+        return report
     editor = make_editor(
         problem.leaves, problem.in_axes, how.scales, how.token_values, how.key, problem.names
     )
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), how.batch_size)
     judge = Judge(problem, probe, how.noise_ulps, how.confirm_x64)
     try:
-        if proved:
-            report = _proved(rule, proof, common)
-        else:
+        if report is None:
             common["obstacles"] = proof.obstacles if proof is not None else ()
             report = _edited(judge, rule, rule.choose(splits, rng), common)
         if rule.required is not None:

@@ -138,9 +138,11 @@ def nothing(editor: Editor) -> Edit:
     return Edit(np.zeros(editor.length, bool), 0, 0)
 
 
-def single_edits(editor: Editor, positions: Sequence[int]) -> Iterator[Edit]:
+def single_edits(
+    editor: Editor, positions: Sequence[int], every_kind: bool = False
+) -> Iterator[Edit]:
     """Each position alone: in every kind if they are few, else mixed and in turn the others."""
-    each = max(2, min(editor.kinds, 512 // len(positions)))
+    each = editor.kinds if every_kind else max(2, min(editor.kinds, 512 // len(positions)))
     for number, position in enumerate(positions):
         where = np.arange(editor.length) == position
         for turn in range(each):

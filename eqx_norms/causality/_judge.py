@@ -160,10 +160,17 @@ class Judge:
         if self._is_exact or not self.confirm_x64:
             return None, []
         try:
-            with np.errstate(over="ignore"):  # a constant too large for float32
-                return self.beyond_rounding(self._second.measure(edits, "second precision")), []
+            return self.beyond_rounding(self._measure_again(edits)), []
         except Exception as error:  # what has no float64 form may raise what it likes
             return None, [self._failed(error)]
+
+    def _measure_again(self, edits: Sequence[Edit]) -> Changes:
+        """In the second precision."""
+        with np.errstate(over="ignore"):  # a constant too large for float32
+            found = self._second.measure(edits, "second precision")
+        if found.broken[0].any():
+            raise FloatingPointError("the output for the unedited x is not finite there")
+        return found
 
     def _failed(self, error: Exception) -> str:
         reason = str(error).split("\n")[0]
@@ -178,10 +185,7 @@ class Judge:
         """
         chosen = np.flatnonzero(doubtful.any(1))
         rows = [edits[0], *(edits[row] for row in chosen)]
-        with np.errstate(over="ignore"):  # a constant too large for float32
-            found = self._second.measure(rows, "second precision")
-        if found.broken[0].any():
-            raise FloatingPointError("the output for the unedited x is not finite there")
+        found = self._measure_again(rows)
         second = Changes(*(_scatter(values[1:], chosen, len(edits)) for values in found))
         second = _as_infinite(second, _breakage(edits, second, watch, blind_ok=True)[0])
         exact, coarse = (changes, second) if self._is_exact else (second, changes)

@@ -181,8 +181,8 @@ def measure_required(
     """How far each output moves as each input is edited alone, and remarks.
 
     0 where the edits of an input do not move an output by more than rounding, neither in the
-    function's own precision nor, for pairs that are `required`, in float64. An output that every
-    edit of an input made NaN or infinite has moved.
+    function's own precision nor, for pairs that are `required`, in float64 and by edits of every
+    kind. An output that every edit of an input made NaN or infinite has moved.
     """
     editor = judge.probe.editor
     columns = np.flatnonzero(required.any(0))
@@ -196,12 +196,12 @@ def measure_required(
     ]
     matrix = _by_input(judge.beyond_rounding(changes), edits, editor.length)
     matrix[_by_input(~changes.broken, edits, editor.length) == 0] = np.inf
-    unmoved = required & (matrix == 0)
-    if unmoved.any():
-        again = [edits[0], *(edit for edit in edits if unmoved[:, edit.where].any())]
+    doubtful = np.flatnonzero((required & (matrix == 0)).any(0)).tolist()
+    if doubtful:
+        again = [nothing(editor), *single_edits(editor, doubtful, every_kind=True)]
         sizes, more = judge.second_look(again)
-        if sizes is None:  # then whatever changed at all counts
-            again, sizes = edits, changes.size
+        if sizes is None:  # then whatever changes at all counts
+            sizes = judge.probe.measure(again, "required pairs").size
         matrix = np.fmax(matrix, _by_input(sizes, again, editor.length))
         notes += more
     return matrix, notes

@@ -1,8 +1,9 @@
 """What positions are called: numbers, tuples of numbers along several axes, and labels."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,8 @@ from ._inputs import Problem
 Labels = Iterable[Any] | None
 
 
-class Positions(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Positions:
     """How many positions there are along each axis, and what else to call them, in C order."""
 
     lengths: tuple[int, ...]

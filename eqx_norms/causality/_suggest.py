@@ -82,14 +82,14 @@ def _segments(report, leaking) -> list[str]:
     group = _groups(report.allowed)
     if group is None:
         return []
-    across = group[:, None] != group
-    if not (leaking & across).any() or (leaking & ~across).any():
+    if leaking.sum() < 3 or (leaking & (group[:, None] == group)).any():
         return []
-    outputs, inputs = np.nonzero(leaking.any(1))[0], np.nonzero(leaking.any(0))[0]
-    padding = "" if np.intersect1d(outputs, inputs).size else ", or padding"
+    # With two segments, or padding in front, the array does not tell which of them it is.
+    outputs, inputs = np.flatnonzero(leaking.any(1)), np.flatnonzero(leaking.any(0))
+    padding = "" if np.intersect1d(outputs, inputs).size else " or padding"
     return [
-        f"Every leak crosses from one segment to another: look for a mask that ignores the segment "
-        f"ids{padding}, and for positions that are reset where it is the mask that should be."
+        "Every leak crosses from one segment to another: look for a mask that ignores the segment "
+        f"ids{padding}. Positions that are reset hide nothing."
     ]
 
 
@@ -113,12 +113,13 @@ def _groups(allowed: Bool[np.ndarray, "T_out T_in"]) -> Int[np.ndarray, " T"] | 
 
 def _padding(report, leaking) -> list[str]:
     """Leaks from a few inputs that no output which counts may read."""
-    inputs = leaking.any(0)
-    outputs = leaking.any(1)
-    others = ~inputs if len(outputs) == len(inputs) else outputs
-    if inputs.mean() >= 0.5 or report.allowed[others][:, inputs].any():
+    outputs, inputs = leaking.any(1), leaking.any(0)
+    square = len(outputs) == len(inputs)
+    others = ~inputs if square else outputs
+    possible = (_measured(report) & inputs).sum()
+    if leaking.sum() <= max(2, possible / 2) or inputs.mean() >= 0.5:
         return []
-    if len(outputs) == len(inputs) and (outputs & inputs).any():
+    if report.allowed[others][:, inputs].any() or (square and (outputs & inputs).any()):
         return []
     return [
         f"Every leak comes from {_named(report.inputs, inputs)}, which no other output may read: "
@@ -127,11 +128,18 @@ def _padding(report, leaking) -> list[str]:
 
 
 def _window(report, leaking) -> list[str]:
-    return _edge(leaking, _beyond(report.allowed)[0], "before the first", "window")
+    allowed = report.allowed
+    first = np.where(allowed.any(1), allowed.argmax(1), 0)
+    before = first[:, None] - np.arange(allowed.shape[1])
+    return _edge(leaking, before, "before the first", "window")
 
 
 def _mask(report, leaking) -> list[str]:
-    return _edge(leaking, _beyond(report.allowed)[1], "after the last", "mask")
+    allowed = report.allowed
+    end = allowed.shape[1] - 1
+    last = np.where(allowed.any(1), end - allowed[:, ::-1].argmax(1), end)
+    after = np.arange(allowed.shape[1]) - last[:, None]
+    return _edge(leaking, after, "after the last", "mask")
 
 
 def _edge(leaking, beyond, end: str, what: str) -> list[str]:
@@ -147,14 +155,6 @@ def _edge(leaking, beyond, end: str, what: str) -> list[str]:
     return [
         f"Every leak is of {which} just {end} that the output may read: look for a {what} {how}."
     ]
-
-
-def _beyond(allowed: Bool[np.ndarray, "T_out T_in"]):
-    """How far an input lies before the first one that an output may read, and after the last."""
-    inputs = np.arange(allowed.shape[1])
-    first = np.where(allowed.any(1), allowed.argmax(1), 0)
-    last = np.where(allowed.any(1), len(inputs) - 1 - allowed[:, ::-1].argmax(1), len(inputs) - 1)
-    return first[:, None] - inputs, inputs - last[:, None]
 
 
 def _of_blindness(report) -> list[str]:

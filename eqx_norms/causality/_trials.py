@@ -98,7 +98,7 @@ class Rule:
         """The outputs that may read nothing of `where`."""
         row = np.packbits(where)
         hit = np.flatnonzero(row)
-        return ~(self._packed[:, hit] & row[hit]).any(1)
+        return ((self._packed[:, hit] & row[hit]) == 0).all(1)
 
 
 def alike(rows: np.ndarray) -> dict[bytes, list[int]]:
