@@ -1,6 +1,7 @@
 """Oracles: what a person packs by hand, the decoder itself, and each name read alone."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import re
@@ -23,10 +24,12 @@ SYMBOLS = ".abcdefghijklmnopqrstuvwxyz"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Exit status, what was printed, and the figure."""
+    """Exit status, what was printed, and the figure, of smaller decoders."""
     out = tmp_path_factory.mktemp("figures") / "new" / "packing.png"
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        status = packing.main(["--out", str(out)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "SETTINGS", dataclasses.replace(packing.SETTINGS, width=8, layers=1))
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            status = packing.main(["--out", str(out)])
     return status, printed.getvalue(), out
 
 
