@@ -127,9 +127,7 @@ def packed_with_positions_reset_and_the_mask_forgotten(x):
 
 @case(PACKED, OWN)
 def packed_with_the_second_mask_in_place_of_the_first(x):
-    mask = CAUSAL
-    mask = OWN
-    return attend(x, mask)
+    return attend(x, OWN)
 
 
 @case(PACKED, OWN | CAUSAL)
@@ -702,8 +700,8 @@ def reads_the_one_of_the_best_score(x):
 # Anybody's arrays
 
 PARENT = np.array([0, 0, 0, 1, 1, 2, 2, 3])  # the first is the root
-_step = np.eye(T, dtype=bool) | who(lambda t, j: PARENT[t] == j)
-ANCESTORS = through(_step, _step, _step)  # a rule of one's own
+PARENT_OR_OWN = np.eye(T, dtype=bool) | who(lambda t, j: PARENT[t] == j)
+ANCESTORS = through(PARENT_OR_OWN, PARENT_OR_OWN, PARENT_OR_OWN)  # a rule of one's own
 SIBLINGS = ANCESTORS | who(lambda t, j: (PARENT[t] == PARENT[j]) & (t > 0) & (j > 0))
 
 
