@@ -3,76 +3,61 @@
 None is needed, and nothing is timed: bytes, cycles and temporaries are read from what XLA makes of
 the model. The bounds are the targets of `python -m benchmarks.accelerators`, which has more rows.
 
-    pip install -e ".[accelerators]" && pytest -m accelerators
+    pip install -e ".[accelerators]" && pytest -n auto -m accelerators
 """
 
 import pytest
 
-from benchmarks._child import children
-from benchmarks._environment import cores
+from benchmarks._child import child
 from benchmarks.accelerators._cases import AXIS_NAME, MODEL_ROWS, Case, Split
 from benchmarks.accelerators._targets import outcomes
 
 pytestmark = pytest.mark.accelerators
 
-# Each with what it is there for.
-ROWS = (
-    ("h100", "LayerNorm", "float32", "tanh"),  # 1.20 with the barrier that bfloat16 has
-    ("h100", "LayerNorm", "bfloat16", "tanh"),  # 1.04 without it
-    ("h100", "RMSNorm", "float32", "tanh"),
-    ("h100", "RMSNorm", "bfloat16", "mlp"),
-    ("h100", "LayerNorm", "float32", "tanh scan"),
-    ("h100", "LayerNorm", "bfloat16", "tanh scan"),
-    ("v5e", "RMSNorm", "bfloat16", "tanh"),  # 1.62 with the barriers of a CPU
-    ("v5e", "LayerNorm", "float32", "tanh scan"),
-    ("v5e", "LayerNorm", "bfloat16", "tanh scan"),
-    ("v6e", "LayerNorm", "bfloat16", "tanh scan"),
-)
-
 
 @pytest.fixture(scope="module")
-def compiled():
-    """What each program costs: of the rows ours and theirs, and of split norms ours."""
-    cases = {
-        Case(platform, library, layer, dtype, work, MODEL_ROWS): "cost_of"
-        for platform, layer, dtype, work in ROWS
-        for library in ("ours", "eqx")
-    }
-    cases |= {Split(*how): "collectives_of" for how in SPLITS}
-    with children(cores()) as submit:
-        waiting = {
-            case: submit(f"accelerators._compile.{function}", case)
-            for case, function in cases.items()
-        }
-        return {case: done.result() for case, done in waiting.items()}
+def call():
+    """Calls a function of the benchmarks as they do, in a process of its own."""
+    with child() as call:
+        yield call
 
 
-@pytest.mark.parametrize("row", ROWS, ids=" ".join)
-def test_models_meet_their_targets(compiled, row):
-    platform, layer, dtype, work = row
+@pytest.mark.parametrize(
+    "platform, layer, dtype, work",
+    [
+        ("h100", "LayerNorm", "float32", "tanh"),  # 1.20 with the barrier that the next one has
+        ("h100", "LayerNorm", "bfloat16", "tanh"),  # 1.04 without it
+        ("h100", "RMSNorm", "float32", "tanh"),
+        ("h100", "RMSNorm", "bfloat16", "mlp"),
+        ("h100", "LayerNorm", "float32", "tanh scan"),
+        ("h100", "LayerNorm", "bfloat16", "tanh scan"),
+        ("v5e", "RMSNorm", "bfloat16", "tanh"),  # 1.62 with the barriers of a CPU
+        ("v5e", "LayerNorm", "float32", "tanh scan"),
+        ("v5e", "LayerNorm", "bfloat16", "tanh scan"),
+        ("v6e", "LayerNorm", "bfloat16", "tanh scan"),
+    ],
+)
+def test_models_meet_their_targets(call, platform, layer, dtype, work):
     models = [
-        compiled[Case(platform, library, layer, dtype, work, MODEL_ROWS)]
-        for library in ("ours", "eqx")
+        call("accelerators._compile.cost_of", Case(platform, lib, layer, dtype, work, MODEL_ROWS))
+        for lib in ("ours", "eqx")
     ]
     judged = outcomes({"layers": [], "models": models})
-    assert len(judged) == 1 + ("scan" in work)
+    assert len(judged) == 1 + ("scan" in work)  # its cost, and of a scan its temporaries
     for outcome in judged:
         assert outcome.verdict == "met", outcome
 
 
-SPLITS = [
-    (platform, library, split)
-    for platform in ("h100", "v5e")
-    for library, split in (("ours", "batch"), ("ours", "features"), (AXIS_NAME, "features"))
-]
-
-
-@pytest.mark.parametrize("how", SPLITS, ids=" ".join)
-def test_split_norms_exchange_sums_alone(compiled, how):
-    collectives = compiled[Split(*how)]["collectives"]
+@pytest.mark.parametrize("platform", ["h100", "v5e"])
+@pytest.mark.parametrize(
+    "library, split", [("ours", "batch"), ("ours", "features"), (AXIS_NAME, "features")]
+)
+def test_split_norms_exchange_sums_alone(call, platform, library, split):
+    case = Split(platform, library, split)
+    collectives = call("accelerators._compile.collectives_of", case)["collectives"]
     assert list(collectives) == ["all-reduce"]
     # In float32: of a split batch dweight and dbias, of split features a sum of each row for the
     # mean, in two parts, for the variance, for mean(gw) and for mean(gw * xc).
-    rows, n = 8192, 4096
+    rows, n = case.shape
     _, size = collectives["all-reduce"]
-    assert size == 4 * (2 * n if how[2] == "batch" else 5 * rows)
+    assert size == 4 * (2 * n if split == "batch" else 5 * rows)

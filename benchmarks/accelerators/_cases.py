@@ -56,6 +56,10 @@ class Split(NamedTuple):
     library: str
     split: str
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return shape_of(SPLIT_ROWS)
+
 
 def layer_cases(platforms, libraries, layers, dtypes, rows) -> list[Case]:
     return [

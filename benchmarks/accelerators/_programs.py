@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
-from .._cases import GROUPS, shape_of
+from .._cases import GROUPS
 from .._rivals import Norm, example_shape, make, norm_of
-from ._cases import AXIS_NAME, LAYER_WORKS, NO_NORM, SPLIT_OVER, SPLIT_ROWS, Case, Split, layers_of
+from ._cases import AXIS_NAME, LAYER_WORKS, NO_NORM, SPLIT_OVER, Case, Split, layers_of
 from ._devices import devices
 
 
@@ -96,7 +96,7 @@ def _scanned(block, params, x):
 
 def split_program(case: Split) -> tuple[Callable, tuple]:
     """Forward and backward of a LayerNorm in float32, every result split as what it belongs to."""
-    rows, n = shape_of(SPLIT_ROWS)
+    rows, n = case.shape
     mesh = jax.sharding.Mesh(np.array(devices(case.platform, SPLIT_OVER)), ("d",))
     spec, of_params = (P("d"), P()) if case.split == "batch" else (P(None, "d"), P("d"))
     if case.library == AXIS_NAME:
