@@ -3,9 +3,13 @@
 Oracles: sums by hand. Nothing here compiles for an accelerator; `test_accelerators.py` does.
 """
 
+import contextlib
+import json
+from concurrent.futures import Future
+
 import pytest
 
-from benchmarks.accelerators.__main__ import options, tasks
+from benchmarks.accelerators.__main__ import main, options, tasks
 from benchmarks.accelerators._cases import NO_NORM, Case
 from benchmarks.accelerators._hlo import Cost, Program, nbytes
 from benchmarks.accelerators._report import report
@@ -226,3 +230,39 @@ def test_what_is_asked_for():
     assert set(some) < set(everything) and set(tasks(options(["--quick"]))) < set(everything)
     with pytest.raises(SystemExit):
         options(["--platform", "a100"])
+
+
+def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    """Nothing is compiled: each program costs as much as its place, the fourth is Ctrl-C."""
+    asked = []
+
+    @contextlib.contextmanager
+    def children(count):
+        def submit(name, case):
+            asked.append(case)
+            future = Future()
+            if len(asked) == 4:
+                future.set_exception(KeyboardInterrupt())
+            else:
+                cost = {"kernels": 1, "cost": len(asked), "temporaries": 0}
+                future.set_result(case._asdict() | cost)
+            return future
+
+        yield submit
+
+    monkeypatch.setattr("benchmarks.accelerators.__main__.children", children)
+    command = "--only models --platform h100 --layer RMSNorm --dtype float32".split()
+    command += ["--out", str(tmp_path)]
+    read = lambda: json.loads((tmp_path / "results.json").read_text())
+    main(command)
+    first, all_of_them = read(), len(asked)
+    assert first["interrupted"] and len(first["models"]) < all_of_them
+
+    asked[:] = [None] * 4
+    main([*command, "--resume"])
+    second = read()
+    assert not second["interrupted"] and not second["failed"]
+    assert len(asked) - 4 == all_of_them - len(first["models"])
+    assert second["models"][: len(first["models"])] == first["models"]
+    assert len(by_case(second["models"])) == all_of_them
+    assert (tmp_path / "tables.md").read_text().endswith(report(second))

@@ -15,6 +15,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import as_completed
 from pathlib import Path
 
@@ -48,15 +49,7 @@ QUICK = {
     "rows": ["4096x768"],
     "library": ["ours", "eqx"],
 }
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "jax-cuda12-plugin",
-    "libtpu",
-    "nvidia-cuda-nvcc-cu12",
-    "equinox",
-    "flax",
-)
+PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "libtpu", "equinox", "flax")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,14 +62,17 @@ def main(argv: list[str] | None = None) -> None:
     results |= {section: [] for section in SECTIONS}
     if to.resume:
         results |= _left(to.out / "results.json", results["environment"]["versions"])
-    results |= {"interrupted": False, "failed": []}
+    results |= {"interrupted": True, "failed": []}  # until it has come to its end
     before = results["minutes"]
+    to.out.mkdir(parents=True, exist_ok=True)
     try:
-        measure(to, results)
+        for _ in measured(to, results):
+            results["minutes"] = round(before + (time.perf_counter() - started) / 60, 1)
+            (to.out / "results.json").write_text(dumps(results))
+        results["interrupted"] = False
     except KeyboardInterrupt:
-        results["interrupted"] = True
+        pass
     finally:
-        results["minutes"] = round(before + (time.perf_counter() - started) / 60, 1)
         write(results, to.out)
     print(f"\n{report(results)}")
     print(f"Wrote {', '.join(sorted(path.name for path in to.out.iterdir()))} to {to.out}")
@@ -133,8 +129,8 @@ def _left(path: Path, versions: dict) -> dict:
 # ---- Compiling.
 
 
-def measure(to, results: dict) -> None:
-    """Goes through all programs, as many at a time as there are cores."""
+def measured(to, results: dict) -> Iterator[Case | Split]:
+    """Goes through all programs, as many at a time as there are cores; each as it is done."""
     todo = [task for task in tasks(to) if not _is_there(results[task[0]], task[2])]
     with (
         children(cores()) as submit,
@@ -150,6 +146,7 @@ def measure(to, results: dict) -> None:
                 text = f"{type(error).__name__}: {str(error)[:300]}"
                 results["failed"].append({"what": " ".join(case), "error": text})
             bar.update()
+            yield case
 
 
 def tasks(to) -> list[tuple[str, str, Case | Split]]:
@@ -173,7 +170,6 @@ def _is_there(rows: list[dict], case: Case | Split) -> bool:
 def write(results: dict, out: Path) -> None:
     from ._plot import plot
 
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(dumps(results))
     (out / "tables.md").write_text("# Accelerators\n\n" + report(results))
     plot(results, out / "ratios.png")
