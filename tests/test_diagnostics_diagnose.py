@@ -9,6 +9,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
@@ -230,3 +232,21 @@ def test_bad_input(getkey):
         diagnose(lambda model, x: jax.vmap(model)(x), model, x)
     with refused(ValueError, "`where` must match at least one"):
         diagnose(loss_fn, model, x, where=eqx.nn.GRUCell)
+
+
+def test_plot(getkey):
+    matplotlib.use("Agg")
+    found = of(zoo.a_stop_gradient_too_many(getkey()))
+    figure = found.plot()
+    outputs, derivatives, _, parameters = figure.axes
+    names = [label.get_text() for label in outputs.get_yticklabels()]
+    assert names == [row.name or "the model" for row in found.calls]
+    red = [label.get_text() for label in parameters.get_yticklabels() if label.get_color() != "k"]
+    assert [name for name in red if name.startswith("first")] == ["first.weight", "first.bias"]
+    shown = derivatives.lines[0].get_xdata()
+    expected = [row.statistics.get("grad_rms", np.nan) or np.nan for row in found.calls]
+    np.testing.assert_array_equal(shown, expected)
+    zeros = derivatives.lines[1].get_ydata()
+    assert [names[i] for i in zeros] == ["first"]
+    assert figure.get_suptitle() == f"loss {found.loss:.4g}; 1 finding, in red"
+    plt.close(figure)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
+from ._diagnosis_plot import plot
 from ._diagnosis_text import as_text
 from ._findings import Finding, find
 from ._instrument import Where
@@ -39,6 +40,13 @@ class Diagnosis:
 
     def __str__(self) -> str:
         return as_text(self)
+
+    def plot(self):
+        """One figure, with a line for each row: outputs, derivatives there, shares, parameters.
+
+        It needs matplotlib, and returns the `matplotlib.figure.Figure`.
+        """
+        return plot(self)
 
     def scalars(self) -> dict[str, float]:
         """All statistics under flat names such as `"layers[0]/grad_rms"`, for any logger.
@@ -80,11 +88,11 @@ def diagnose(
     - `"non-finite"`: the first call, forward or else backward, of which what goes in is finite and
         what comes out is not; else a parameter, or `args`. Only where the loss or a gradient is
         not finite: infinities that mask are none.
-    - `"no gradient"`: parameters of which the whole gradient is 0, also where arrays that start as
-        zeros, as the factor of a branch does, are not.
     - `"dead"`: more than half of the units behind an activation function are 0 in 95% of 16
         examples or more. Or no example sends a gradient to so many units of a linear layer or
         convolution.
+    - `"no gradient"`: parameters of which the whole gradient is 0, also where arrays that start as
+        zeros, as the factor of a branch does, are not.
     - `"saturated"`: more than half of the inputs of a function that is flat at both ends, such as
         tanh, are where its slope is below a tenth of its largest.
     - `"exploding gradient"`, `"vanishing gradient"`: going back through 4 layers or more, its rms

@@ -1,5 +1,6 @@
 """A diagnosis for the terminal: findings, then a table of 100 columns."""
 
+import itertools
 import math
 import re
 import textwrap
@@ -43,12 +44,12 @@ def number(x: float | None) -> str:
         return ""
     if not math.isfinite(x) or x == 0:
         return f"{x:g}"
-    if 1e-3 <= abs(x) < 9.95e3:
-        digits = max(0, 1 - math.floor(math.log10(abs(x))))
-        text = f"{x:.{digits}f}"
-        return text.replace("0.", ".", 1) if abs(x) < 1 else text
     mantissa, exponent = f"{x:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    power = int(exponent)
+    if not -3 <= power < 4:
+        return f"{mantissa}e{power}"
+    text = f"{float(f'{x:.1e}'):.{max(0, 1 - power)}f}"
+    return text.replace("0.", ".", 1) if power < 0 else text
 
 
 def _findings(diagnosis: Any) -> str:
@@ -56,14 +57,17 @@ def _findings(diagnosis: Any) -> str:
     looked = (
         f"{_count(len(diagnosis.calls), 'call')}, {_count(len(diagnosis.parameters), 'parameter')}"
     )
+    loss = f"loss {diagnosis.loss:.4g}"
     if not found:
-        return f"loss {number(diagnosis.loss)}; nothing found in {looked}"
-    lines = [f"loss {number(diagnosis.loss)}; {_count(len(found), 'finding')} in {looked}"]
-    for finding in found:
-        head = f"{finding.kind}: {finding.where or 'the model'}"
-        limit = f"{number(finding.value)}, threshold {number(finding.threshold)}"
-        lines += ["", *textwrap.wrap(f"{head} ({limit})", WIDTH, subsequent_indent="  ")]
-        lines += textwrap.wrap(finding.advice, WIDTH, initial_indent="  ", subsequent_indent="  ")
+        return f"{loss}; nothing found in {looked}"
+    lines = [f"{loss}; {_count(len(found), 'finding')} in {looked}"]
+    # Advice that several have in common is given once.
+    for (kind, advice), group in itertools.groupby(found, lambda f: (f.kind, f.advice)):
+        places = [f"{f.where or 'the model'} ({number(f.value)})" for f in group]
+        limit = number(next(f.threshold for f in found if (f.kind, f.advice) == (kind, advice)))
+        head = f"{kind}, threshold {limit}: {', '.join(places)}"
+        lines += ["", *textwrap.wrap(head, WIDTH, subsequent_indent="  ")]
+        lines += textwrap.wrap(advice, WIDTH, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)
 
 

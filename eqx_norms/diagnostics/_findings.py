@@ -32,8 +32,8 @@ THRESHOLDS = {
 }
 KINDS = (
     "non-finite",
+    "dead",  # Ahead of what no gradient reaches because of it.
     "no gradient",
-    "dead",
     "saturated",
     "exploding gradient",
     "vanishing gradient",
@@ -138,13 +138,13 @@ def _birth_in_the_backward(measured: Measured) -> Finding:
             return Finding("non-finite", row.path, 1, 0, cause)
     bad = [p for p in measured.parameters if p.statistics["grad_non_finite"] > 0]
     for row in rows:
-        own = [p for p in bad if _is_in(p.path, row.path)]
+        own = [p for p in bad if is_in(p.path, row.path)]
         if own and not row.statistics["grad_non_finite"]:
             return Finding("non-finite", row.path, own[0].statistics["grad_non_finite"], 0, cause)
     return Finding("non-finite", "loss_fn", 1, 0, cause)
 
 
-def _is_in(parameter: str, module: str) -> bool:
+def is_in(parameter: str, module: str) -> bool:
     inside = parameter[len(module) :][:1] in (".", "[", "")
     return not module or (parameter.startswith(module) and inside)
 
@@ -165,9 +165,9 @@ def _no_gradient(parameters: Sequence[Parameter]) -> Iterator[Finding]:
         where = next(
             prefix
             for prefix in _prefixes(p.path)
-            if all(q.path in zero for q in parameters if _is_in(q.path, prefix))
+            if all(q.path in zero for q in parameters if is_in(q.path, prefix))
         )
-        done |= {q.path for q in parameters if _is_in(q.path, where)}
+        done |= {q.path for q in parameters if is_in(q.path, where)}
         yield Finding("no gradient", where, 0, 0, advice)
 
 
