@@ -161,15 +161,7 @@ def capture_grads(
         matched submodule is called: it is computed anew in there, out of reach of the added zero.
     """
     program = _Program(loss_fn, model, args, where, replace)
-    program.check_differentiable()
-
-    @eqx.filter_value_and_grad(has_aux=True)
-    def backward(model_and_shifts):
-        model, shifts = model_and_shifts
-        return program.run(model, args, shifts)
-
-    start = model, program.zero_shifts()
-    (loss, marked), (model_grads, grads) = backward(start)
+    loss, marked, grads, model_grads = program.backward(model, args)
     return loss, program.by_path(marked), program.by_path(grads), model_grads
 
 
@@ -211,6 +203,20 @@ class _Program:
         outs, marked = evaluate(self.plan, arrays, edits)
         out = jtu.tree_unflatten(jtu.tree_structure(self.out), outs)
         return eqx.combine(out, self.static_out), marked
+
+    def backward(
+        self, model: PyTree, args: tuple
+    ) -> tuple[Float[Array, ""], Marked, Marked, PyTree]:
+        """The loss, what is marked, and the derivatives there and of the model."""
+        self.check_differentiable()
+
+        @eqx.filter_value_and_grad(has_aux=True)
+        def loss(model_and_shifts):
+            model, shifts = model_and_shifts
+            return self.run(model, args, shifts)
+
+        (value, marked), (model_grads, grads) = loss((model, self.zero_shifts()))
+        return value, marked, grads, model_grads
 
     def by_path(self, marked: Marked) -> dict[str, PyTree]:
         triples = zip(self.keys, self.plan.outputs, marked, strict=True)

@@ -224,6 +224,16 @@ def marked_types(plan: Plan) -> list[list[ArrayType]]:
     return [types for eqn, step in pairs if step.outputs for types in _types_in(eqn, step)]
 
 
+def loops_around(plan: Plan) -> list[int]:
+    """How many axes in front of what each tag marks are of loops."""
+    counts = []
+    for eqn, step in zip(plan.jaxpr.eqns, plan.steps, strict=True):
+        inner = [count for plan in step.inner for count in loops_around(plan)]
+        one_more = eqn.primitive is primitives.scan_p
+        counts += [0] if eqn.primitive is tag_p and step.outputs else [n + one_more for n in inner]
+    return counts
+
+
 def _types_in(eqn: Any, step: Step) -> list[list[ArrayType]]:
     if eqn.primitive is tag_p:
         return [[type_of(atom.aval) for atom in eqn.outvars]]
