@@ -63,6 +63,8 @@ class Survey(_Program):
         plan = make_plan(jaxpr, model, args, watch)
         self.not_looked_at = dict.fromkeys(sorted(watch.unclear), _UNCLEAR)
         self.plan = _what_can_be_seen(plan, {id(o.call) for o in plan.recomputed}, self)
+        self.types = marked_types(self.plan)
+        self.replacements = [None] * len(self.types)
         self.check_differentiable()
         modules = {path(keys): module for keys, module in watch.modules.items()}
         self.calls, self.returns = _calls(self.plan, modules)
@@ -87,7 +89,7 @@ class Survey(_Program):
         return value, marked, grads, model_grads
 
     def zero_shifts(self) -> Marked:
-        pairs = zip(self.plan.outputs, marked_types(self.plan), strict=True)
+        pairs = zip(self.plan.outputs, self.types, strict=True)
         return [
             [None if isinstance(o.call, Applied) else _zero_shift(kind) for kind in kinds]
             for o, kinds in pairs
