@@ -567,6 +567,14 @@ def test_patterns_of_leaks_are_named(text):
     assert "look for" not in words(measured(one, allowed))  # a single pair tells nothing
 
 
+def test_a_leak_between_examples_is_named():
+    report = measured(np.tile(rules.causal(4), (3, 3)), rules.each(3, rules.causal(4)))
+    assert "from one segment to another" in words(report)
+    report = dataclasses.replace(report, inputs=Positions((3, 4)), outputs=Positions((3, 4)))
+    text = "Every leak crosses from one of the 3 examples to another: look for statistics over"
+    assert text in words(report)
+
+
 BLIND = {
     "Only the diagonal is read: look for a mask of the wrong shape": np.eye(T, dtype=bool),
     "No output reads its own input: look for a mask or a shift off by 1.": ~np.eye(T, dtype=bool),
