@@ -430,6 +430,8 @@ def test_labels_come_nested_or_in_c_order(labels):
     outputs, inputs = make_positions(problem, labels, None)
     assert inputs.labels == outputs.labels == (*"annbob",)
     assert inputs.name(4) == "(1, 1) 'o'"
+    outputs, _ = make_positions(problem, labels, "a\nb\t 1")
+    assert outputs.labels == (*"a·b· 1",)
 
 
 def test_plot_shows_blindness_in_yellow_and_labels_on_both_axes():
@@ -563,6 +565,14 @@ def test_patterns_of_leaks_are_named(text):
     one = allowed.copy()
     one[tuple(np.argwhere(read & ~allowed)[-1])] = True
     assert "look for" not in words(measured(one, allowed))  # a single pair tells nothing
+
+
+def test_a_leak_between_examples_is_named():
+    report = measured(np.tile(rules.causal(4), (3, 3)), rules.each(3, rules.causal(4)))
+    assert "from one segment to another" in words(report)
+    report = dataclasses.replace(report, inputs=Positions((3, 4)), outputs=Positions((3, 4)))
+    text = "Every leak crosses from one of the 3 examples to another: look for statistics over"
+    assert text in words(report)
 
 
 BLIND = {
