@@ -64,8 +64,8 @@ def pack(names: Sequence[str], rows: int, length: int) -> Packed:
 def scores(
     decoder: Decoder,
     letters: Int[Array, " tokens"],
-    place: Int[Array, " tokens"],
-    mask: Bool[Array, "tokens tokens"],
+    place: Int[Array | np.ndarray, " tokens"],
+    mask: Bool[Array | np.ndarray, "tokens tokens"],
 ) -> Float[Array, "tokens symbols"]:
     """What the decoder says of one row, with positions and a mask that are not its own."""
     x = jax.vmap(decoder.embedding)(letters) + decoder.position[place]
