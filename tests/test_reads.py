@@ -292,6 +292,14 @@ def test_128_of_many_inputs_are_edited_alone():
     assert np.isnan(report.matrix[199]).sum() == 72
 
 
+@pytest.mark.slow
+def test_what_only_some_kinds_of_edits_move_is_read():
+    """The largest so far of 128 positions is moved by large positive numbers alone."""
+    x = jr.normal(jr.key(seed(7)), (128, D))
+    report = assert_causal(lambda x: jax.lax.cummax(x, 0), x, complete=True)
+    assert report.status == "clear"
+
+
 def test_an_operation_without_a_float64_form_blinds_nobody(x):
     """What is below the last bit there cannot be seen; what changes at all counts as read."""
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -614,6 +622,18 @@ def test_bad_arguments_are_refused(text, x):
 def test_a_rule_that_is_turned_gets_a_remark(x):
     with refused(ValueError, r"got \(8, 3\); write allowed\.T if its rows are inputs"):
         check_reads(attend(rules.strided(T, 3)), x, rules.strided(T, 3).T)
+
+
+def test_messages_name_positions_of_several_axes(x):
+    everything = np.ones((32, 32), bool)
+    with refused(ValueError, re.escape("output (0, 0) must read input (0, 1), which it may not")):
+        check_reads(jnp.tanh, x, rules.causal(32), required=everything, axis=(0, 1))
+    with refused(ValueError, re.escape("but output (2, 1) holds NaN")):
+        check_causal(lambda x: x.at[2, 1].set(jnp.nan), x, axis=(0, 1))
+    report = check_causal(lambda x: x - x.mean(), x, axis=(0, 1), prove=True)
+    assert report.leak and report.obstacles[0].endswith(
+        "connects outputs (0, 0) to (7, 2) with what must not be read."
+    )
 
 
 def test_lengths_of_several_axes_that_differ_are_refused(x):

@@ -12,7 +12,15 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from .._real import Real
 from ._edits import MASK, Edit, Editor, TokenValues, called, make_editor, mixing_edits, nothing
-from ._inputs import Axes, Problem, make_problem, perturbed, require_same_length, traced
+from ._inputs import (
+    Axes,
+    Problem,
+    make_problem,
+    perturbed,
+    place,
+    require_same_length,
+    traced,
+)
 from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
 from ._matrix import locate, measure_required
 from ._positions import Labels, make_positions
@@ -450,9 +458,10 @@ def _given(problem: Problem, allowed: Any, required: Any) -> Rule:
         required = _pairs("required", required, problem)
         wrong = np.argwhere(required & ~allowed)
         if len(wrong):
+            output, source = problem.output(wrong[0, 0]), place(wrong[0, 1], problem.in_lengths)
             raise ValueError(
-                "required must lie within allowed, but output {} must read input {}, which it may "
-                "not; pass required & allowed, or allow it".format(*wrong[0])
+                f"required must lie within allowed, but output {output} must read input {source}, "
+                "which it may not; pass required & allowed, or allow it"
             )
     if allowed.all() and (required is None or not required.any()):
         raise ValueError(
@@ -479,7 +488,9 @@ def _pairs(name: str, values: Any, problem: Problem) -> Bool[np.ndarray, "T_out 
 
 
 def _proof(problem: Problem, rule: Rule, how: How) -> Proof:
-    question = Question(problem.closed, problem.leaves, problem.in_axes, problem.out_axes)
+    question = Question(
+        problem.closed, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths
+    )
     return prove(question, rule.allowed, how.assume_bounded)
 
 

@@ -13,11 +13,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._real import Real
+from .._real import Integer, Real
 from ._edits import is_mask, require_names
 from ._widen import trace
 
-Axes = int | tuple[int, ...]
+Axes = Integer | tuple[Integer, ...]
 
 
 class Problem(NamedTuple):
@@ -46,6 +46,17 @@ class Problem(NamedTuple):
     def out_length(self) -> int:
         """The number of output positions."""
         return self.outs[0].shape[self.out_axes[0]]
+
+    def output(self, number: Integer) -> int | tuple[int, ...]:
+        """What to call an output."""
+        return place(number, self.out_lengths)
+
+
+def place(number: Integer, lengths: Sequence[int]) -> int | tuple[int, ...]:
+    """The number of a position; a tuple if they lie along several axes."""
+    if len(lengths) < 2:
+        return int(number)
+    return tuple(map(int, np.unravel_index(number, lengths)))
 
 
 def make_problem(

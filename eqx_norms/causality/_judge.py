@@ -83,7 +83,7 @@ class Judge:
     def verdict(self, edits: Sequence[Edit], watch: Bool[np.ndarray, "E T"]) -> Verdict:
         """Measures `edits` and decides about the outputs that `watch` says must not change."""
         changes = self.probe.measure(edits)
-        require_sane_baseline(edits, changes, self.noise_ulps)
+        require_sane_baseline(self.problem, edits, changes, self.noise_ulps)
         found = self.tell(edits, watch, changes, blind_ok=False)
         notes = [*found.notes, *_dtype_notes(self.problem)]
         moved = changes.ulps > 0
@@ -121,7 +121,7 @@ class Judge:
         blind_ok: bool = True,
     ) -> Findings:
         """What the changes of the watched outputs are."""
-        broke, notes = _breakage(edits, changes, watch, blind_ok)
+        broke, notes = _breakage(self.problem, edits, changes, watch, blind_ok)
         changes = _as_infinite(changes, broke)
         loud = watch & (changes.ulps > self.noise_ulps)
         large = watch & (self.beyond_rounding(changes) > 0)
@@ -187,7 +187,9 @@ class Judge:
         rows = [edits[0], *(edits[row] for row in chosen)]
         found = self._measure_again(rows)
         second = Changes(*(_scatter(values[1:], chosen, len(edits)) for values in found))
-        second = _as_infinite(second, _breakage(edits, second, watch, blind_ok=True)[0])
+        second = _as_infinite(
+            second, _breakage(self.problem, edits, second, watch, blind_ok=True)[0]
+        )
         exact, coarse = (changes, second) if self._is_exact else (second, changes)
         coarse_eps = max(self.probe.eps, self._second.eps)
         with np.errstate(invalid="ignore"):  # inf - inf
@@ -236,7 +238,7 @@ def _as_infinite(changes: Changes, broke: Bool[np.ndarray, "E T"]) -> Changes:
 
 
 def _breakage(
-    edits: Sequence[Edit], changes: Changes, watch, blind_ok: bool
+    problem: Problem, edits: Sequence[Edit], changes: Changes, watch, blind_ok: bool
 ) -> tuple[Bool[np.ndarray, "E T"], list[str]]:
     """The watched outputs that became NaN or infinite although no edited output did.
 
@@ -248,19 +250,21 @@ def _breakage(
     blind = tested.any(0) & ~(tested & ~(changes.broken & spoiled)).any(0)
     if blind.any() and not blind_ok:
         raise ValueError(
-            f"every edit made output {int(blind.argmax())} NaN or infinite, so that nothing can "
-            "be said about it; pass smaller scales=, such as (0.1, 1.)"
+            f"every edit made output {problem.output(blind.argmax())} NaN or infinite, so that "
+            "nothing can be said about it; pass smaller scales=, such as (0.1, 1.)"
         )
     count = int(spoiled.sum())
     notes = [f"{count} edits overflowed inside the function and say less; try smaller scales=."]
     return changes.broken & watch & ~spoiled, notes if count else []
 
 
-def require_sane_baseline(edits: Sequence[Edit], changes: Changes, noise_ulps: Real) -> None:
+def require_sane_baseline(
+    problem: Problem, edits: Sequence[Edit], changes: Changes, noise_ulps: Real
+) -> None:
     """Refuses a function that is not finite, or not the same again, on the unedited input."""
     empty = np.array([not edit.where.any() for edit in edits])
     if changes.broken[empty].any():
-        position = int(changes.broken[empty].any(0).argmax())
+        position = problem.output(changes.broken[empty].any(0).argmax())
         raise ValueError(
             f"fn must return finite numbers on the unedited x, but output {position} holds NaN "
             "or inf; a comparison with those says nothing"

@@ -74,7 +74,7 @@ def dependency_matrix(
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), batch_size)
     edits = [nothing(editor), *single_edits(editor, range(problem.length)), nothing(editor)]
     changes = probe.measure(edits, "dependency matrix")
-    require_sane_baseline(edits, changes, _NOISE_ULPS)
+    require_sane_baseline(problem, edits, changes, _NOISE_ULPS)
     judge = Judge(problem, probe, _NOISE_ULPS, confirm_x64=True)
     found = judge.tell(edits, np.ones_like(changes.broken), changes)
     size = np.where(found.leaks | found.undecided, found.changes.size, 0)
@@ -189,7 +189,7 @@ def measure_required(
     positions = _evenly(columns)
     edits = [nothing(editor), *single_edits(editor, positions), nothing(editor)]
     changes = judge.probe.measure(edits, "required pairs")
-    require_sane_baseline(edits, changes, judge.noise_ulps)
+    require_sane_baseline(judge.problem, edits, changes, judge.noise_ulps)
     notes = [
         f"{len(positions)} of {len(columns)} inputs were edited alone for what must be read, "
         f"with {len(edits) - 2} edited inputs."

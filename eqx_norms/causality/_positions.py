@@ -5,9 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
-from ._inputs import Problem
+from ._inputs import Problem, place
 
 # A sequence for all positions, or one nested as the axes are; a text is one of letters.
 Labels = Iterable[Any] | None
@@ -22,9 +20,7 @@ class Positions:
 
     def index(self, number: int) -> int | tuple[int, ...]:
         """The number of a position, along several axes a tuple."""
-        if len(self.lengths) == 1:
-            return int(number)
-        return tuple(map(int, np.unravel_index(number, self.lengths)))
+        return place(number, self.lengths)
 
     def name(self, number: int) -> str:
         """The number and the label, as in `3` or `(0, 3) 'n'`."""

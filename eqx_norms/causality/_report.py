@@ -109,8 +109,8 @@ class CausalityReport:
         block = -(-max(self.matrix.shape) // width)
         cells = np.select(
             [self.leaking(), self.missing(), np.isnan(self.matrix), self.matrix == 0],
-            [4, 3, 0, 1],
-            default=2,
+            [np.int8(4), np.int8(3), np.int8(0), np.int8(1)],
+            default=np.int8(2),
         )
         cells = block_max(cells, block)
         rows = ["".join("-.o!X"[cell] for cell in row) for row in cells]

@@ -12,21 +12,23 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from .._real import Integer
 
-def causal(length: int, strict: bool = False) -> Bool[np.ndarray, "T T"]:
+
+def causal(length: Integer, strict: bool = False) -> Bool[np.ndarray, "T T"]:
     """Every output reads its own input and those before it; `strict`: those before it alone."""
     length = _size("length", length)
     return np.tri(length, k=-1 if strict else 0, dtype=bool)
 
 
-def independent(length: int) -> Bool[np.ndarray, "T T"]:
+def independent(length: Integer) -> Bool[np.ndarray, "T T"]:
     """Every output reads its own input alone, as the examples of a batch do."""
     return np.eye(_size("length", length), dtype=bool)
 
 
 def segments(
-    ids: Int[np.ndarray | Array, " T_in"] | Sequence[int],
-    out_ids: Int[np.ndarray | Array, " T_out"] | Sequence[int] | None = None,
+    ids: Int[np.ndarray | Array, " T_in"] | Sequence[Integer],
+    out_ids: Int[np.ndarray | Array, " T_out"] | Sequence[Integer] | None = None,
 ) -> Bool[np.ndarray, "T_out T_in"]:
     """Every output reads the inputs of its own segment: packed documents, groups.
 
@@ -38,7 +40,7 @@ def segments(
     return out_ids[:, None] == ids
 
 
-def window(length: int, size: int) -> Bool[np.ndarray, "T T"]:
+def window(length: Integer, size: Integer) -> Bool[np.ndarray, "T T"]:
     """Every output reads its own input and `size - 1` on either side.
 
     `causal(T) & window(T, 4)` is itself and the 3 before.
@@ -47,14 +49,14 @@ def window(length: int, size: int) -> Bool[np.ndarray, "T T"]:
     return np.abs(_apart(length)) < size
 
 
-def prefix(length: int, size: int) -> Bool[np.ndarray, "T T"]:
+def prefix(length: Integer, size: Integer) -> Bool[np.ndarray, "T T"]:
     """The first `size` see one another, the rest is causal: a prefix language model."""
     length, size = _size("length", length), _size("size", size)
     return causal(length) | (np.arange(length) < size)
 
 
 def blocks(
-    shape: int | Sequence[int], size: int | Sequence[int], strict: bool = False
+    shape: Integer | Sequence[Integer], size: Integer | Sequence[Integer], strict: bool = False
 ) -> Bool[np.ndarray, "T T"]:
     """Every output reads its own block and those before it; `strict`: those before it alone.
 
@@ -71,7 +73,7 @@ def blocks(
     return numbers[:, None] > numbers if strict else numbers[:, None] >= numbers
 
 
-def strided(length: int, stride: int, start: int = 0) -> Bool[np.ndarray, "T_out T"]:
+def strided(length: Integer, stride: Integer, start: Integer = 0) -> Bool[np.ndarray, "T_out T"]:
     """Every `stride`-th row of `causal(length)` from `start` on: one output for `stride` inputs.
 
     Output `i` reads the inputs up to `start + i * stride`. That is a causal convolution with that
@@ -83,7 +85,7 @@ def strided(length: int, stride: int, start: int = 0) -> Bool[np.ndarray, "T_out
     return causal(length)[start::stride]
 
 
-def dilated(length: int, step: int) -> Bool[np.ndarray, "T T"]:
+def dilated(length: Integer, step: Integer) -> Bool[np.ndarray, "T T"]:
     """Every output reads every `step`-th input on either side, its own among them.
 
     `causal(T) & dilated(T, 2) & window(T, 5)` is a causal convolution of 3 taps, 2 apart.
@@ -93,7 +95,7 @@ def dilated(length: int, step: int) -> Bool[np.ndarray, "T T"]:
 
 
 def ordered(
-    order: Int[np.ndarray | Array, " T"] | Sequence[int], strict: bool = False
+    order: Int[np.ndarray | Array, " T"] | Sequence[Integer], strict: bool = False
 ) -> Bool[np.ndarray, "T T"]:
     """Causal in another order than that of the positions: MADE, PixelCNN.
 
@@ -124,7 +126,7 @@ def unpadded(
 
 
 def each(
-    batch: int, rule: Bool[np.ndarray | Array, "T_out T_in"]
+    batch: Integer, rule: Bool[np.ndarray | Array, "T_out T_in"]
 ) -> Bool[np.ndarray, "batch*T_out batch*T_in"]:
     """`rule` within every example of a batch, and nothing across: for `axis=(0, 1)`."""
     rule = np.asarray(rule)
@@ -135,22 +137,22 @@ def each(
     return np.kron(independent(_size("batch", batch)), rule)
 
 
-def _apart(length: int) -> Int[np.ndarray, "T T"]:
+def _apart(length: Integer) -> Int[np.ndarray, "T T"]:
     """How far the output lies behind the input."""
     return np.subtract.outer(np.arange(length), np.arange(length))
 
 
-def _size(name: str, value: int) -> int:
+def _size(name: str, value: Integer) -> int:
     try:
-        value = operator.index(value)
+        size = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+    return size
 
 
-def _sizes(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+def _sizes(name: str, value: Integer | Sequence[Integer]) -> tuple[int, ...]:
     values = value if isinstance(value, Sequence) else (value,)
     if not values:
         raise ValueError(f"{name} must have at least one axis, got ()")
