@@ -96,6 +96,7 @@ GIVEN = {
     ],
     "_check": [{}, {}],
     "_capture": [{"key": jr.key(seed(0)), "x": draw(8, 2)}],
+    "_diagnose": [{"key": jr.key(seed(0)), "x": draw(8, 2), "jnp": jnp}],
 }
 
 

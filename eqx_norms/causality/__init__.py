@@ -12,3 +12,9 @@ from ._check import (
 )
 from ._matrix import dependency_matrix as dependency_matrix
 from ._report import CausalityReport as CausalityReport, Pair as Pair
+from ._same import (
+    DifferenceError as DifferenceError,
+    assert_same as assert_same,
+    check_same as check_same,
+)
+from ._same_report import SameReport as SameReport

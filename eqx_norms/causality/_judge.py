@@ -13,7 +13,7 @@ from .._real import Real
 from ._edits import Edit
 from ._inputs import Problem
 from ._probe import Changes, Probe, make_probe
-from ._widen import float_dtypes, is_quantised, opaque_parts, widen
+from ._widen import coarsest, float_dtypes, opaque_parts, widen
 
 # Rounding shrinks 5e8-fold from float32 to float64, a leak not at all.
 _SHRINK = 1000.0
@@ -58,13 +58,8 @@ class Verdict:
 
 
 def function_eps(problem: Problem) -> float:
-    """The eps of the least precise float in the function, wherever it stands.
-
-    A float32 model that multiplies in bfloat16 rounds as bfloat16 does. But casts to float8 and
-    float4 are quantisation: a noise level of their size would hide everything.
-    """
-    dtypes = {dtype for dtype in float_dtypes(problem.closed) if not is_quantised(dtype)}
-    return max(float(jnp.finfo(dtype).eps) for dtype in dtypes or {np.dtype(np.float32)})
+    """The eps of the least precise float in the function."""
+    return float(jnp.finfo(coarsest(problem.closed)).eps)
 
 
 @dataclasses.dataclass(frozen=True)
