@@ -430,6 +430,8 @@ def test_labels_come_nested_or_in_c_order(labels):
     outputs, inputs = make_positions(problem, labels, None)
     assert inputs.labels == outputs.labels == (*"annbob",)
     assert inputs.name(4) == "(1, 1) 'o'"
+    outputs, _ = make_positions(problem, labels, "a\nb\t 1")
+    assert outputs.labels == (*"a·b· 1",)
 
 
 def test_plot_shows_blindness_in_yellow_and_labels_on_both_axes():
