@@ -446,6 +446,13 @@ def test_printed_losses_are_those_of_the_checkpoint(quick_run):
     assert rows(printed)["bigram"][0] == round(float(train.evaluate(bigram, names.held_out)), 4)
 
 
+def test_who_writes_with_a_cache_is_said(quick_run):
+    printed = quick_run[1]
+    assert "\nper-token writes with a cache, checked on 8 names: " in printed
+    for norm in model.LEAKING:
+        assert f"\n{norm} writes without a cache: a norm over tokens cannot have one" in printed
+
+
 def test_samples_are_looked_up_and_judged(getkey):
     decoder = begin(SMALL).model
     held_out, train_rows = DATA.held_out, DATA.train

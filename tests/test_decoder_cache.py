@@ -71,7 +71,7 @@ def test_a_wrong_cache_is_not_used(wrong, monkeypatch):
 
 @pytest.mark.parametrize("norm", model.LEAKING)
 def test_norms_over_tokens_have_no_cache(norm):
-    with pytest.raises(ValueError, match="a norm over tokens cannot have a cache: each new letter"):
+    with pytest.raises(ValueError, match="a norm over tokens cannot have one: each new letter"):
         cache.check_cache(decoder(norm=norm), letters(), SYMBOLS)
 
 

@@ -39,7 +39,7 @@ def empty(model: Decoder, context: int) -> list[Cache]:
     is_over = lambda node: isinstance(node, OverTokens | OverTokensAndFeatures)
     if any(map(is_over, jax.tree.leaves(model, is_leaf=is_over))):
         raise ValueError(
-            "a norm over tokens cannot have a cache: each new letter changes its mean and its "
+            "a norm over tokens cannot have one: each new letter changes its mean and its "
             "variance, and with them the keys and values of all letters before"
         )
     dtype = jnp.bfloat16 if model.bf16 else jnp.float32
