@@ -50,9 +50,13 @@ def example_shape(layer: str, rows: int, n: int, channels_last: bool = False) ->
 def make(rival: str, layer: str, rows: int, n: int, dtype) -> Norm:
     """The layer of a JAX library, as it is initialised: weight 1, bias 0."""
     channels_last = rival in ("flax", "haiku", "keras")
-    shape = example_shape(layer, rows, n, channels_last)
-    norm = _MAKERS[rival](layer, shape, jnp.dtype(dtype))
+    norm = norm_of(rival, layer, example_shape(layer, rows, n, channels_last), dtype)
     return norm._replace(channels_last=channels_last and layer == "GroupNorm")
+
+
+def norm_of(rival: str, layer: str, shape: tuple[int, ...], dtype) -> Norm:
+    """The layer for a batch of this shape; GroupNorm's channels are where the library has them."""
+    return _MAKERS[rival](layer, shape, jnp.dtype(dtype))
 
 
 def _equinox(layers, layer, shape):

@@ -15,6 +15,7 @@ from draws import seed
 
 from eqx_norms.causality import DifferenceError
 from examples.decoder import cache, model
+from examples.decoder.data import split
 from examples.decoder.sample import sample
 from examples.decoder.settings import PLACEMENTS, Settings
 
@@ -73,6 +74,21 @@ def test_a_wrong_cache_is_not_used(wrong, monkeypatch):
 def test_norms_over_tokens_have_no_cache(norm):
     with pytest.raises(ValueError, match="a norm over tokens cannot have one: each new letter"):
         cache.check_cache(decoder(norm=norm), letters(), SYMBOLS)
+
+
+@pytest.mark.parametrize("norm", ["per-token", "over-tokens"])
+def test_the_writer_is_chosen(norm):
+    names = split([a + b + c for a in "abc" for b in "def" for c in "gh"], CONTEXT)
+    chosen = model.Decoder(
+        dataclasses.replace(SMALL, norm=norm), len(names.vocabulary), key=jr.key(0)
+    )
+    write, said = cache.writer(chosen, names)
+    if norm == "per-token":
+        assert write is cache.sample_cached
+        assert said.startswith("writes with a cache, checked on 8 names: ")
+    else:
+        assert write is sample
+        assert said.startswith("writes without a cache: a norm over tokens cannot have one:")
 
 
 def test_names_are_those_written_without_a_cache(getkey):

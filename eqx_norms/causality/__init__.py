@@ -1,11 +1,14 @@
-"""Does the model see the future? Checks for any function that JAX can trace."""
+"""Who reads whom? Does the model see the future? Checks for any function that JAX can trace."""
 
+from . import rules as rules
 from ._check import (
     CausalityError as CausalityError,
     assert_causal as assert_causal,
     assert_independent as assert_independent,
+    assert_reads as assert_reads,
     check_causal as check_causal,
     check_independent as check_independent,
+    check_reads as check_reads,
 )
 from ._matrix import dependency_matrix as dependency_matrix
 from ._report import CausalityReport as CausalityReport, Pair as Pair
