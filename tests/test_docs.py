@@ -95,6 +95,7 @@ GIVEN = {
         ADA | {"x": draw(2, 5, 4), "cond": draw(2, 3)},
     ],
     "_check": [{}, {}],
+    "_same": [{}],
     "_capture": [{"key": jr.key(seed(0)), "x": draw(8, 2)}],
     "_diagnose": [{"key": jr.key(seed(0)), "x": draw(8, 2), "jnp": jnp}],
 }

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._real import Real
-from ._widen import coarsest, float_constants, float_dtypes, opaque_parts, widen
+from ._widen import coarsest, float_constants, float_dtypes, is_key, opaque_parts, widen
 
 _EPS32, _EPS64 = (float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64))
 # Rounding shrinks 2**29-fold from float32 to float64, from coarser floats by more. Where it was
@@ -196,7 +196,8 @@ class Judge:
         rows, rng = [self.rows[k] for k in chosen], np.random.default_rng(0)
         both = (self.one, self.two, exact.one), (self.two, self.one, exact.two)
         for closed, other, before in both:
-            held = np.concatenate([[0.0], *map(np.ravel, float_constants(other))])
+            constants = map(_as_float64, float_constants(other))
+            held = np.concatenate([[0.0], *map(np.ravel, constants)])
             alone = lambda value, held=held: np.isin(value, held, invert=True)
             if any(alone(value).any() for value in float_constants(closed)):
                 nudge = lambda value, alone=alone: _nudged(value, rng, where=alone(value))
@@ -273,8 +274,7 @@ def _nudged(
     value: Any, rng: np.random.Generator, by: float | None = None, where: Any = True
 ) -> Any:
     """`value` in float64, each entry up or down by `by` of its size, by default half an eps."""
-    values = np.asarray(value)
-    if not jnp.issubdtype(values.dtype, jnp.inexact):
+    if is_key(value) or not jnp.issubdtype((values := np.asarray(value)).dtype, jnp.inexact):
         return value
     by = float(jnp.finfo(values.dtype).eps) / 2 if by is None else by
     moves = rng.choice([-by, by], size=values.shape)
