@@ -1,0 +1,134 @@
+"""What diagnose, jax_debug_nans and a table of norms say of the sick and the healthy models.
+
+    python benchmarks/diagnosis.py                 # the table of docs/diagnosis.md
+    python benchmarks/diagnosis.py --cost          # what diagnose costs, in steps of training
+
+The models are those that our own tests use. A tool is asked whether anything is wrong, and where.
+The table of norms is what people log: the norm of each parameter and of its gradient, read by the
+same thresholds as ours: not finite, exactly zero, or 1000 times smaller or larger from the first
+weight to the last.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import optax
+
+from eqx_norms.diagnostics import diagnose
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
+import diagnosis_zoo as zoo
+
+
+def ours(case):
+    """Pairs of kind and place, the worst first."""
+    found = diagnose(case.loss_fn, case.model, *case.args, **case.options).findings
+    return [finding[:2] for finding in found]
+
+
+def debug_nans(case):
+    """Where it stops, which is a line of code and no path."""
+    with jax.debug_nans(True):
+        try:
+            # As its documentation advises, for a jitted function alone names no operation.
+            eqx.filter_jit(eqx.filter_value_and_grad(case.loss_fn))(case.model, *case.args)
+        except FloatingPointError as error:
+            return [("non-finite", str(error).splitlines()[0])]
+    return []
+
+
+def norms(case):
+    """Parameters whose norms stand out."""
+    loss, grads = eqx.filter_jit(eqx.filter_value_and_grad(case.loss_fn))(case.model, *case.args)
+    found = [] if jnp.isfinite(loss) else [("non-finite", "loss")]
+    sizes = {}
+    params = jtu.tree_leaves_with_path(eqx.filter(case.model, eqx.is_inexact_array))
+    for (keys, param), grad in zip(params, jtu.tree_leaves(grads), strict=True):
+        path = jtu.keystr(keys).removeprefix(".")
+        size, own = (float(jnp.linalg.norm(jnp.float32(x))) for x in (grad, param))
+        if not (size < float("inf") and own < float("inf")):
+            found.append(("non-finite", path))
+        elif size == 0:
+            found.append(("no gradient", path))
+        elif param.ndim > 1:
+            sizes[path] = size
+    if sizes:
+        first, *_, last = [*sizes, *sizes]
+        change = sizes[first] / sizes[last]
+        if change > 1e3:
+            found.append(("exploding gradient", first))
+        elif change < 1e-3:
+            found.append(("vanishing gradient", first))
+    return found
+
+
+def at_its_place(found, illness):
+    """Of an illness of parameters, the submodule that holds all of them will do, and any of it."""
+    return any(
+        kind == k and (where == w or where.startswith((f"{w}.", f"{w}[")))
+        for kind, where in found
+        for k, w in illness
+    )
+
+
+def verdict(found, case):
+    """In a word; what is found elsewhere is a symptom."""
+    if not found:
+        return "-"
+    if not case.illness:
+        return "false alarm"
+    return "found" if at_its_place(found, case.illness) else "symptom"
+
+
+TOOLS = {"`diagnose`": ours, "`jax_debug_nans`": debug_nans, "norms": norms}
+
+
+def table(key):
+    """Every model, every tool."""
+    print("| model | illness | " + " | ".join(TOOLS) + " |")
+    print("|---" * (2 + len(TOOLS)) + "|")
+    for name, make in (zoo.SICK | zoo.HEALTHY).items():
+        case = make(key)
+        answers = [verdict(tool(case), case) for tool in TOOLS.values()]
+        kind, where = case.illness[0] if case.illness else ("healthy", "")
+        illness = f"{kind}, `{where or 'the model'}`" if case.illness else kind
+        row = [name.replace("_", " "), illness, *answers]
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
+def cost(key):
+    """Processor seconds, which other processes disturb less than time."""
+    for depth in (4, 12):
+        model = zoo.Transformer(key, depth)
+        ids = zoo.tokens(key)
+        optim = optax.adam(1e-3)
+        state = optim.init(zoo.weights(model))
+
+        @eqx.filter_jit
+        def step(model, state, ids):
+            loss, grads = eqx.filter_value_and_grad(zoo.next_token)(model, ids)
+            updates, state = optim.update(grads, state, zoo.weights(model))  # noqa: B023
+            return eqx.apply_updates(model, updates), state, loss
+
+        run_step = lambda: jax.block_until_ready(step(model, state, ids)[2])  # noqa: B023
+        run = lambda: diagnose(zoo.next_token, model, ids, optimiser=(optim, state))  # noqa: B023
+        names = ("step, compiled", "step", "diagnose", "diagnose again")
+        for name, fn in zip(names, (run_step, run_step, run, run), strict=True):
+            start = time.process_time()
+            fn()
+            print(f"{depth} blocks, {name}: {time.process_time() - start:.3f} s", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    (cost if chosen.cost else table)(jr.key(chosen.seed))

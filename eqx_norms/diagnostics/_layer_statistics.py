@@ -1,0 +1,75 @@
+"""The statistics of one layer's output, of one derivative, of one activation function.
+
+Each takes one array and returns scalars under fixed names, under `jax.jit` and `jax.vmap`: what
+`diagnose` shows once can be measured at every step.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._statistics import activation_stats, effective_rank
+
+# The singular values of so many examples say whether a layer's outputs collapse, at a bounded cost.
+RANK_EXAMPLES = 256
+
+
+def layer_statistics(x: Float[Array, "*shape"], unit_axis: int = -1) -> dict[str, Float[Array, ""]]:
+    """What one array looks like, in numbers.
+
+    **Arguments:**
+
+    - `x`: activations, of any shape; all axes but one are counted as examples.
+    - `unit_axis`: that one, which a convolution has elsewhere than last.
+
+    **Returns:**
+
+    Scalars in float32, or float64 for float64: `mean`, `std`, `rms`, `largest` (in absolute
+    value), `non_finite` (the share of entries) and `effective_rank`, of at most `RANK_EXAMPLES`
+    examples, evenly spaced. It is NaN where there are not two examples and two units.
+    """
+    mean, std, rms, largest, _ = activation_stats(x)
+    examples = as_examples(x, unit_axis)
+    return {
+        "mean": mean,
+        "std": std,
+        "rms": rms,
+        "largest": largest,
+        "non_finite": non_finite(x),
+        "effective_rank": _rank(examples).astype(rms.dtype),
+    }
+
+
+def derivative_statistics(
+    x: Float[Array, "*shape"], unit_axis: int = -1
+) -> dict[str, Float[Array, ""]]:
+    """Of a derivative: `rms`, `non_finite`, and `silent`.
+
+    `silent` is the share of units of which the derivative is 0 in every example: whatever comes
+    after a unit, nothing comes back to it.
+    """
+    rms = activation_stats(x).rms
+    silent = jnp.all(as_examples(x, unit_axis) == 0, axis=0)
+    return {
+        "rms": rms,
+        "non_finite": non_finite(x),
+        "silent": jnp.mean(silent, dtype=rms.dtype),
+    }
+
+
+def non_finite(x: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """The share of entries that are infinite or NaN."""
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    return jnp.mean(~jnp.isfinite(x), dtype=dtype)
+
+
+def as_examples(x: Float[Array, "*shape"], unit_axis: int = -1) -> Float[Array, "examples units"]:
+    """A row for each example."""
+    x = jnp.moveaxis(jnp.atleast_1d(x), unit_axis, -1)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _rank(examples: Float[Array, "examples units"]) -> Float[Array, ""]:
+    if min(examples.shape) < 2:
+        return jnp.asarray(jnp.nan)
+    every = -(-examples.shape[0] // RANK_EXAMPLES)
+    return effective_rank(examples[::every])

@@ -1,0 +1,76 @@
+"""The statistics of one layer against NumPy's formulas in float64."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from oracles import ulps
+
+from eqx_norms.diagnostics._layer_statistics import (
+    RANK_EXAMPLES,
+    derivative_statistics,
+    layer_statistics,
+)
+
+
+def _effective_rank(x):
+    p = np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
+    p = p / p.sum()
+    return np.exp(-np.sum(p * np.log(p)))
+
+
+@pytest.mark.parametrize("unit_axis", [-1, 1])
+def test_layer_statistics(unit_axis, getkey):
+    x = 3 * jr.normal(getkey(), (5, 4, 6)) + 1
+    found = jax.jit(layer_statistics, static_argnums=1)(x, unit_axis)
+    exact = np.asarray(x, np.float64)
+    rows = np.moveaxis(exact, unit_axis, -1).reshape(-1, x.shape[unit_axis])
+    expected = {
+        "mean": exact.mean(),
+        "std": exact.std(),
+        "rms": np.sqrt(np.mean(exact**2)),
+        "largest": np.abs(exact).max(),
+        "non_finite": 0,
+        "effective_rank": _effective_rank(rows),
+    }
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        # A sum of 120 terms; singular values err by some ten roundings of the largest.
+        rtol = 2 * ulps(x.size) * 2.0**-23
+        np.testing.assert_allclose(found[name], value, rtol=rtol, atol=rtol, err_msg=name)
+
+
+def test_what_is_not_finite_is_counted(getkey):
+    x = jr.normal(getkey(), (4, 5)).at[0, :3].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf]))
+    np.testing.assert_allclose(layer_statistics(x)["non_finite"], 3 / 20, rtol=1e-6)
+    np.testing.assert_allclose(derivative_statistics(x)["non_finite"], 3 / 20, rtol=1e-6)
+
+
+def test_a_rank_needs_two_examples_and_two_units(getkey):
+    for shape in ((), (6,), (1, 6), (6, 1)):
+        assert jnp.isnan(layer_statistics(jr.normal(getkey(), shape))["effective_rank"])
+
+
+def test_the_rank_of_many_examples_is_that_of_some(getkey):
+    x = jr.normal(getkey(), (2 * RANK_EXAMPLES + 1, 3))
+    # One in three, from the first: more than RANK_EXAMPLES otherwise.
+    expected = _effective_rank(x[::3])
+    np.testing.assert_allclose(layer_statistics(x)["effective_rank"], expected, rtol=1e-4)
+
+
+def test_silent_units(getkey):
+    g = jr.normal(getkey(), (6, 4)).at[:, 1].set(0).at[:5, 2].set(0)
+    found = derivative_statistics(g)
+    assert found["silent"] == 1 / 4  # the one of which no example has any
+    np.testing.assert_allclose(found["rms"], np.sqrt(np.mean(np.float64(g) ** 2)), rtol=1e-5)
+    assert derivative_statistics(g.T, unit_axis=0)["silent"] == 1 / 4
+
+
+def test_steps_by_vmap(getkey):
+    x = jr.normal(getkey(), (3, 5, 4), jnp.bfloat16)
+    together = jax.vmap(layer_statistics)(x)
+    for i in range(3):
+        for name, value in layer_statistics(x[i]).items():
+            assert together[name].dtype == value.dtype == jnp.float32
+            np.testing.assert_allclose(together[name][i], value, rtol=1e-5, atol=1e-6)
