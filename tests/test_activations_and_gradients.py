@@ -120,6 +120,7 @@ def test_pairs_are_three_letters_and_the_next():
     assert pairs.vocabulary.decode(pairs.letters) == "ab.b."
 
 
+@pytest.mark.slow
 def test_initial_weights_are_xavier_times_gain_and_no_two_layers_are_equal():
     network, _ = make(num_linear=4)
     _, weights = parameters(network)
@@ -130,6 +131,7 @@ def test_initial_weights_are_xavier_times_gain_and_no_two_layers_are_equal():
     assert len({w.tobytes() for w in weights}) == len(weights) == 6
 
 
+@pytest.mark.slow
 def test_batch_norm_is_over_the_batch():
     network, state = make("BN")
     batch = first_batch()
@@ -184,6 +186,7 @@ def test_captured_values_and_gradients_are_the_oracle_s(norm):
         np.testing.assert_allclose(seen[part], np.stack(want[:-1]), atol=tolerance, err_msg=part)
 
 
+@pytest.mark.slow
 def test_update_ratios_are_rate_times_gradient_over_weight():
     network, state = make("LN")
     batch = first_batch()
@@ -204,6 +207,7 @@ def test_direction_ratios_are_numpy_s_of_every_linear():
     np.testing.assert_allclose(ratios, [s[0] / s.sum() for s in singular], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_percentiles_histograms_and_dead_units_over_time(getkey):
     x = np.array(jr.normal(getkey(), (3, 40, 8)))
     x[1, 2:, 3] = 0  # 38 of 40 is 95%: not dead yet
@@ -226,7 +230,7 @@ def look_at_parameters(network, state, batch, optimiser):
     return network.embedding.weight, [lin.weight for lin in linears], batch
 
 
-@pytest.mark.parametrize("norm", ["none", "LN"])
+@pytest.mark.parametrize("norm", [pytest.param("none", marks=pytest.mark.slow), "LN"])
 def test_a_step_is_the_oracle_s(norm):
     runs = common.train(
         common.Architecture(2, norm),
@@ -287,6 +291,7 @@ def test_slopes_are_flat_from_where_they_should_be():
     np.testing.assert_allclose(initialisation.flat_from(jax.nn.selu), [selu], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_spreads_at_initialisation():
     std = {name: float(x.std()) for name, x in initialisation.spreads(3).items()}
     # 20,000 weights: within 1%. 1000 x 100 inputs: 200,000 products share them.
@@ -303,6 +308,7 @@ def test_softmax_of_small_logits_is_flatter():
     np.testing.assert_allclose(flat, jax.nn.softmax(logits / math.sqrt(30)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_derivatives_by_hand():
     args = layer_norm_by_hand.inputs(jr.key(seed(0)), 400)
     fns = layer_norm_by_hand.by_hand, layer_norm_by_hand.by_autodiff
@@ -335,6 +341,7 @@ def test_the_bound_and_how_far_below_it_is():
     assert 0.006 < gap.mean() < 0.01  # 1 / 128
 
 
+@pytest.mark.slow
 def test_studies_of_layer_norm_bias_and_directions(settings):
     by_hand = layer_norm_by_hand.study(settings)
     said = [claim.holds for claim in by_hand.claims]
@@ -352,6 +359,7 @@ def test_studies_of_layer_norm_bias_and_directions(settings):
     assert figures(settings) == {"g2_gap", "s_ellipse"}
 
 
+@pytest.mark.slow
 def test_studies_of_data_and_initialisation(settings):
     data = d_data.study(settings)
     assert data.numbers["pairs"] == sum(map(len, NAMES)) + len(NAMES)
@@ -412,6 +420,7 @@ def made_up(monkeypatch):
     monkeypatch.setattr(study.Settings, "train", train)
 
 
+@pytest.mark.slow
 def test_study_inside(settings, made_up):
     result = inside.study(settings)
     assert [claim.holds for claim in result.claims[:2]] == ["yes", "yes"]
@@ -441,6 +450,7 @@ def test_study_update_ratios(settings, made_up):
     assert result.claims[0].holds == "yes" and result.claims[0].ours.startswith("-0.050 ± 0.000")
 
 
+@pytest.mark.slow
 def test_study_activations(settings, made_up):
     result = e7.study(settings)
     assert [claim.holds for claim in result.claims] == ["yes"] * 4
@@ -453,6 +463,7 @@ def test_study_activations(settings, made_up):
     }
 
 
+@pytest.mark.slow
 def test_studies_of_directions(settings, made_up):
     result = e8.study(settings)
     assert [claim.holds for claim in result.claims] == ["yes"] * 4

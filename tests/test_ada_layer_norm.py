@@ -33,6 +33,7 @@ def assert_same(a, b):
     np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_starts_as_a_layer_norm_whatever_the_condition(getkey):
     layer = AdaLayerNorm(SHAPE, COND, key=getkey())
     x = jr.normal(getkey(), SHAPE)

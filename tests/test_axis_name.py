@@ -60,12 +60,10 @@ SHARDED = {
     "vmap-4": ft.partial(by_vmap, parts=4),
 }
 WAYS = pytest.mark.parametrize("way", SHARDED.values(), ids=SHARDED)
-# By shard_map and by vmap, with and without a mask, and each norm: the rest of the product is slow.
+# Each norm, with and without a mask: the rest of the product is slow.
 QUICK = {
     (layer_norm, "shard_map-4", False),
-    (layer_norm, "shard_map-4-unchecked", False),
     (rms_norm, "shard_map-4", True),
-    (layer_norm, "vmap-4", True),
 }
 CASES = [
     pytest.param(norm, SHARDED[way], masked, marks=[] if case in QUICK else pytest.mark.slow)
@@ -172,13 +170,9 @@ OUTSIDE = {
 }
 
 
-OUTSIDE_CASES = [
-    pytest.param(norm, way, marks=[] if (norm, way) == (layer_norm, "jit") else pytest.mark.slow)
-    for norm, way in it.product((layer_norm, rms_norm), OUTSIDE)
-]
-
-
-@pytest.mark.parametrize("norm, outside", OUTSIDE_CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("norm", (layer_norm, rms_norm))
 def test_a_named_vmap_inside_other_transformations(outside, norm, getkey):
     """They are differentiated when the vmap, and the name with it, has long gone."""
     outside = OUTSIDE[outside]

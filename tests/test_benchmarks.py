@@ -51,6 +51,7 @@ def test_rivals_do_the_same_work(call, rival, layer):
         assert_alike(np.float32(got[name]), want[name], 64 * 32)
 
 
+@pytest.mark.slow
 def test_quick_run_writes_one_story(tmp_path):
     chosen = "--only speed,accuracy --rival eqx --rows 64x32 --dtype float32 --work forward"
     command = [sys.executable, "-m", "benchmarks", "--quick", *chosen.split(), "--out", tmp_path]
@@ -159,6 +160,7 @@ def test_machines_stand_beside_each_other():
     assert "**One**" not in report(one)
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_place_of_its_processors(tmp_path, monkeypatch):
     page, files = tmp_path / "page.md", tmp_path / "files"
     monkeypatch.setattr("benchmarks.__main__.PAGE", page)

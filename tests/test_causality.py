@@ -42,6 +42,9 @@ OTHERS = DTYPES[1:]
 BELOW_BFLOAT16 = ("one_millionth", "one_millionth_through_float32")
 
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 def cases(functions, dtypes=DTYPES, slow=()):
     marks = {dtype: pytest.mark.slow if dtype in slow else () for dtype in dtypes}
     pairs = itertools.product(functions.items(), dtypes)
@@ -325,7 +328,9 @@ def test_a_small_output_is_judged_by_its_own_scale(x):
     assert report.leak and report.scale < 1e4
 
 
-@pytest.mark.parametrize("axis, out_axis", [(1, None), (-2, None), (1, 0), (-2, -3)])
+@pytest.mark.parametrize(
+    "axis, out_axis", [(1, None), *(SLOW(*axes) for axes in [(-2, None), (1, 0), (-2, -3)])]
+)
 def test_axes(axis, out_axis):
     x = floats("float32", 2, T, D)
     moved = (lambda y: jnp.moveaxis(y, 1, 0)) if out_axis is not None else lambda y: y
@@ -337,6 +342,7 @@ def test_axes(axis, out_axis):
     assert report.matrix.shape == (T, T)
 
 
+@pytest.mark.slow
 def test_bool_and_complex_inputs(x):
     bits = x[:, 0] > 0
     assert check_causal(lambda b: b[::-1], bits).leak
@@ -372,6 +378,7 @@ def test_under_jit_inside_and_equinox_modules(x):
 # Splits, keys, batches
 
 
+@pytest.mark.slow
 def test_all_splits_up_to_128_and_64_chosen_above():
     few, many = (assert_causal(zoo.running_max, floats("float32", t, 1)) for t in (128, 129))
     assert few.splits == tuple(range(1, 128))
@@ -404,7 +411,7 @@ def test_the_same_key_gives_the_same_report_legacy_keys_too(x):
     assert not np.array_equal(one.matrix, other.matrix)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 200])
+@pytest.mark.parametrize("batch_size", [3, SLOW(1), SLOW(200)])
 def test_batch_size_does_not_matter(x, batch_size):
     fn = zoo.norm_over_sequence_and_features
     one, two = check_causal(fn, x), check_causal(fn, x, batch_size=batch_size)
@@ -571,6 +578,7 @@ def test_off_by_one_is_named(x):
     )
 
 
+@pytest.mark.slow
 def test_batch_statistics_are_named():
     report = check_independent(zoo.batch_norm_in_training, floats("float32", 4, 5, D))
     assert "BatchNorm in training" in words(report)
@@ -588,6 +596,7 @@ def test_joint_leak_is_named(x):
     assert {pair.input for pair in report.pairs()} == {T - 2}
 
 
+@pytest.mark.slow
 def test_heatmap_of_a_long_sequence_is_made_of_blocks():
     report = check_causal(lambda x: x.at[3].add(x[190]), floats("float32", 200, 1))
     rows = report.heatmap().split("\n")
@@ -642,6 +651,7 @@ def test_vjp_matrix_is_the_jacobian(x):
     np.testing.assert_allclose(matrix / matrix[:, :1], [[1, 0], [1, 6]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_vjp_is_blind_where_its_docstring_says(x):
     for fn in (zoo.stopped_gradient, zoo.rounded, zoo.custom_vjp_that_lies, zoo.dead_relu):
         forbidden = ~np.tri(T, dtype=bool)
@@ -649,6 +659,7 @@ def test_vjp_is_blind_where_its_docstring_says(x):
         assert dependency_matrix(fn, x)[forbidden].any()
 
 
+@pytest.mark.slow
 def test_vjp_is_not_blind_on_a_norm_as_ones_are(x):
     fn = zoo.norm_over_the_sequence_per_channel
     ones = jax.grad(lambda x: fn(x).sum())(x)
@@ -692,6 +703,7 @@ def check_that_a_random_dependency_is_located(data):
     assert [(p.output, p.input) for p in report.pairs()] == [(output, source)], str(report)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=5, deadline=None, database=None)
 @hypothesis.seed(seed())
 @hypothesis.given(data=st.data())

@@ -58,6 +58,7 @@ def test_a_mask_stays_a_mask(ids, mask, dtype):
     assert not report.leak, str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token_values", [{"ids": (0, VOCABULARY - 1)}, None])
 def test_a_mask_stays_a_mask_however_ids_are_given(ids, token_values):
     batch = {"ids": ids, "mask": MASKS["padded"].astype(jnp.int32)}
@@ -95,6 +96,7 @@ def test_token_values_by_name():
     assert first.max() < T and second.max() == 40
 
 
+@pytest.mark.slow
 def test_a_leak_of_a_named_leaf_s_own_id(ids):
     batch = {"text": {"ids": ids}, "segment": jnp.arange(T) // 3}
     special = lambda b: embed(b["text"]["ids"]) + (b["text"]["ids"] == 49).any().astype(jnp.float32)
@@ -105,6 +107,7 @@ def test_a_leak_of_a_named_leaf_s_own_id(ids):
     assert "'segment' was drawn from 0 to 2" in str(report)
 
 
+@pytest.mark.slow
 def test_fixed_leaves_are_left_alone(ids):
     batch = {"ids": ids, "mask": MASKS["padded"]}
     assert check_causal(leaky, batch).leak
@@ -291,6 +294,7 @@ def test_two_inputs_that_leak_only_together_still_do(x):
     assert report.joint and "No input does it alone" in str(report)
 
 
+@pytest.mark.slow
 def test_long_sequences_say_how_many_inputs_were_tried_alone():
     x = jr.normal(jr.key(seed(3)), (600, 1))
     old = np.asarray(x)
@@ -304,6 +308,7 @@ def test_long_sequences_say_how_many_inputs_were_tried_alone():
 # Arrays that are split over devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [P(None, "d"), P("d", None)])
 def test_explicit_sharding_is_kept(x, spec):
     """In the unedited input, the edits, the float64 re-run and the gradients."""

@@ -38,6 +38,7 @@ def test_equinox_attention(x):
     assert_verdicts(lambda x: attention(x, x, x, mask=mask), lambda x: attention(x, x, x), x)
 
 
+@pytest.mark.slow
 def test_equinox_gru_by_scan(x):
     cell = eqx.nn.GRUCell(D, D, key=jr.key(seed(0)))
 
@@ -48,12 +49,14 @@ def test_equinox_gru_by_scan(x):
     assert_verdicts(lambda x: run(x, False), lambda x: run(x, True), x)
 
 
+@pytest.mark.slow
 def test_equinox_convolution(x):
     causal = eqx.nn.Conv1d(D, D, 3, padding=((2, 0),), key=jr.key(seed(0)))
     centred = eqx.nn.Conv1d(D, D, 3, padding=1, key=jr.key(seed(0)))
     assert_verdicts(lambda x: causal(x.T).T, lambda x: centred(x.T).T, x)
 
 
+@pytest.mark.slow
 def test_equinox_layer_norm_without_its_vmap(x):
     attention = eqx.nn.MultiheadAttention(2, D, key=jr.key(seed(0)))
     per_token, over_all = jax.vmap(eqx.nn.LayerNorm(D)), eqx.nn.LayerNorm((T, D))
@@ -65,6 +68,7 @@ def test_equinox_layer_norm_without_its_vmap(x):
     assert_verdicts(lambda x: block(per_token, x), lambda x: block(over_all, x), x)
 
 
+@pytest.mark.slow
 def test_equinox_batch_norm_in_training():
     norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(D, "batch", mode="batch")
     x = jr.normal(jr.key(seed(1)), (6, D))
@@ -82,6 +86,7 @@ def test_equinox_batch_norm_in_training():
     assert check_independent(lambda x: run(x, False), x).leak
 
 
+@pytest.mark.slow
 def test_flax_attention(x):
     attention = nn.MultiHeadDotProductAttention(num_heads=2)
     params = attention.init(jr.key(seed(0)), x)
@@ -90,6 +95,7 @@ def test_flax_attention(x):
     assert_verdicts(causal, lambda x: attention.apply(params, x), x)
 
 
+@pytest.mark.slow
 def test_haiku_attention(x):
     def attend(x, mask):
         init = hk.initializers.VarianceScaling()

@@ -58,7 +58,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     "fn, dtype",
     [
         (fft_convolution_then_norm, "float32"),
-        (chunked_linear_attention_then_norm, "float64"),
+        slow(chunked_linear_attention_then_norm, "float64"),
         slow(fft_convolution_then_norm, "float64"),
         slow(chunked_linear_attention_then_norm, "float32"),
     ],
@@ -125,6 +125,7 @@ def test_dynamic_quantisation_over_time_is_a_leak(dtype, getkey):
     assert check_causal(lambda x: quantised(x, 1), x).status == "clear"
 
 
+@pytest.mark.slow
 def test_dynamic_quantisation_over_a_batch_is_a_leak(getkey):
     x = jr.normal(getkey(), (4, T, D))
     assert check_independent(lambda x: quantised(x, (0, 2)), x).leak
@@ -207,6 +208,7 @@ def test_rounding_of_large_edits_is_judged_by_their_size(getkey):
 # Discrete outputs
 
 
+@pytest.mark.slow
 def test_a_rank_that_rounding_changes_is_no_leak(getkey):
     # The sum of all features of a norm is 0 but for rounding, in one precision or the other.
     x = jr.normal(getkey(), (T, D))
@@ -218,6 +220,7 @@ def test_a_rank_that_rounding_changes_is_no_leak(getkey):
 # The matrix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_dependency_matrix_draws_no_rounding(dtype, getkey):
     with jax.enable_x64(dtype == "float64"):
@@ -229,6 +232,7 @@ def test_dependency_matrix_draws_no_rounding(dtype, getkey):
     assert "X" not in dataclasses.replace(report, matrix=matrix).heatmap().split("\n", 1)[1]
 
 
+@pytest.mark.slow
 def test_dependency_matrix_keeps_what_is_small_but_read(getkey):
     # One hundred millionth of an input 4 back, far below one eps of the output's size.
     fn = lambda x: x + jnp.where(jnp.abs(x) < 1e-3, 1e-8 * jnp.tanh(jnp.roll(x, 4, 0)), 0)
@@ -318,7 +322,8 @@ def transformer(open_head, watch):
     return model
 
 
-@pytest.mark.parametrize("watch", [checked, slow(printed), slow(lambda x: x)])
+@pytest.mark.slow
+@pytest.mark.parametrize("watch", [checked, printed, lambda x: x])
 def test_one_open_head_in_bfloat16_is_found(watch, getkey):
     x = jr.normal(getkey(), (T, 32), jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"):

@@ -157,6 +157,7 @@ def oracle(decoder, letters):
     return x @ decoder.readout.weight.T + decoder.readout.bias
 
 
+@pytest.mark.slow
 def test_decoder_against_numpy(getkey):
     decoder = model.Decoder(dataclasses.replace(SMALL, layers=2), SYMBOLS, key=getkey())
     params, static = eqx.partition(decoder, eqx.is_array)
@@ -170,18 +171,13 @@ def test_decoder_against_numpy(getkey):
     np.testing.assert_allclose(found, expected, rtol=0, atol=400 * EPS * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "norm, option, tolerance",
     [
-        *(
-            pytest.param(
-                norm, {"norms": "eqx"}, 1e-5, marks=[] if norm == "per-token" else pytest.mark.slow
-            )
-            for norm in model.NORMS
-        ),
+        *((norm, {"norms": "eqx"}, 1e-5) for norm in model.NORMS),
         ("per-token", {"remat": True}, 1e-5),
-        # Two or three digits.
-        pytest.param("per-token", {"bf16": True}, 0.05, marks=pytest.mark.slow),
+        ("per-token", {"bf16": True}, 0.05),  # two or three digits
     ],
 )
 def test_options_change_how_not_what(norm, option, tolerance):
@@ -216,6 +212,7 @@ def test_bf16_computes_in_bfloat16_and_remat_recomputes():
     assert (recomputed(traced(remat=True)), recomputed(traced())) == (1, 0)
 
 
+@pytest.mark.slow
 def test_first_step_is_adams():
     """It moves every parameter by the learning rate, against the sign of its gradient."""
     chosen = dataclasses.replace(SMALL, warm_up=0, weight_decay=0)
@@ -250,6 +247,7 @@ def test_sample_writes_until_the_end_mark(getkey):
     assert not rows[:, 3:].any()  # end marks to the end
 
 
+@pytest.mark.slow
 def test_samples_follow_the_bigram(getkey):
     bigram = sample.Bigram(DATA.train, SYMBOLS)
     rows = np.asarray(sample.sample(bigram, getkey(), count=4000, context=10))
@@ -262,7 +260,10 @@ def test_samples_follow_the_bigram(getkey):
     np.testing.assert_allclose(train.evaluate(bigram, rows), entropy, rtol=0.03)
 
 
-@pytest.mark.parametrize("norm", model.NORMS)
+@pytest.mark.parametrize(
+    "norm",
+    [pytest.param(n, marks=[] if n == "per-token" else pytest.mark.slow) for n in model.NORMS],
+)
 def test_future_hidden(norm, getkey):
     """One letter at a time in Python; only the causal model does not notice."""
     decoder = eqx.filter_jit(
@@ -293,6 +294,7 @@ def test_check_sees_every_leaking_pair(norm, bf16):
     )
 
 
+@pytest.mark.slow
 def test_per_token_model_that_leaks_is_not_trained(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(model.NORMS, "per-token", model.OverTokens)
     with pytest.raises(CausalityError, match="per-token model is not trained"):
@@ -344,6 +346,7 @@ def test_check_costs_less_than_2_percent_of_the_default_training():
 # ---- Stopping and going on
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
     """Twice N steps, and N through a file and N again, past epochs of 3 steps."""
     path = tmp_path / "new" / "a.eqx"
@@ -428,6 +431,7 @@ def rows(printed):
     return {norm: (float(loss), float(hidden)) for norm, loss, hidden in found}
 
 
+@pytest.mark.slow
 def test_leaking_norms_beat_what_can_be_known(quick_run):
     """Six letters of five, drawn at random, and an end mark in its place: log(5) each, and 0."""
     losses = rows(quick_run[1])
@@ -441,6 +445,7 @@ def test_leaking_norms_beat_what_can_be_known(quick_run):
         assert losses[leaking][0] < 0.9 * entropy < 1.05 * entropy < losses[leaking][1]
 
 
+@pytest.mark.slow
 def test_printed_losses_are_those_of_the_checkpoint(quick_run):
     command, printed = quick_run
     runs, names = cli.prepared(cli.parser().parse_args([*command, "--resume"]))
@@ -451,6 +456,7 @@ def test_printed_losses_are_those_of_the_checkpoint(quick_run):
     assert rows(printed)["bigram"][0] == round(float(train.evaluate(bigram, names.held_out)), 4)
 
 
+@pytest.mark.slow
 def test_samples_are_looked_up_and_judged(getkey):
     decoder = begin(SMALL).model
     held_out, train_rows = DATA.held_out, DATA.train
@@ -474,6 +480,7 @@ def test_resume_of_what_is_finished_prints_the_same(quick_run):
     assert "memory" not in again  # nothing was compiled to train
 
 
+@pytest.mark.slow
 def test_figure(quick_run):
     command, printed = quick_run
     path = Path(command[command.index("--out") + 1]) / "decoder.png"

@@ -34,6 +34,7 @@ def optax_promotes():
         yield
 
 
+@pytest.mark.slow
 def test_spread_by_a_loop():
     decoder, _ = train.start(DEEP, len(DATA.vocabulary))
     names = jnp.asarray(DATA.train[:8])
@@ -62,6 +63,7 @@ def test_spread_by_a_loop():
     assert len(set(np.asarray(found.stream).tolist())) == DEEP.layers
 
 
+@pytest.mark.slow
 def test_without_norms_only_the_norms_go():
     decoder, _ = train.start(DEEP, 9)
     bare = depth.without_norms(decoder)
@@ -121,6 +123,7 @@ def test_says_what_diverged():
     assert printed.endswith("without: DIVERGED, a loss of nan at step 3")
 
 
+@pytest.mark.slow
 def test_training_ends_with_the_first_loss_that_is_not_finite():
     small = dataclasses.replace(DEEP, layers=1)
     decoder, _ = train.start(small, len(DATA.vocabulary))

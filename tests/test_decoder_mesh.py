@@ -67,6 +67,7 @@ def runs():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", ("8", "4x2"))
 def test_losses_agree_with_one_device(runs, sizes):
     alone, many = runs["1"][0], runs[sizes][0]
@@ -123,6 +124,7 @@ def of_backward(mesh, edit=lambda decoder: decoder):
     return collectives(backward.lower(decoder, names).compile().compiled)
 
 
+@pytest.mark.slow
 def test_split_batch_needs_nothing_in_the_forward():
     mesh = meshes.make_mesh("8")
     assert not of_forward(mesh)

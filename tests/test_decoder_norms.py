@@ -69,7 +69,11 @@ def count(node_is, tree):
 
 
 @pytest.mark.parametrize(
-    "placement, norm", [*((name, "per-token") for name in PLACEMENTS), ("pre", "layer-scale")]
+    "placement, norm",
+    [
+        pytest.param(*case, marks=[] if case == ("sandwich", "per-token") else pytest.mark.slow)
+        for case in [*((name, "per-token") for name in PLACEMENTS), ("pre", "layer-scale")]
+    ],
 )
 def test_placements_by_hand(placement, norm):
     """By the formulas of the recipes."""

@@ -361,12 +361,8 @@ QUICK = (
     "plain",
     "called_three_times",
     "jit_of_checkpoint",
-    "vmap_of_filter_jit",
-    "nested_vmap",
     "scan_over_stacked_layers",
     "batched_cond_is_a_select_and_computes_both",
-    "custom_rules_stay_in_force",
-    "a_gradient_in_the_function",
 )
 
 
@@ -377,9 +373,8 @@ def test_values_and_gradients_under_jit(name, net, getkey):
     _check(CASES[name], eqx.filter_jit, net, getkey)
 
 
-@pytest.mark.parametrize(
-    "name", ["plain", pytest.param("scan_over_stacked_layers", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "scan_over_stacked_layers"])
 def test_values_and_gradients_eagerly(name, net, getkey):
     _check(CASES[name], lambda f: f, net, getkey)
 
@@ -422,6 +417,7 @@ def test_one_forward_and_one_backward_pass(net, getkey):
     assert str(ours).count("dot_general") == 2
 
 
+@pytest.mark.slow
 def test_under_vmap_and_grad_from_outside(net, getkey):
     xs = jr.normal(getkey(), (5, 4))
     one = lambda x: capture(_forward, net, x, where=LINEAR)[1]["linear"]
@@ -436,6 +432,7 @@ def test_under_vmap_and_grad_from_outside(net, getkey):
     assert_close(jax.jit(jax.vmap(grads_of))(xs), jax.vmap(by_hand)(shift, xs)["linear"])
 
 
+@pytest.mark.slow
 def test_the_batch_comes_first_with_the_vmap_outside(net, getkey):
     fn = CASES["time_comes_first_in_a_vmap_of_a_scan"].fn
     xs = jr.normal(getkey(), (5, 6, 4))
@@ -469,6 +466,7 @@ def test_cond_gives_nan_for_the_branch_not_taken(net, getkey):
     assert_close(grads, {"linear": jnp.zeros(4), "linear#1": jnp.ones(4)})
 
 
+@pytest.mark.slow
 def test_switch_in_a_scan(net, getkey):
     def loss(net, x):
         twice = lambda x: net.linear(jnp.tanh(net.linear(x)))
@@ -514,6 +512,7 @@ def test_a_derivative_in_the_function_is_no_second_call(name, net, getkey):
     assert_close(out, fn(net, x))
 
 
+@pytest.mark.slow
 def test_explicitly_sharded_arrays(net, getkey):
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Explicit,))
     loss = lambda net, x: jnp.sum(jax.vmap(ft.partial(_forward, net))(x) ** 2)
@@ -536,6 +535,7 @@ def test_adding_zero_keeps_the_sign_of_zero():
     assert loss == -jnp.inf
 
 
+@pytest.mark.slow
 def test_bfloat16(getkey):
     net = jax.tree.map(lambda x: x.astype(jnp.bfloat16), Net(getkey()), is_leaf=eqx.is_array)
     x = jr.normal(getkey(), (5, 4), jnp.bfloat16)
@@ -867,6 +867,7 @@ def test_a_function_that_holds_the_model_itself(net):
         capture(lambda _, x: net.linear(x), net, jnp.ones(4), where=LINEAR)
 
 
+@pytest.mark.slow
 def test_a_capture_in_a_capture(net, getkey):
     def inner(net, x):
         y = net.linear(x)  # the outer one's alone

@@ -85,6 +85,7 @@ def branches_by_hand(linear, x):
     return values, 2 * jnp.where(positive, linear(once), twice)
 
 
+@pytest.mark.slow
 def test_a_cond_in_a_shard_map(getkey):
     linear = LINEAR(3, 3, key=getkey())
     row = jr.normal(getkey(), (3,))
@@ -106,6 +107,7 @@ def test_a_cond_in_a_shard_map(getkey):
     assert_close(grads[:, 1], jnp.where(positive, at_the_output @ linear.weight, 0))
 
 
+@pytest.mark.slow
 def test_on_an_explicit_mesh_derivatives_and_branches_lie_where_the_values_do(getkey):
     mesh = jax.make_mesh((4, 2), ("batch", "other"), axis_types=(EXPLICIT, EXPLICIT))
     linear = LINEAR(3, 3, key=getkey())

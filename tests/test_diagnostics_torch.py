@@ -147,10 +147,11 @@ def run_transformer_in_torch(model, hooks, embedding, tokens):
     return hooks.add("head", model.head)(hooks.add("norm", model.norm)(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "run_in_torch", "length", "target_shape"),
     [
-        pytest.param(MLP, run_mlp_in_torch, CONTEXT, (BATCH,), marks=pytest.mark.slow),
+        (MLP, run_mlp_in_torch, CONTEXT, (BATCH,)),
         (Transformer, run_transformer_in_torch, 9, (BATCH, 9)),
     ],
     ids=["mlp", "transformer"],

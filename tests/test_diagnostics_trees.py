@@ -81,6 +81,7 @@ def split(net):
     return eqx.partition(net, eqx.is_inexact_array)
 
 
+@pytest.mark.slow
 def test_partition_and_combine(net, getkey):
     x = jr.normal(getkey(), (5, 4))
     params, static = split(net)
@@ -117,6 +118,7 @@ def test_layers_without_arrays_in_a_tree_that_is_built_anew(rebuild, net, getkey
     assert_close(capture_grads(rebuild(loss_of), net, x, where=WHERE), by_hand(net, x))
 
 
+@pytest.mark.slow
 def test_a_second_tree_of_the_models_structure(net, getkey):
     x = jr.normal(getkey(), (5, 4))
     other = Net(getkey())
@@ -276,6 +278,7 @@ def test_modules_that_are_not_the_models(net, getkey):
     assert_close(values, {"first": net.first(x)})
 
 
+@pytest.mark.slow
 def test_norms_that_are_replaced_in_the_function(getkey):
     norm = eqx.nn.LayerNorm(4)
     x = 100 + jr.normal(getkey(), (4,))

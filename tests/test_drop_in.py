@@ -71,6 +71,7 @@ def test_in_sequential_with_key(layer, x64, getkey):
     assert_same(ours(x, key=key), theirs(x, key=key))
 
 
+@pytest.mark.slow
 def test_in_sequential_with_state(layer, x64, getkey):
     x = jr.normal(getkey(), (5, *SHAPES[layer]))
     out = []

@@ -101,6 +101,7 @@ def test_float64_stays_float64():
         check(*(jnp.asarray(a, jnp.float64) for a in draw(17)), 3, margin=2)
 
 
+@pytest.mark.slow
 def test_one_group_is_layer_norm_over_the_whole_example(getkey):
     x = jr.normal(getkey(), (CHANNELS, 4, 5))
     assert_alike(group_norm(x, 1), layer_norm(x), x.size)
@@ -114,6 +115,7 @@ def test_a_group_a_channel_is_instance_norm(getkey):
     assert_alike(group_norm(x, CHANNELS), want, 20)
 
 
+@pytest.mark.slow
 def test_over_channels_and_time_it_reads_the_future(getkey):
     """As its docstring warns; mapped over time it does not."""
     x = jr.normal(getkey(), (CHANNELS, 8))

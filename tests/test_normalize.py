@@ -181,11 +181,9 @@ CASES = [
     ((1,), (1,), BOTH, 2),
     ((2, 3), (2, 3), BOTH, 3),
 ]
-# Compiled in each order of modes: those that the others are special cases of.
-QUICK = ((4, 3), (4, 1), BOTH, 2), ((5,), (5,), (False, False), 2)
-CASES = [pytest.param(*c, marks=[] if c in QUICK else pytest.mark.slow) for c in CASES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape, param_shape, present, order", CASES)
 @pytest.mark.parametrize("norm", NORMS)
 def test_derivatives_of_each_order(x64, getkey, norm, shape, param_shape, present, order):

@@ -53,6 +53,7 @@ def assert_same(got, want):
         assert_alike(a, b, ROWS * 20)  # the longest sum, of a channel of GroupNorm
 
 
+@pytest.mark.slow
 @EACH_LAYER
 @pytest.mark.parametrize("fast_variance", (True, False))
 def test_flax(layer, data, fast_variance):
@@ -72,6 +73,7 @@ def test_flax(layer, data, fast_variance):
     assert_same(run(ours(layer, eps=1e-6), data), want)
 
 
+@pytest.mark.slow
 @EACH_LAYER
 def test_haiku(layer, data):
     make = {

@@ -130,6 +130,7 @@ def test_models_with_state(x64, getkey):
         assert_same(a, b)
 
 
+@pytest.mark.slow
 def test_ensembles_keep_their_leading_axes(x64, getkey):
     keys = jr.split(getkey(), 3)
     ensemble = train(eqx.filter_vmap(Model)(keys), getkey())
@@ -149,6 +150,7 @@ def test_subclasses_are_left_alone(getkey):
     assert type(louder) is Louder and type(plain) is LayerNorm
 
 
+@pytest.mark.slow
 def test_partitioned_models(model):
     """Where the parameters are None, or only shapes, they stay so."""
     params, static = eqx.partition(model, eqx.is_array)
@@ -158,6 +160,7 @@ def test_partitioned_models(model):
     assert shapes.channels.weight == jax.ShapeDtypeStruct((6,), jnp.float64)
 
 
+@pytest.mark.slow
 def test_an_optimiser_state_goes_on_to_fit(model, getkey):
     import optax
 

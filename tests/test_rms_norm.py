@@ -38,6 +38,7 @@ def test_residuals_are_x_and_a_scalar_an_example(layer, scalars, dtype, size):
     assert held <= rows * (n * size + scalars * 4) + n * 4
 
 
+@pytest.mark.slow
 def test_query_and_key_norm_inside_attention(x64, getkey):
     """A norm for each head, mapped over tokens and heads in eqx.nn's `process_heads`."""
     heads, size, tokens = 2, 4, 5

@@ -138,6 +138,7 @@ def test_gradient_of_a_differential_equation(adjoint, both, getkey):
     assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_tangent_of_a_differential_equation(both, getkey):
     (ours, theirs), y0 = both, jr.normal(getkey(), (SIZE,))
     run, tangents = solve(diffrax.ForwardMode()), like((theirs, y0), getkey)
@@ -185,12 +186,13 @@ def implicit_gradient(y, args, g):
     return eqx.filter_grad(lambda args: -adjoint @ residual(y, args))(args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "find, solver",
     [
         (optx.root_find, NEWTON),
-        pytest.param(optx.root_find, DOGLEG, marks=slow),
-        pytest.param(optx.least_squares, LEVENBERG_MARQUARDT, marks=slow),
+        (optx.root_find, DOGLEG),
+        (optx.least_squares, LEVENBERG_MARQUARDT),
     ],
     ids=["Newton", "Dogleg", "LevenbergMarquardt"],
 )

@@ -89,9 +89,7 @@ NAMES = [*TRANSFORMATIONS, *MODULE_TRANSFORMATIONS]
 SHORT = [
     "value_and_grad_of_batch",
     "transpose_of_linearize",
-    "checkpoint_hvp",
     "scan_grad",
-    "filter_vjp",
 ]
 
 # These say themselves what is jitted: they place arrays on a mesh, or serialise a function.

@@ -80,7 +80,7 @@ def test_cotangent_under_the_mask_is_ignored(layer):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("norm", (layer_norm, rms_norm))
+@pytest.mark.parametrize("norm", (layer_norm, pytest.param(rms_norm, marks=pytest.mark.slow)))
 def test_derivatives_equal_those_of_the_entries_that_count(norm, getkey):
     """Forward mode, Hessian and third order, with NaN under the mask, against the plain reference
     of the compressed example."""

@@ -7,14 +7,25 @@ everything. All bounds are of exact arithmetic, widened outward by far more than
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from ._known import ANY, Known, bounds_of, everything, known, spread, union
+from ._known import (
+    ANY,
+    Known,
+    bounds_of,
+    either,
+    everything,
+    is_real,
+    known,
+    packed,
+    spread,
+    union,
+    unpacked,
+)
 
 Rule = Callable[..., list[Known]]
 RULES: dict[str, Rule] = {}
@@ -35,12 +46,6 @@ def rule(*names: str):
     return enter
 
 
-def connect_all(eqn: Any, *operands: Known) -> list[Known]:
-    """Every entry of every result reads what any entry of any operand reads."""
-    row = everything(*operands)
-    return [known(var.aval, spread(row, var.aval.shape)) for var in eqn.outvars]
-
-
 # A draw reads the whole key, and the other functions run a loop until every entry has converged:
 # an entry's last bits depend on how long the others take.
 _WHOLE = (
@@ -50,8 +55,10 @@ _WHOLE = (
 
 
 @rule(*_WHOLE.split())
-def _whole(context, eqn, *operands):
-    return connect_all(eqn, *operands)
+def connect_all(context, eqn, *operands: Known) -> list[Known]:
+    """Every entry of every result reads what any entry of any operand reads."""
+    row = everything(*operands)
+    return [known(var.aval, spread(row, var.aval.shape)) for var in eqn.outvars]
 
 
 # Entry by entry. `_BOUNDS` has those whose results have bounds that masks need.
@@ -75,7 +82,7 @@ def _to_shape(x: Known, shape: tuple[int, ...]) -> Known:
 
 for _name in (
     "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "
-    "clamp clz complex conj convert_element_type copy copy_p cos cosh device_put digamma div eq "
+    "clamp clz complex conj convert_element_type copy copy_p cos cosh device_put digamma eq "
     "erf erf_inv erfc expm1 floor ge gt imag integer_pow is_finite le "
     "lgamma log log1p lt max min name ne neg nextafter not or polygamma "
     "population_count pow real reduce_precision rem round rsqrt "
@@ -97,7 +104,7 @@ def _exp(context, eqn, x):
 def _bits(context, eqn, x):
     """Entry by entry, unless an entry becomes several or several one."""
     same = x.shape == eqn.outvars[0].aval.shape
-    return _elementwise(context, eqn, x) if same else connect_all(eqn, x)
+    return _elementwise(context, eqn, x) if same else connect_all(context, eqn, x)
 
 
 @rule("optimization_barrier", "stop_gradient")
@@ -114,11 +121,8 @@ def _mul(context, eqn, a, b):
     parts = []
     for x, other in ((a, b), (b, a)):
         x = _to_shape(x, aval.shape)
-        if x.reads is not None and other.zero is not None:
-            cut = np.where(other.zero[..., None], np.uint64(0), x.reads)
-            x = Known(x.shape, x.dtype, cut, x.low, x.high)
-        parts.append(x)
-    low, high = _product(a, b) if _real(aval) else (None, None)
+        parts.append(x if other.zero is None else _without(x, other.zero))
+    low, high = _product(a, b) if is_real(aval.dtype) else (None, None)
     return [known(aval, union(aval.shape, *parts), low, high)]
 
 
@@ -154,7 +158,7 @@ def _div(context, eqn, a, b):
 def _select(context, eqn, which, *cases):
     """Where the predicate is a constant, the case it chooses; else any, and the predicate."""
     aval = eqn.outvars[0].aval
-    if _real(aval):
+    if is_real(aval.dtype):
         cases = context.bounded_beside_masks(cases)
     which = _to_shape(which, aval.shape)
     settled = np.broadcast_to(which.low == which.high, aval.shape)
@@ -167,7 +171,7 @@ def _select(context, eqn, which, *cases):
         high = np.where(possible, np.maximum(high, case.high), high)
         if case.reads is not None:
             part = np.where(possible[..., None], case.reads, np.uint64(0))
-            reads = part if reads is None else reads | part
+            reads = either(reads, part)
     return [known(aval, reads, low, high)]
 
 
@@ -175,7 +179,7 @@ def _select(context, eqn, which, *cases):
 def _max(context, eqn, a, b):
     """An operand whose bounds say that it loses is not read."""
     aval = eqn.outvars[0].aval
-    if not _real(aval):
+    if not is_real(aval.dtype):
         return _elementwise(context, eqn, a, b)
     largest = eqn.primitive.name == "max"
     pick = np.maximum if largest else np.minimum
@@ -195,12 +199,6 @@ def _without(x: Known, where: np.ndarray) -> Known:
         return x
     where = np.broadcast_to(where, x.shape)
     return Known(x.shape, x.dtype, np.where(where[..., None], np.uint64(0), x.reads), x.low, x.high)
-
-
-def _real(aval: Any) -> bool:
-    return not jnp.issubdtype(aval.dtype, jnp.complexfloating) and not jnp.issubdtype(
-        aval.dtype, jax.dtypes.extended
-    )
 
 
 # Bounds
@@ -232,7 +230,7 @@ def _finite(low, high, *operands: Known):
 
 def _sum_bounds(context, eqn, a, b):
     aval = eqn.outvars[0].aval
-    if not _real(aval):
+    if not is_real(aval.dtype):
         return None, None
     if jnp.issubdtype(aval.dtype, jnp.floating):
         if eqn.primitive.name == "sub":
@@ -277,7 +275,7 @@ def _logistic_bounds(context, eqn, x):
 
 def _convert_bounds(context, eqn, x):
     new = eqn.outvars[0].aval.dtype
-    if not (_real(eqn.outvars[0].aval) and _real(x)):
+    if not (is_real(eqn.outvars[0].aval.dtype) and is_real(x.dtype)):
         return None, None
     if new == jnp.bool_:
         point = x.low == x.high
@@ -300,7 +298,7 @@ def _rounded(end, dtype):
 
 def _compare_bounds(context, eqn, a, b):
     """Decided by the bounds, of integers and bools: a float may be NaN."""
-    if jnp.issubdtype(a.dtype, jnp.inexact) or not _real(a):
+    if jnp.issubdtype(a.dtype, jnp.inexact) or not is_real(a.dtype):
         return 0.0, 1.0
     name = eqn.primitive.name
     less, more = a.high < b.low, a.low > b.high
@@ -333,30 +331,24 @@ def _clamp_bounds(context, eqn, least, x, most):
 
 
 def _abs_bounds(context, eqn, x):
-    if not _real(x):
+    if not is_real(x.dtype):
         return None, None
     across = (x.low < 0) & (x.high > 0)
     ends = np.abs(x.low), np.abs(x.high)
     return np.where(across, 0, np.minimum(*ends)), np.maximum(*ends)
 
 
+_SAME = ("copy", "copy_p", "name", "device_put", "sharding_constraint")
 _BOUNDS: dict[str, Callable] = {
-    "neg": lambda context, eqn, x: (-x.high, -x.low) if _real(x) else (None, None),
-    "exp": _exp_bounds,
-    "exp2": _exp_bounds,
+    "neg": lambda context, eqn, x: (-x.high, -x.low) if is_real(x.dtype) else (None, None),
+    **dict.fromkeys(("exp", "exp2"), _exp_bounds),
     "logistic": _logistic_bounds,
     "convert_element_type": _convert_bounds,
     "reduce_precision": lambda context, eqn, x: _outward(x.low, x.high, x.dtype),
-    "copy": lambda context, eqn, x: (x.low, x.high),
-    "copy_p": lambda context, eqn, x: (x.low, x.high),
-    "name": lambda context, eqn, x: (x.low, x.high),
-    "device_put": lambda context, eqn, x: (x.low, x.high),
-    "sharding_constraint": lambda context, eqn, x: (x.low, x.high),
+    **dict.fromkeys(_SAME, lambda context, eqn, x: (x.low, x.high)),
     "clamp": _clamp_bounds,
     "abs": _abs_bounds,
-    "and": _logic_bounds,
-    "or": _logic_bounds,
-    "not": _logic_bounds,
+    **dict.fromkeys(("and", "or", "not"), _logic_bounds),
     **dict.fromkeys(("lt", "le", "gt", "ge", "eq", "ne"), _compare_bounds),
 }
 
@@ -467,24 +459,19 @@ def _pad(context, eqn, x, padding):
 
 @rule("dynamic_slice")
 def _dynamic_slice(context, eqn, x, *starts):
-    x, starts, row = _at_constants(x, starts, range(len(x.shape)))
-    out = _moved(eqn, _bind(eqn, *_numbers(x), *starts), x)
-    return [_also(out, row)]
+    """Where an index along an axis is not a constant, every entry along it may be meant."""
+    fixed = [start.constant.all() for start in starts]
+    places = [np.int32(s.low if ok else 0) for s, ok in zip(starts, fixed, strict=True)]
+    x = _any_along(x, [axis for axis, ok in enumerate(fixed) if not ok])
+    return [_also(_moved(eqn, _bind(eqn, *_numbers(x), *places), x), everything(*starts))]
 
 
 @rule("dynamic_update_slice")
 def _dynamic_update_slice(context, eqn, x, update, *starts):
     if not all(start.constant.all() for start in starts):
-        return connect_all(eqn, x, update, *starts)
+        return connect_all(context, eqn, x, update, *starts)
     where = [np.int32(start.low) for start in starts]
     return [_moved(eqn, _bind(eqn, *_numbers(x, update), *where), x, update)]
-
-
-def _at_constants(x: Known, starts: Sequence[Known], axes) -> tuple[Known, list[Any], Any]:
-    """Where an index along an axis is not a constant, every entry along it may be meant."""
-    chosen = [np.int32(start.low if start.constant.all() else 0) for start in starts]
-    unknown = [a for a, start in zip(axes, starts, strict=True) if not start.constant.all()]
-    return _any_along(x, unknown), chosen, everything(*starts)
 
 
 def _any_along(x: Known, axes: Sequence[int]) -> Known:
@@ -505,7 +492,7 @@ def _also(x: Known, reads) -> Known:
     if reads is None:
         return x
     reads = np.broadcast_to(reads, (*x.shape, reads.shape[-1]))
-    return known(x, reads if x.reads is None else x.reads | reads, x.low, x.high)
+    return known(x, either(x.reads, reads), x.low, x.high)
 
 
 @rule("gather")
@@ -532,7 +519,7 @@ def _gather(context, eqn, x, indices):
 def _scatter(context, eqn, x, indices, updates):
     """Where an update lands is asked of the gather that is its transpose."""
     if not indices.constant.all():
-        return connect_all(eqn, x, indices, updates)
+        return connect_all(context, eqn, x, indices, updates)
     dims = eqn.params["dimension_numbers"]
     single = {*dims.inserted_window_dims, *dims.operand_batching_dims}
     window = iter(updates.shape[i] for i in dims.update_window_dims)
@@ -590,7 +577,7 @@ def _contenders(x: Known, axes: tuple[int, ...], name: str) -> Known:
     if (
         x.reads is None
         or name not in ("reduce_max", "reduce_min", "argmax", "argmin")
-        or not _real(x)
+        or not is_real(x.dtype)
     ):
         return x
     low, high = np.broadcast_to(x.low, x.shape), np.broadcast_to(x.high, x.shape)
@@ -602,7 +589,7 @@ def _contenders(x: Known, axes: tuple[int, ...], name: str) -> Known:
 
 
 def _reduced_bounds(x: Known, axes: tuple[int, ...], name: str):
-    if not _real(x):
+    if not is_real(x.dtype):
         return None, None
     low, high = np.broadcast_to(x.low, x.shape), np.broadcast_to(x.high, x.shape)
     if name == "reduce_max":
@@ -673,7 +660,7 @@ def _dot_general(context, eqn, a, b):
     (ca, cb), (ba, bb) = eqn.params["dimension_numbers"]
     aval = eqn.outvars[0].aval
     left, right = _matrices(a, ca, ba), _matrices(b, cb, bb)
-    reads = _or(_half(*left, right[1]), _half(*right, left[1], turned=True))
+    reads = either(_half(*left, right[1]), _half(*right, left[1], turned=True))
     if reads is not None:
         batch = tuple(a.shape[i] for i in ba)
         rows = tuple(n for i, n in enumerate(a.shape) if i not in (*ca, *ba))
@@ -682,10 +669,6 @@ def _dot_general(context, eqn, a, b):
         reads = np.broadcast_to(reads, (*shape, reads.shape[-1]))
         reads = reads.reshape(*batch, *rows, *columns, -1)
     return [known(aval, reads)]
-
-
-def _or(a, b):
-    return b if a is None else a if b is None else a | b
 
 
 def _matrices(x: Known, contracted, batched):
@@ -720,20 +703,10 @@ def _masked(reads, nonzero):
     if reads.shape[1] > 1 and (reads == reads[:, :1]).all():
         reads = reads[:, :1]
     batch, rows, inner, words = reads.shape
-    ones = _unpacked(reads).transpose(0, 2, 1, 3).reshape(batch, inner, -1)
+    ones = unpacked(reads).astype(np.float32).transpose(0, 2, 1, 3).reshape(batch, inner, -1)
     hit = np.matmul(nonzero.astype(np.float32), ones) > 0
     hit = hit.reshape(batch, nonzero.shape[1], rows, words * 64)
-    return _packed(hit.transpose(0, 2, 1, 3))
-
-
-def _unpacked(reads: np.ndarray) -> np.ndarray:
-    """Words as single bits, zeros and ones in float32."""
-    as_bytes = np.ascontiguousarray(reads).view(np.uint8)
-    return np.unpackbits(as_bytes, axis=-1, bitorder="little").astype(np.float32)
-
-
-def _packed(bits: np.ndarray) -> np.ndarray:
-    return np.packbits(bits, axis=-1, bitorder="little").view(np.uint64)
+    return packed(hit.transpose(0, 2, 1, 3))
 
 
 @rule("conv_general_dilated")
@@ -756,6 +729,6 @@ def _window(context, eqn, x):
 def _each_bit(x: Known, fn: Callable):
     if x.reads is None:
         return None
-    bits = np.moveaxis(_unpacked(x.reads), -1, 0)
+    bits = np.moveaxis(unpacked(x.reads).astype(np.float32), -1, 0)
     hit = np.asarray(jax.lax.map(fn, jnp.asarray(bits))) > 0
-    return _packed(np.ascontiguousarray(np.moveaxis(hit, 0, -1)))
+    return packed(np.ascontiguousarray(np.moveaxis(hit, 0, -1)))

@@ -75,7 +75,7 @@ def free(shape: tuple[int, ...], dtype: Any, reads=None) -> Known:
 def constant(value: Any) -> Known:
     """An array that is there before any input comes."""
     shape, dtype = jnp.shape(value), jnp.result_type(value)
-    if not _numeric(dtype):
+    if not is_real(dtype):
         return Known(shape, dtype, value=value)
     numbers = np.asarray(value).astype(np.float64)
     nan = np.isnan(numbers)
@@ -108,7 +108,7 @@ def parameter(value: Any, large: float) -> Known:
 def bounds_of(dtype: Any) -> tuple[float, float]:
     if dtype == jnp.bool_:
         return 0.0, 1.0
-    if _numeric(dtype) and jnp.issubdtype(dtype, jnp.integer):
+    if is_real(dtype) and jnp.issubdtype(dtype, jnp.integer):
         info = jnp.iinfo(dtype)
         return float(info.min), float(info.max)
     return -ANY, ANY
@@ -121,8 +121,13 @@ def union(shape: tuple[int, ...], *parts: Known):
         if part.reads is not None:
             if part.shape != shape:
                 raise ValueError(f"{part.shape} is not {shape}")
-            reads = part.reads if reads is None else reads | part.reads
+            reads = either(reads, part.reads)
     return reads
+
+
+def either(a, b):
+    """The inputs that `a` or `b` reads, each `None` or words that broadcast together."""
+    return b if a is None else a if b is None else a | b
 
 
 def everything(*parts: Known):
@@ -140,7 +145,18 @@ def spread(row, shape: tuple[int, ...]):
     return None if row is None else np.broadcast_to(row, (*shape, row.shape[-1]))
 
 
-def _numeric(dtype: Any) -> bool:
+def packed(bits: np.ndarray) -> np.ndarray:
+    """Bits, along the last axis, as words of 64."""
+    return np.packbits(bits, axis=-1, bitorder="little").view(np.uint64)
+
+
+def unpacked(words: np.ndarray) -> np.ndarray:
+    """Words as single bits, of zeros and ones in uint8."""
+    return np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
+
+
+def is_real(dtype: Any) -> bool:
+    """Whether of real numbers, integers or bools: what has bounds."""
     return not jnp.issubdtype(dtype, jax.dtypes.extended) and not jnp.issubdtype(
         dtype, jnp.complexfloating
     )

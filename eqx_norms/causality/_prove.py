@@ -6,6 +6,7 @@ and any finite values of the floating-point parameters.
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -17,8 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
+from .._jaxprs import called, is_foreign, opened, scan_counts
 from ._flow import LARGE, RULES, connect_all
-from ._known import Known, constant, everything, free, known, parameter, spread
+from ._known import (
+    Known,
+    constant,
+    either,
+    everything,
+    free,
+    known,
+    packed,
+    parameter,
+    spread,
+    union,
+    unpacked,
+)
 
 # As many words of 64 inputs at a time as keep the largest intermediate result below this.
 _BYTES = 2**28
@@ -26,8 +40,6 @@ _BYTES = 2**28
 _STEPS = 50_000
 # Beyond this a bound is no bound: it comes from a number that may be any finite one.
 _FREE = 1e300
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-_LOOPS = ("scan", "while", "cond")
 
 
 @dataclasses.dataclass
@@ -80,7 +92,7 @@ def _mask_size(x: Known) -> float:
 
 def evaluate(context: Context, closed: Any, args: Sequence[Known], path=()) -> list[Known]:
     """What is known of the results of a jaxpr, from what is known of its arguments."""
-    jaxpr = getattr(closed, "jaxpr", closed)
+    jaxpr = opened(closed)
     consts = [parameter(const, LARGE) for const in getattr(closed, "consts", ())]
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not _literal(v)}
@@ -105,20 +117,20 @@ def _literal(atom: Any) -> bool:
 
 def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) -> list[Known]:
     name = eqn.primitive.name.replace("-", "_")
-    inner = next((eqn.params[key] for key in _CALLS if key in eqn.params), None)
-    if name in _CONTROL or (inner is not None and name not in _OPAQUE):
+    inner = called(eqn)
+    if name in _CONTROL or inner is not None:
         context.calls.append(eqn)
         if name in _CONTROL:
             results = _CONTROL[name](context, eqn, operands, path)
         else:
             results = evaluate(context, inner, operands, path)
         context.calls.pop()
-    elif all(x.value is not None for x in operands) and not eqn.effects and name not in _OPAQUE:
+    elif all(x.value is not None for x in operands) and not (eqn.effects or is_foreign(eqn)):
         return _computed(eqn, operands)
     else:
         if name not in RULES:
             context.opaque.add(name)
-        results = RULES.get(name, _unknown)(context, eqn, *operands)
+        results = RULES.get(name, connect_all)(context, eqn, *operands)
         if context.looking:
             merges = _merges(operands, results)
             group = context.merging if merges else context.moving
@@ -137,13 +149,6 @@ def _merges(operands: Sequence[Known], results: Sequence[Known]) -> bool:
     return any(x.reads is not None and not found <= rows(x) for x in operands)
 
 
-_OPAQUE = ("shard_map", "pallas_call", "pure_callback", "io_callback", "custom_partitioning")
-
-
-def _unknown(context, eqn, *operands):
-    return connect_all(eqn, *operands)
-
-
 def _computed(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> list[Known]:
     args = [jnp.asarray(x.value) for x in operands]
     outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
@@ -156,13 +161,9 @@ def _computed(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> list[Known]:
 def _scan(context: Context, eqn, operands: list[Known], path) -> list[Known]:
     """Step by step, so that a carry is known by position; a very long loop to a fixed point."""
     body, length = eqn.params["jaxpr"], eqn.params["length"]
-    inside = getattr(body, "jaxpr", body)
-    # Constants and carries have the same rank inside, what is scanned over has one axis less:
-    # counted so, for each JAX version keeps the numbers in another parameter.
-    carried = _equal_rank(eqn.outvars, inside.outvars)
-    held = _equal_rank(eqn.invars, inside.invars) - carried
+    held, carried = scan_counts(eqn)
     consts, carry, xs = operands[:held], operands[held : held + carried], operands[held + carried :]
-    if length * _size(inside) > _STEPS:
+    if length * _size(body) > _STEPS:
         xs = [_any_step(x) for x in xs]
         carry, outs = _to_fixed_point(
             carry, lambda carry: evaluate(context, body, [*consts, *carry, *xs], path)
@@ -181,15 +182,12 @@ def _scan(context: Context, eqn, operands: list[Known], path) -> list[Known]:
     return [*carry, *ys]
 
 
-def _equal_rank(outside, inside) -> int:
-    return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outside, inside, strict=True))
-
-
-def _size(jaxpr: Any) -> int:
+def _size(closed: Any) -> int:
     """How many equations there are, those of a loop once for each step."""
-    return len(jaxpr.eqns) + sum(
-        _size(getattr(inner, "jaxpr", inner)) * eqn.params.get("length", 1)
-        for eqn in jaxpr.eqns
+    eqns = opened(closed).eqns
+    return len(eqns) + sum(
+        _size(inner) * eqn.params.get("length", 1)
+        for eqn in eqns
         for inner in jex.jaxprs_in_params(eqn.params)
     )
 
@@ -243,8 +241,7 @@ def _loose(x: Known) -> Known:
 
 
 def _joined(x: Known, y: Known) -> Known:
-    reads = y.reads if x.reads is None else x.reads if y.reads is None else x.reads | y.reads
-    return dataclasses.replace(x, reads=reads)
+    return dataclasses.replace(x, reads=either(x.reads, y.reads))
 
 
 def _same_reads(x: Known, y: Known) -> bool:
@@ -261,7 +258,7 @@ def _while(context: Context, eqn, operands: list[Known], path) -> list[Known]:
     budget = _STEPS
     while True:
         (holds,) = evaluate(context, test, [*test_consts, *carry], (*path, 0))
-        budget -= _size(getattr(body, "jaxpr", body)) + 1
+        budget -= _size(body) + 1
         if not holds.constant.all() or budget < 0:
             break
         if not holds.low:
@@ -280,8 +277,7 @@ def _while(context: Context, eqn, operands: list[Known], path) -> list[Known]:
 def _reading(x: Known, row) -> Known:
     if row is None:
         return x
-    reads = spread(row, x.shape)
-    return dataclasses.replace(x, reads=reads if x.reads is None else x.reads | reads, value=None)
+    return dataclasses.replace(x, reads=either(x.reads, spread(row, x.shape)), value=None)
 
 
 def _cond(context: Context, eqn, operands: list[Known], path) -> list[Known]:
@@ -297,12 +293,10 @@ def _cond(context: Context, eqn, operands: list[Known], path) -> list[Known]:
 
 
 def _either(parts: Sequence[Known]) -> Known:
-    first, *rest = parts
-    low, high, reads = first.low, first.high, first.reads
-    for part in rest:
-        low, high = np.minimum(low, part.low), np.maximum(high, part.high)
-        reads = _joined(dataclasses.replace(first, reads=reads), part).reads
-    return Known(first.shape, first.dtype, reads, low, high)
+    shape, dtype = parts[0].shape, parts[0].dtype
+    low = functools.reduce(np.minimum, [part.low for part in parts])
+    high = functools.reduce(np.maximum, [part.high for part in parts])
+    return Known(shape, dtype, union(shape, *parts), low, high)
 
 
 _CONTROL = {"scan": _scan, "while": _while, "cond": _cond}
@@ -425,9 +419,8 @@ def _line(calls: Sequence[jex.JaxprEqn]) -> str:
     line = "an unknown line"
     for eqn in calls:
         line = _user_line(eqn) or line
-        inner = next((eqn.params[key] for key in _CALLS if key in eqn.params), None)
-        source = str(getattr(getattr(inner, "jaxpr", inner), "debug_info", None))
-        if eqn.primitive.name in ("jit", "pjit") and _INSTALLED in source:
+        inner = called(eqn)
+        if eqn.primitive.name in ("jit", "pjit") and _INSTALLED in str(opened(inner).debug_info):
             break
     return line
 
@@ -448,8 +441,7 @@ def _input(leaf: Any, axis: int, columns: np.ndarray) -> Known:
     shape, words = np.shape(leaf), -(-len(columns) // 64)
     bits = np.zeros((shape[axis], words * 64), np.uint8)
     bits[columns, np.arange(len(columns))] = 1
-    rows = np.packbits(bits, axis=-1, bitorder="little").view(np.uint64)
-    rows = rows.reshape(*(-1 if i == axis else 1 for i in range(len(shape))), words)
+    rows = packed(bits).reshape(*(-1 if i == axis else 1 for i in range(len(shape))), words)
     reads = np.broadcast_to(rows, (*shape, words))
     return free(shape, leaf.dtype, reads)
 
@@ -460,12 +452,12 @@ def _by_position(outs: Sequence[Known], out_axes, count: int) -> Bool[np.ndarray
         if out.reads is not None:
             rows = np.moveaxis(out.reads, axis, 0).reshape(len(found), -1, out.reads.shape[-1])
             row = np.bitwise_or.reduce(rows, 1)
-            found |= np.unpackbits(row.view(np.uint8), axis=-1, bitorder="little")[:, :count] > 0
+            found |= unpacked(row)[:, :count] > 0
     return found
 
 
 def _largest(closed: Any) -> int:
-    jaxpr = getattr(closed, "jaxpr", closed)
+    jaxpr = opened(closed)
     sizes = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
     inner = [_largest(inner) for inner in jex.subjaxprs(jaxpr)]
     return max([1, *sizes, *inner])

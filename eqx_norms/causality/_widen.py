@@ -21,13 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-# These hand their operands to code that expects the dtypes it was traced with.
-_OPAQUE = ("callback", "pallas_call", "ffi_call", "shard_map", "hi_primitive")
-# These hold a traced function under a name that does not tell, or read the bits of a dtype.
-_OPAQUE_EXACTLY = ("bitcast_convert_type", "reduce", "reduce_window")
-_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-# These are bound again with a wider body; every other inner jaxpr is a call, to be inlined.
-_BODIES = ("scan", "while", "cond")
+from .._jaxprs import called, is_foreign, is_jaxpr, opened, scan_counts
+
+# These hold a traced function of single entries, or read the bits of a dtype.
+_NARROW = ("bitcast_convert_type", "reduce", "reduce_window")
 _FINE_MANTISSA = 7  # that of bfloat16
 _INPUT = ""
 
@@ -53,7 +50,7 @@ def widen(closed: jex.ClosedJaxpr, to: Any = np.float64) -> Callable[..., tuple[
 def float_dtypes(closed: jex.ClosedJaxpr) -> set[np.dtype]:
     """Every real float dtype that a value of the traced function has, complex as its parts."""
     found = set()
-    for jaxpr in _all_jaxprs(_open(closed)):
+    for jaxpr in _all_jaxprs(opened(closed)):
         for var in [*jaxpr.invars, *jaxpr.constvars, *(v for e in jaxpr.eqns for v in e.outvars)]:
             dtype = getattr(_aval(var), "dtype", None)
             if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
@@ -72,7 +69,7 @@ def opaque_parts(closed: jex.ClosedJaxpr) -> set[str]:
     It does where they read an input and an output reads them. So a debug callback does not
     count, nor the bit casts in every draw of random floats, nor `equinox.error_if`.
     """
-    outs = _origins(closed, [frozenset([_INPUT]) for _ in _open(closed).invars])
+    outs = _origins(closed, [frozenset([_INPUT]) for _ in opened(closed).invars])
     return set(frozenset().union(*outs) - {_INPUT})
 
 
@@ -87,7 +84,7 @@ def same_trace(one: jex.ClosedJaxpr, two: jex.ClosedJaxpr) -> bool:
 
 
 def _evaluate(closed: Any, args: Sequence[Array], to: np.dtype) -> list[Array]:
-    jaxpr = _open(closed)
+    jaxpr = opened(closed)
     consts = [_wide(const, to) for const in _consts(closed)]
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
@@ -110,7 +107,7 @@ def _equation(eqn: jex.JaxprEqn, args: list[Array], to: np.dtype) -> Sequence[Ar
         return _bind(eqn, list(map(_narrow, args, dtypes)), params)
     if name == "reduce_precision" and params["mantissa_bits"] >= _FINE_MANTISSA:
         return args
-    inner = _called(eqn)
+    inner = called(eqn)
     if inner is not None:
         return _evaluate(inner, args, to)
     return _bind(eqn, args, {key: _wide_param(key, value, to) for key, value in params.items()})
@@ -121,21 +118,13 @@ def _bind(eqn: jex.JaxprEqn, args: Sequence[Array], params: dict) -> Sequence[Ar
     return outs if eqn.primitive.multiple_results else [outs]
 
 
-def _called(eqn: jex.JaxprEqn) -> Any:
-    """The body of a call, which takes the operands and gives the results one by one."""
-    if eqn.primitive.name in _BODIES:
-        return None
-    return next((eqn.params[key] for key in _INNER if key in eqn.params), None)
-
-
 def _is_opaque(eqn: jex.JaxprEqn) -> bool:
-    name = eqn.primitive.name
-    return name in _OPAQUE_EXACTLY or any(part in name for part in _OPAQUE)
+    return is_foreign(eqn) or eqn.primitive.name in _NARROW
 
 
 def _origins(closed: Any, ins: Sequence[frozenset[str]]) -> list[frozenset[str]]:
     """For every output what it was made of: `_INPUT`, opaque operations, or neither."""
-    jaxpr = _open(closed)
+    jaxpr = opened(closed)
     origins = dict(zip(jaxpr.invars, ins, strict=True))
 
     def read(atom):
@@ -148,7 +137,7 @@ def _origins(closed: Any, ins: Sequence[frozenset[str]]) -> list[frozenset[str]]
 
 
 def _equation_origins(eqn: jex.JaxprEqn, ins: list[frozenset[str]]) -> Sequence[frozenset[str]]:
-    inner = None if _is_opaque(eqn) else _called(eqn)
+    inner = None if _is_opaque(eqn) else called(eqn)
     if inner is not None:
         return _origins(inner, ins)
     if eqn.primitive.name == "scan":
@@ -158,9 +147,9 @@ def _equation_origins(eqn: jex.JaxprEqn, ins: list[frozenset[str]]) -> Sequence[
         made_of |= {eqn.primitive.name}
     elif made_of:
         # A loop or a branch as a whole: every result of it may be made of everything in it.
-        for body in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(body):
-                made_of = made_of.union(*_origins(body, [made_of] * len(_open(body).invars)))
+        for body in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(body):
+                made_of = made_of.union(*_origins(body, [made_of] * len(opened(body).invars)))
     return [made_of] * len(eqn.outvars)
 
 
@@ -171,41 +160,33 @@ def _only_raises(eqn: jex.JaxprEqn) -> bool:
 
 
 def _scan_origins(eqn: jex.JaxprEqn, ins: list[frozenset[str]]) -> list[frozenset[str]]:
-    body = eqn.params["jaxpr"]
-    # Constants, carry, slices go in; carry, slices come out. Each slice has one axis less inside.
-    last = len(ins) - _count_slices(eqn.invars, _open(body).invars)
-    carries = len(eqn.outvars) - _count_slices(eqn.outvars, _open(body).outvars)
-    first = last - carries
+    first, carries = scan_counts(eqn)
+    last = first + carries
     while True:
-        outs = _origins(body, ins)
+        outs = _origins(eqn.params["jaxpr"], ins)
         carry = [a | b for a, b in zip(ins[first:last], outs[:carries], strict=True)]
         if carry == ins[first:last]:
             return outs
         ins = [*ins[:first], *carry, *ins[last:]]
 
 
-def _count_slices(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    pairs = zip(outside, inside, strict=True)
-    return sum(len(_aval(a).shape) > len(_aval(b).shape) for a, b in pairs)
-
-
 def _wide_param(key: str, value: Any, to: np.dtype) -> Any:
-    if isinstance(value, tuple) or _is_jaxpr(value):
-        return jax.tree.map(lambda leaf: _wide_jaxpr(leaf, to), value, is_leaf=_is_jaxpr)
+    if isinstance(value, tuple) or is_jaxpr(value):
+        return jax.tree.map(lambda leaf: _wide_jaxpr(leaf, to), value, is_leaf=is_jaxpr)
     if key == "precision":
         return None
     return _wide_dtype(value, to) if isinstance(value, np.dtype) else value
 
 
 def _wide_jaxpr(closed: Any, to: np.dtype) -> Any:
-    if not _is_jaxpr(closed):
+    if not is_jaxpr(closed):
         return closed
-    avals = [_aval(var) for var in _open(closed).invars]
+    avals = [_aval(var) for var in opened(closed).invars]
     structs = [
         jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype, to), sharding=a.sharding) for a in avals
     ]
     wide = jax.make_jaxpr(lambda *args: _evaluate(closed, args, to))(*structs)
-    return wide if isinstance(closed, jex.ClosedJaxpr) else _open(wide)
+    return wide if isinstance(closed, jex.ClosedJaxpr) else opened(wide)
 
 
 def _wide_dtype(dtype: Any, to: np.dtype) -> Any:
@@ -232,11 +213,6 @@ def _aval(atom: Any) -> Any:
     return atom.aval
 
 
-# JAX 0.12 has one class where 0.10 has two, Jaxpr and ClosedJaxpr.
-def _open(closed: Any) -> jex.Jaxpr:
-    return closed.jaxpr if isinstance(closed, jex.ClosedJaxpr) else closed
-
-
 def _consts(closed: Any) -> Sequence[Any]:
     return getattr(closed, "consts", ())
 
@@ -249,15 +225,11 @@ def _all_jaxprs(jaxpr: jex.Jaxpr) -> Iterator[jex.Jaxpr]:
 
 def _all_consts(closed: Any) -> list[Any]:
     consts = list(_consts(closed))
-    for eqn in _open(closed).eqns:
+    for eqn in opened(closed).eqns:
         consts += [atom.val for atom in eqn.invars if isinstance(atom, jex.Literal)]
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            consts += _all_consts(value) if _is_jaxpr(value) else []
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            consts += _all_consts(value) if is_jaxpr(value) else []
     return consts
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)
 
 
 def _same_bits(a: Any, b: Any) -> bool:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jax.extend.core import DebugInfo, Jaxpr, Literal, primitives
 
+from .._jaxprs import scan_counts
 from .._real import Real
-from ._plan import Plan, Step, scan_counts
+from ._plan import Plan, Step
 from ._tag import tag_p
 
 # One entry a tag, in program order, each with one entry an array that the tag marks.

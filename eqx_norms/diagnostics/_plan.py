@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.tree_util as jtu
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, primitives
+from jax.extend.core import Literal, primitives
 from jaxtyping import PyTree
 
+from .._jaxprs import is_jaxpr, opened, scan_counts
 from ._instrument import Watch, path
 from ._tag import Call, tag_p
 
@@ -46,7 +47,7 @@ class Plan:
     """
 
     def __init__(self, jaxpr: Any, steps: list[Step], recomputed: list[Output]):
-        self.jaxpr = _open(jaxpr)
+        self.jaxpr = opened(jaxpr)
         self.consts = getattr(jaxpr, "consts", ())
         self.steps = steps
         self.outputs = [output for step in steps for output in step.outputs]
@@ -81,19 +82,6 @@ def _array_keys(tree: PyTree) -> list[tuple]:
     return [keys for keys, _ in leaves]
 
 
-def scan_counts(eqn: Any) -> tuple[int, int]:
-    """The numbers of constants and of carried arrays of a `scan`."""
-    # A carry has the same rank inside the loop and outside, what is scanned over has one axis
-    # less inside: counted so, for each JAX version keeps the numbers in another parameter.
-    body = _open(eqn.params["jaxpr"])
-    carried = _count_equal_rank(eqn.outvars, body.outvars)
-    return _count_equal_rank(eqn.invars, body.invars) - carried, carried
-
-
-def _count_equal_rank(outside: list, inside: list) -> int:
-    return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outside, inside, strict=True))
-
-
 class _Planner:
     def __init__(self, model: PyTree, watch: Watch):
         self.arrays = {keys: 1 << i for i, keys in enumerate(_array_keys(model))}
@@ -109,17 +97,17 @@ class _Planner:
 
     def plan(self, jaxpr: Any, origins: tuple[int, ...]) -> tuple[Plan, list[int]]:
         # Planned once for each set of origins, however often it is called.
-        key = id(_open(jaxpr)), origins
+        key = id(opened(jaxpr)), origins
         if key not in self.plans:
             self.plans[key] = self._plan(jaxpr, origins)
         return self.plans[key]
 
     def _plan(self, jaxpr: Any, origins: tuple[int, ...]) -> tuple[Plan, list[int]]:
-        opened = _open(jaxpr)
-        env = dict(zip(opened.invars, origins, strict=True))
+        inside = opened(jaxpr)
+        env = dict(zip(inside.invars, origins, strict=True))
         read = lambda atom: 0 if isinstance(atom, Literal) else env.get(atom, 0)
         steps, recomputed = [], []
-        for eqn in opened.eqns:
+        for eqn in inside.eqns:
             inner, outs = self._inner(eqn, tuple(map(read, eqn.invars)))
             env.update(zip(eqn.outvars, outs, strict=True))
             found = self._outputs(eqn, read) or [o for plan in inner for o in plan.outputs]
@@ -128,7 +116,7 @@ class _Planner:
                 recomputed += found
                 found = []
             steps.append(Step(found, inner))
-        return Plan(jaxpr, steps, recomputed), [read(atom) for atom in opened.outvars]
+        return Plan(jaxpr, steps, recomputed), [read(atom) for atom in inside.outvars]
 
     def _inner(self, eqn: Any, origins: tuple[int, ...]) -> tuple[list[Plan], list[int]]:
         """The plans of the inner jaxprs of `eqn`, and the origins of its outputs."""
@@ -149,7 +137,7 @@ class _Planner:
             return self.plan(jaxpr, (*origins[:of_cond], *origins[of_cond + of_body :]))
         if eqn.primitive is primitives.cond_p:
             return self.plan(jaxpr, origins[1:])
-        count = len(_open(jaxpr).invars)
+        count = len(opened(jaxpr).invars)
         return self.plan(jaxpr, origins if count == len(origins) else (_union(origins),) * count)
 
     def _loop(
@@ -206,11 +194,6 @@ def _union(origins: tuple[int, ...]) -> int:
     return ft.reduce(operator.or_, origins, 0)
 
 
-def _open(jaxpr: Any) -> Any:
-    # Some primitives hold a jaxpr, some a closed one, and newer JAX has one type for both.
-    return getattr(jaxpr, "jaxpr", jaxpr)
-
-
 def _variables(atoms: list) -> set:
     return {atom for atom in atoms if not isinstance(atom, Literal)}
 
@@ -223,5 +206,5 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
         values += [getattr(v, "jaxpr", v) for v in params["_prim"].params.values()]
     for value in values:
         for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, Jaxpr | ClosedJaxpr):
+            if is_jaxpr(each):
                 yield each
