@@ -14,3 +14,4 @@ from ._statistics import (
     stable_rank as stable_rank,
     update_ratio as update_ratio,
 )
+from ._watch import Look as Look, Watch as Watch

@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import Literal
 from jaxtyping import Array, Float
 
-from ._plan import _open
+from .._jaxprs import opened
 
 
 class Activation(NamedTuple):
@@ -72,7 +72,7 @@ def recognised(jaxpr: Any, i: int) -> tuple[Activation, int] | None:
         if sum(zero) == 1 and eqn.outvars[0].aval.shape:
             return activation_of(jax.nn.relu, "relu"), zero.index(False)
     inner = eqn.params.get("jaxpr") if name == "jit" else eqn.params.get("call_jaxpr")
-    fn = _NAMED.get(_open(inner).debug_info.func_name) if inner is not None else None
+    fn = _NAMED.get(opened(inner).debug_info.func_name) if inner is not None else None
     if fn is not None and eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape:
         return activation_of(fn, fn.__name__), 0
     return None

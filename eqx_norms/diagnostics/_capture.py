@@ -1,7 +1,7 @@
-"""Look at what the submodules of a model return, and at the loss's derivatives there."""
+"""Look at what submodules return, and at the loss's derivatives there; put something else there."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -11,12 +11,17 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from ._instrument import Watch, Where
-from ._interpret import ArrayType, Marked, evaluate, marked_types
-from ._plan import make_plan
+from ._interpret import ArrayType, Edit, Marked, evaluate, marked_types
+from ._plan import Output, make_plan
+from ._replace import Replace, check_called, path_of, replacement
 
 
 def capture(
-    fn: Callable[..., Any], model: PyTree, *args: Any, where: Where
+    fn: Callable[..., Any],
+    model: PyTree,
+    *args: Any,
+    where: Where,
+    replace: Replace | None = None,
 ) -> tuple[Any, dict[str, PyTree]]:
     """Evaluates `fn(model, *args)` and hands out what the submodules of `model` returned.
 
@@ -35,6 +40,11 @@ def capture(
         mlp = eqx.nn.MLP(2, 1, 8, 3, key=key)
         out, values = capture(lambda m, x: jax.vmap(m)(x), mlp, x, where=eqx.nn.Linear)
         values["layers[0]"]  # of shape (batch, 8)
+
+        # The same network with one layer silenced, and with its outputs for other inputs.
+        silent = {"layers[0]": jnp.zeros_like}
+        out, _ = capture(lambda m, x: jax.vmap(m)(x), mlp, x, where=(), replace=silent)
+        out, _ = capture(lambda m, x: jax.vmap(m)(x), mlp, x[::-1], where=(), replace=values)
         ```
 
     **Arguments:**
@@ -44,7 +54,14 @@ def capture(
     - `args`: anything; arrays are traced.
     - `where`: which submodules: a type, a tuple of types, or a function of `(path, module)` that
         says whether to capture it. It is asked about every module that can be called, the model
-        itself included, of which the path is `""`.
+        itself included, of which the path is `""`. `()` for those alone that are replaced.
+    - `replace`: what `fn` goes on with in place of the output of a submodule, by the key that the
+        value has below; each call has its own. Either what it is to return, as the value below:
+        the same structure, shapes and dtypes. Or a function of what it returned, `fn(value)`, of
+        which the axes of `jax.vmap` are in front, as below. In a `jax.lax.scan` or `jax.lax.map`
+        the function is called with the value of one step, and with the number of that step as
+        the value counts it, one for each loop around, the outermost first:
+        `lambda value, step: jnp.where(step == 2, 0 * value, value)`.
 
     **Returns:**
 
@@ -75,6 +92,8 @@ def capture(
     same in every step of a loop, if `fn` itself differentiates the loop. To have the batch ahead
     of time, put the `jax.vmap` around `capture`, not inside `fn`.
 
+    What is replaced is captured as well, as `fn` goes on with it.
+
     In a `jax.lax.cond` or `switch`, what the branch not taken would have returned is NaN; it is
     zero for integers, and where `jax_debug_nans` is set, which would stop at a NaN. Under
     `jax.vmap` with a mapped predicate, JAX computes all branches for all examples, and these
@@ -82,22 +101,30 @@ def capture(
 
     **Raises:**
 
-    - `ValueError` if `where` matches nothing, or if nothing that it matches is called.
-    - `TypeError` if `model` or `args` hold a `jax.ShapeDtypeStruct`.
+    - `ValueError` if `where` matches nothing, or if nothing that it matches is called; if
+        `replace` names no call, or something of another structure or shape.
+    - `TypeError` if `model` or `args` hold a `jax.ShapeDtypeStruct`, or if a replacement is of
+        another dtype.
     - `NotImplementedError`, naming the submodule and the place, if it is called where no value can
         be handed out: in a while loop, in a function with a custom derivative rule, in
         `jax.shard_map`, and in any other primitive that this function does not know.
     - `NotImplementedError` if it cannot be told which submodule is called: it has no arrays and
         several equals, or `fn` has stacked several into one. To scan over layers, stack them before
         (`equinox.filter_vmap` over their keys), not in `fn`.
+    - `NotImplementedError` if `fn` itself differentiates what is replaced. Differentiate `capture`,
+        or use [`eqx_norms.diagnostics.capture_grads`][].
     """
-    program = _Program(fn, model, args, where)
+    program = _Program(fn, model, args, where, replace)
     out, marked = program.run(model, args, program.no_shifts())
     return out, program.by_path(marked)
 
 
 def capture_grads(
-    loss_fn: Callable[..., Float[Array, ""]], model: PyTree, *args: Any, where: Where
+    loss_fn: Callable[..., Float[Array, ""]],
+    model: PyTree,
+    *args: Any,
+    where: Where,
+    replace: Replace | None = None,
 ) -> tuple[Float[Array, ""], dict[str, PyTree], dict[str, PyTree], PyTree]:
     """Differentiates `loss_fn(model, *args)` with respect to the model and to what its submodules
     returned.
@@ -111,7 +138,7 @@ def capture_grads(
     **Arguments:**
 
     - `loss_fn`: a function of the model and `args` that returns a floating-point scalar.
-    - `model`, `args`, `where`: as for [`eqx_norms.diagnostics.capture`][].
+    - `model`, `args`, `where`, `replace`: as for [`eqx_norms.diagnostics.capture`][].
 
     **Returns:**
 
@@ -122,7 +149,7 @@ def capture_grads(
     - the derivatives of the loss with respect to the values, under the same keys, each of the
         structure, shapes and dtypes of its value. Integers have `None`, what the loss does not
         depend on has zero. A value that is shared by several examples, steps or shards has the
-        sum;
+        sum. Where a value is replaced, it is the derivative with respect to what stands there;
     - the derivatives with respect to the model, as `equinox.filter_grad` gives them.
 
     **Raises:**
@@ -133,24 +160,25 @@ def capture_grads(
     - `NotImplementedError` if `loss_fn` itself differentiates a `jax.checkpoint` in which a
         matched submodule is called: it is computed anew in there, out of reach of the added zero.
     """
-    program = _Program(loss_fn, model, args, where)
-    program.check_differentiable()
-
-    @eqx.filter_value_and_grad(has_aux=True)
-    def backward(model_and_shifts):
-        model, shifts = model_and_shifts
-        return program.run(model, args, shifts)
-
-    start = model, program.zero_shifts()
-    (loss, marked), (model_grads, grads) = backward(start)
+    program = _Program(loss_fn, model, args, where, replace)
+    loss, marked, grads, model_grads = program.backward(model, args)
     return loss, program.by_path(marked), program.by_path(grads), model_grads
 
 
 class _Program:
     """`fn(model, *args)` as a jaxpr in which the outputs of the matched submodules are tagged."""
 
-    def __init__(self, fn: Callable, model: PyTree, args: tuple, where: Where):
-        watch = Watch(model, where)
+    def __init__(
+        self, fn: Callable, model: PyTree, args: tuple, where: Where, replace: Replace | None
+    ):
+        replace = {} if replace is None else replace
+        if not isinstance(replace, Mapping):
+            raise TypeError(
+                "`replace` must map calls to what they are to return, or to functions of what they "
+                f"return, but it is {replace!r}. Type for instance "
+                "`replace={'layers[0]': jnp.zeros_like}`."
+            )
+        watch = Watch(model, where, {path_of(key) for key in replace})
         _check_arrays(model, args)
         jaxpr, self.out, self.static_out = watch.trace(fn, model, args)
         self.plan = make_plan(jaxpr, model, args, watch)
@@ -161,28 +189,44 @@ class _Program:
                 "model: type `lambda model, x: model(x)`, not a function that holds the model "
                 "itself."
             )
+        self.types = marked_types(self.plan)
+        self.keys = _keys(self.plan.outputs)
+        check_called(replace, self.keys)
+        self.replacements = [
+            replacement(key, output.call, types, replace[key]) if key in replace else None
+            for key, output, types in zip(self.keys, self.plan.outputs, self.types, strict=True)
+        ]
 
     def run(self, model: PyTree, args: tuple, shifts: Marked) -> tuple[Any, Marked]:
         arrays = jtu.tree_leaves(eqx.filter((model, args), eqx.is_array))
-        outs, marked = evaluate(self.plan, arrays, shifts)
+        edits = [Edit(*pair) for pair in zip(shifts, self.replacements, strict=True)]
+        outs, marked = evaluate(self.plan, arrays, edits)
         out = jtu.tree_unflatten(jtu.tree_structure(self.out), outs)
         return eqx.combine(out, self.static_out), marked
 
+    def backward(
+        self, model: PyTree, args: tuple
+    ) -> tuple[Float[Array, ""], Marked, Marked, PyTree]:
+        """The loss, what is marked, and the derivatives there and of the model."""
+        self.check_differentiable()
+
+        @eqx.filter_value_and_grad(has_aux=True)
+        def loss(model_and_shifts):
+            model, shifts = model_and_shifts
+            return self.run(model, args, shifts)
+
+        (value, marked), (model_grads, grads) = loss((model, self.zero_shifts()))
+        return value, marked, grads, model_grads
+
     def by_path(self, marked: Marked) -> dict[str, PyTree]:
-        calls = Counter()
-        values = {}
-        for output, leaves in zip(self.plan.outputs, marked, strict=True):
-            [path] = output.paths
-            number = calls[path]
-            values[f"{path}#{number}" if number else path] = output.call.rebuild(leaves)
-            calls[path] += 1
-        return values
+        triples = zip(self.keys, self.plan.outputs, marked, strict=True)
+        return {key: output.call.rebuild(leaves) for key, output, leaves in triples}
 
     def no_shifts(self) -> Marked:
-        return [[None] * output.call.structure.num_leaves for output in self.plan.outputs]
+        return [[None] * len(types) for types in self.types]
 
     def zero_shifts(self) -> Marked:
-        return [[_zero_shift(kind) for kind in kinds] for kinds in marked_types(self.plan)]
+        return [[_zero_shift(kind) for kind in types] for types in self.types]
 
     def check_differentiable(self) -> None:
         shape = getattr(self.out, "shape", None)
@@ -198,6 +242,16 @@ class _Program:
                 "differentiates a `jax.checkpoint` that calls it, which computes it a second time. "
                 "Type a `where` that leaves it out, or take the checkpoint away."
             )
+
+
+def _keys(outputs: list[Output]) -> list[str]:
+    """`norm`, `norm#1` and so on: of each call, in the order of the calls."""
+    calls, keys = Counter(), []
+    for output in outputs:
+        path = output.paths[0]  # of several, the evaluation will complain
+        keys.append(f"{path}#{calls[path]}" if calls[path] else path)
+        calls[path] += 1
+    return keys
 
 
 def _check_arrays(model: PyTree, args: tuple) -> None:

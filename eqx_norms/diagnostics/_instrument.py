@@ -8,7 +8,7 @@ import contextlib
 import functools as ft
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -25,14 +25,18 @@ Where = type | tuple[type, ...] | Callable[[str, eqx.Module], bool]
 class Watch:
     """Which modules of `model` to look at, and, while a function is traced, which are called."""
 
-    def __init__(self, model: PyTree, where: Where):
+    def __init__(self, model: PyTree, where: Where, also: Collection[str] = ()):
+        """`also` are the paths of modules to look at whether `where` matches them or not."""
         matches = _as_predicate(where)
         self.modules = dict(_callable_modules((), model))
-        self.matched = {
-            keys for keys, module in self.modules.items() if matches(path(keys), module)
-        }
-        if not self.matched:
+        paths = {path(keys): keys for keys in self.modules}
+        for each in also:
+            if each not in paths:
+                raise ValueError(_not_there(each, self.modules))
+        self.matched = {keys for each, keys in paths.items() if matches(each, self.modules[keys])}
+        if not self.matched and (where != () or not also):
             raise ValueError(_nothing_matches(self.modules))
+        self.matched.update(paths[each] for each in also)
         self.outer = _watch.get()
         self.level = 0 if self.outer is None else self.outer.level + 1
         self._places = {}
@@ -198,12 +202,22 @@ def _as_predicate(where: Where) -> Callable[[str, eqx.Module], bool]:
 
 
 def _nothing_matches(modules: dict[tuple, eqx.Module]) -> str:
-    here = [f"{path(keys)!r}: {type(module).__name__}" for keys, module in modules.items()]
-    listed = ", ".join(here[:20]) + (", ..." if len(here) > 20 else "")
     return (
-        "`where` must match at least one submodule that can be called, but it matches none. "
-        f"The model has {{{listed}}}: type one of these types, or a function of (path, module)."
+        "`where` must match at least one submodule that can be called, but it matches none. The "
+        f"model has {_listed(modules)}: type one of these types, or a function of (path, module)."
     )
+
+
+def _not_there(path: str, modules: dict[tuple, eqx.Module]) -> str:
+    return (
+        "`replace` must name submodules that can be called, but at "
+        f"{path!r} there is none. The model has {_listed(modules)}: type one of these paths."
+    )
+
+
+def _listed(modules: dict[tuple, eqx.Module]) -> str:
+    here = [f"{path(keys)!r}: {type(module).__name__}" for keys, module in modules.items()]
+    return f"{{{', '.join(here[:20])}{', ...' if len(here) > 20 else ''}}}"
 
 
 def _callable_modules(keys: tuple, node: Any) -> Iterator[tuple[tuple, eqx.Module]]:

@@ -1,4 +1,4 @@
-"""Evaluate a jaxpr and hand out what its tags mark, adding a shift to each on the way.
+"""Evaluate a jaxpr and hand out what its tags mark, edited on the way.
 
 Only equations with a tag inside are taken apart; JAX evaluates all others as they stand, so that
 custom derivative rules stay in force.
@@ -7,6 +7,7 @@ custom derivative rules stay in force.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import eval_jaxpr
@@ -21,19 +22,45 @@ from ._tag import tag_p
 Marked = list[list[Any]]
 
 
-def evaluate(plan: Plan, args: Sequence, shifts: Marked) -> tuple[list[Any], Marked]:
+class Edit(eqx.Module):
+    """What becomes of the arrays that a tag marks, before the program goes on with them.
+
+    **Arguments:**
+
+    - `shifts`: for each of them what to add, or `None`.
+    - `replacement`: called with the arrays and with `steps`, it returns those that are handed out,
+        and shifted, in their place.
+    - `steps`: the numbers of the steps of the loops around the tag, the outermost first.
+    """
+
+    shifts: list[Any]
+    replacement: Callable[..., list[Any]] | None = eqx.field(static=True)
+    steps: tuple[Any, ...] = ()
+
+    def replaced(self, values: list[Any]) -> list[Any]:
+        return values if self.replacement is None else self.replacement(values, *self.steps)
+
+    def shifted(self, values: list[Any]) -> list[Any]:
+        pairs = zip(values, self.shifts, strict=True)
+        return [x if dx is None else jax.lax.add(x, dx) for x, dx in pairs]
+
+    def at_step(self, number: Any, shifts: list[Any]) -> "Edit":
+        return Edit(shifts, self.replacement, (*self.steps, number))
+
+
+def evaluate(plan: Plan, args: Sequence, edits: list[Edit]) -> tuple[list[Any], Marked]:
     """Evaluate the plan's jaxpr; return its outputs and the arrays that its tags mark.
 
     **Arguments:**
 
-    - `shifts`: for every marked array what to add to it, or `None`.
+    - `edits`: one a tag, in program order.
     """
     jaxpr = plan.jaxpr
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*plan.consts, *args], strict=True))
     marked = []
     for eqn, step, last_uses in zip(jaxpr.eqns, plan.steps, plan.last_uses, strict=True):
         count = len(step.outputs)
-        here, shifts = shifts[:count], shifts[count:]
+        here, edits = edits[:count], edits[count:]
         outs, found = _rule(eqn, step)(eqn, step, [_read(env, atom) for atom in eqn.invars], here)
         env.update(zip(eqn.outvars, outs, strict=True))
         marked += found
@@ -54,7 +81,7 @@ def _read(env: dict, atom: Any) -> Any:
     return jnp.asarray(atom.val) if isinstance(atom, Literal) else env[atom]
 
 
-def _as_it_stands(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
+def _as_it_stands(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
     pairs = zip(eqn.invars, args, strict=True)
     inputs = {atom: x for atom, x in pairs if not isinstance(atom, Literal)}
     names = DebugInfo("capture", "", ("",) * len(inputs), ("",) * len(eqn.outvars))
@@ -62,35 +89,33 @@ def _as_it_stands(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[lis
     return eval_jaxpr(alone, (), *inputs.values()), []
 
 
-def _operand_and_result(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list, Marked]:
+def _operand_and_result(
+    eqn: Any, step: Step, args: list, edits: list[Edit]
+) -> tuple[list[Any], Marked]:
     outs, _ = _as_it_stands(eqn, step, args, [])
     return outs, [[args[step.operand or 0], outs[0]]]
 
 
-def _tag(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
-    [output], [shift] = step.outputs, shifts
+def _tag(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
+    [output], [edit] = step.outputs, edits
     if len(output.paths) > 1:
         raise NotImplementedError(
             f"The module that is called is made of {', '.join(map(repr, output.paths))} together, "
             "so its output has no path. Stack or combine them before, so that `model` holds what "
             "is called, or type a `where` that leaves them out."
         )
-    values = args[: len(shift)]
-    return [_shifted(x, dx) for x, dx in zip(values, shift, strict=True)], [values]
+    values = edit.replaced(args[: len(eqn.outvars)])
+    return edit.shifted(values), [values]
 
 
-def _shifted(x: Any, dx: Any) -> Any:
-    return x if dx is None else jax.lax.add(x, dx)
-
-
-def _inline(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
+def _inline(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
     [plan] = step.inner
-    return evaluate(plan, args, shifts)
+    return evaluate(plan, args, edits)
 
 
-def _jit(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
-    def run(args, shifts):
-        return _inline(eqn, step, args, shifts)
+def _jit(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
+    def run(args, edits):
+        return _inline(eqn, step, args, edits)
 
     params = eqn.params
     run.__name__ = params["name"]
@@ -102,35 +127,38 @@ def _jit(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], M
         keep_unused=params["keep_unused"],
         inline=params["inline"],
     )
-    return jitted(args, shifts)
+    return jitted(args, edits)
 
 
 def _given(shardings: Sequence) -> list:
     return [s if isinstance(s, jax.sharding.Sharding) else None for s in shardings]
 
 
-def _checkpoint(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
-    def run(args, shifts):
-        return _inline(eqn, step, args, shifts)
+def _checkpoint(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
+    def run(args, edits):
+        return _inline(eqn, step, args, edits)
 
     cse = eqn.params["prevent_cse"]
     prevent_cse = cse if isinstance(cse, bool) else any(cse)
-    return jax.checkpoint(run, prevent_cse=prevent_cse, policy=eqn.params["policy"])(args, shifts)
+    return jax.checkpoint(run, prevent_cse=prevent_cse, policy=eqn.params["policy"])(args, edits)
 
 
-def _scan(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
+def _scan(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
     num_consts, num_carry = scan_counts(eqn)
     consts, init = args[:num_consts], args[num_consts : num_consts + num_carry]
+    # Counted as the axes of the values are, also where the loop runs in reverse.
+    numbers = jnp.arange(eqn.params["length"])
 
     def body(carry, x):
-        xs, shifts = x
-        outs, marked = _inline(eqn, step, [*consts, *carry, *xs], shifts)
+        xs, number, shifts = x
+        here = [edit.at_step(number, each) for edit, each in zip(edits, shifts, strict=True)]
+        outs, marked = _inline(eqn, step, [*consts, *carry, *xs], here)
         return outs[:num_carry], (outs[num_carry:], marked)
 
     carry, (ys, marked) = jax.lax.scan(
         body,
         init,
-        (args[num_consts + num_carry :], shifts),
+        (args[num_consts + num_carry :], numbers, [edit.shifts for edit in edits]),
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
@@ -138,13 +166,13 @@ def _scan(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], 
     return [*carry, *ys], marked
 
 
-def _cond(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
+def _cond(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
     index, *operands = args
     parts = []
     for plan in step.inner:
         count = len(plan.outputs)
-        parts.append(shifts[:count])
-        shifts = shifts[count:]
+        parts.append(edits[:count])
+        edits = edits[count:]
 
     def branch(i):
         def run(operands, parts):
@@ -180,11 +208,22 @@ class ArrayType(NamedTuple):
 
     def full(self, value: Real) -> jax.Array:
         """An array of this type."""
-        explicit = jax.sharding.AxisType.Explicit in self.sharding.mesh.axis_types
-        sharding = self.sharding if explicit else None
-        array = jax.lax.full(self.shape, value, self.dtype, sharding=sharding)
+        sharding = self.sharding if self._explicit else None
+        return self._varied(jax.lax.full(self.shape, value, self.dtype, sharding=sharding))
+
+    def placed(self, array: jax.Array) -> jax.Array:
+        """`array`, which has this shape and dtype, where an array of this type lies."""
+        array = jax.sharding.reshard(array, self.sharding) if self._explicit else array
+        return self._varied(array)
+
+    @property
+    def _explicit(self) -> bool:
+        return jax.sharding.AxisType.Explicit in self.sharding.mesh.axis_types
+
+    def _varied(self, array: jax.Array) -> jax.Array:
         # `jax.shard_map` sums a derivative over the axes along which its variable is the same.
-        return jax.lax.pcast(array, tuple(self.varying), to="varying") if self.varying else array
+        missing = tuple(self.varying - jax.typeof(array).manual_axis_type.varying)
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
 
     def stacked(self, length: int) -> "ArrayType":
         spec = jax.P(None, *self.sharding.spec)
@@ -198,22 +237,32 @@ def marked_types(plan: Plan) -> list[list[ArrayType]]:
     return [types for eqn, step in pairs if step.outputs for types in _types_in(eqn, step)]
 
 
+def loops_around(plan: Plan) -> list[int]:
+    """How many axes in front of what each tag marks are of loops."""
+    counts = []
+    for eqn, step in zip(plan.jaxpr.eqns, plan.steps, strict=True):
+        inner = [count for plan in step.inner for count in loops_around(plan)]
+        one_more = eqn.primitive is primitives.scan_p
+        counts += [0] if eqn.primitive is tag_p and step.outputs else [n + one_more for n in inner]
+    return counts
+
+
 def _types_in(eqn: Any, step: Step) -> list[list[ArrayType]]:
     if step.operand is not None:
-        return [[_type_of(atom.aval) for atom in (eqn.invars[step.operand], eqn.outvars[0])]]
+        return [[type_of(atom.aval) for atom in (eqn.invars[step.operand], eqn.outvars[0])]]
     if eqn.primitive is tag_p:
-        return [[_type_of(atom.aval) for atom in eqn.outvars]]
+        return [[type_of(atom.aval) for atom in eqn.outvars]]
     inner = [types for plan in step.inner for types in marked_types(plan)]
     if eqn.primitive is primitives.scan_p:
         return [[kind.stacked(eqn.params["length"]) for kind in types] for types in inner]
     return inner
 
 
-def _type_of(aval: Any) -> ArrayType:
+def type_of(aval: Any) -> ArrayType:
     return ArrayType(aval.shape, aval.dtype, aval.sharding, aval.manual_axis_type.varying)
 
 
-def _refuse(eqn: Any, step: Step, args: list, shifts: Marked) -> tuple[list[Any], Marked]:
+def _refuse(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
     paths = ", ".join(sorted({repr(path) for output in step.outputs for path in output.paths}))
     name = eqn.primitive.name
     raise NotImplementedError(

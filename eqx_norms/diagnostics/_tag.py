@@ -1,5 +1,6 @@
 """An identity that survives tracing: it marks in a jaxpr which arrays a submodule returned."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,13 @@ class Call:
         self.level = level
         self.structure = structure
         self.static = static
+        self.differentiated = False
+
+    def within_derivative(self) -> "Call":
+        """The same call, of which the traced function computes a derivative as well."""
+        call = copy.copy(self)
+        call.differentiated = True
+        return call
 
     def rebuild(self, leaves: list) -> PyTree:
         """The output as the submodule returned it, with these arrays in it."""
@@ -82,7 +90,7 @@ mlir.register_lowering(tag_p, lambda context, *arrays, call: _marked(arrays, cal
 
 def _jvp(primals, tangents, *, call):
     # Only the value is the submodule's output; a marked tangent would be taken for a call.
-    return tag_p.bind(*primals, call=call), _marked(tangents, call)
+    return tag_p.bind(*primals, call=call.within_derivative()), _marked(tangents, call)
 
 
 def _transpose(cotangents, *operands, call):
@@ -90,7 +98,7 @@ def _transpose(cotangents, *operands, call):
 
 
 def _jet(primals, series, *, call):
-    return tag_p.bind(*primals, call=call), _marked(series, call)
+    return tag_p.bind(*primals, call=call.within_derivative()), _marked(series, call)
 
 
 def _batch(arrays, axes, *, call):

@@ -1,0 +1,234 @@
+"""What goes on inside a model, over the steps of its training."""
+
+import functools as ft
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from ._capture import _Program
+from ._instrument import Where, path
+from ._interpret import loops_around
+from ._layer_statistics import as_examples, derivative_statistics, layer_statistics
+from ._statistics import activation_stats, dead_unit_fraction, histogram, update_ratio
+
+Statistics = OrderedDict[str, dict[str, Array]]  # which jit does not sort
+
+
+class Look(NamedTuple):
+    """What [`eqx_norms.diagnostics.Watch.measure`][] returns.
+
+    In `values`, `grads` and `params` the statistics of each array stand by its name, in the order
+    of the calls and of the parameters. Inside a `jax.lax.scan`, of each step.
+
+    - `loss`.
+    - `values`: of what the submodules return `mean`, `std`, `rms`, `largest` (in absolute value),
+        `non_finite` (the share of entries), `effective_rank` of at most 256 examples, `dead` (the
+        share of units as [`eqx_norms.diagnostics.dead_unit_fraction`][] counts it) and `counts`, a
+        histogram.
+    - `grads`: of the loss's derivatives there `rms`, `non_finite`, `silent` (the share of units
+        with derivative 0 in all examples), `largest` and `counts`.
+    - `params`: `rms` and `grad_rms`; `update_ratio` if there is an optimiser.
+
+    The histograms count by sign and size, four bins to each doubling from 2⁻¹⁶ of the largest
+    entry to the largest, and what is smaller in the bin in the middle.
+    """
+
+    loss: Float[Array, ""]
+    values: Statistics
+    grads: Statistics
+    params: Statistics
+
+
+class Watch:
+    """Measures a model while it trains, and draws the course of what was measured.
+
+    A look is one forward and one backward pass. What it returns are statistics, some hundred
+    numbers a layer, of shapes that do not depend on the batch: it may stand inside a jitted step, a
+    `jax.lax.scan` or a `jax.vmap` over seeds.
+
+    !!! example
+
+        ```python
+        watch = Watch(loss_fn, where=eqx.nn.Linear, optimiser=optim)
+        measure = eqx.filter_jit(watch.measure)
+        history = []
+        for step, batch in enumerate(batches):
+            if step % 100 == 0:
+                history.append(measure(model, batch, opt_state=opt_state))
+            model, opt_state = make_step(model, opt_state, batch)
+        watch.plot(history, every=100).savefig("watch.png")
+        ```
+
+    A run that is stopped has in `history` what was measured until then.
+
+    **Arguments:**
+
+    - `loss_fn`: a function of a model and more, as for
+        [`eqx_norms.diagnostics.capture_grads`][].
+    - `where`: which submodules, as there. Dead units are looked for in all of them; they say
+        something of activation functions, `equinox.nn.Lambda`.
+    - `optimiser`: the optax optimiser that trains the model, for the size of its updates.
+    """
+
+    def __init__(self, loss_fn: Callable, *, where: Where, optimiser: Any = None):
+        self.loss_fn = loss_fn
+        self.where = where
+        self.optimiser = optimiser
+
+    def measure(self, model: PyTree, *args: Any, opt_state: PyTree = None) -> Look:
+        """Looks at the model as it is, and at the step that it is about to take.
+
+        Called once in a while, it costs what a step costs, each time. Called in every step, put it
+        under the same `jax.jit`.
+
+        **Arguments:**
+
+        - `model`, `args`: of the loss function. The last axis of what submodules return is that of
+            the units, all others but those of loops are counted as examples.
+        - `opt_state`: the optimiser's state, if there is an optimiser.
+
+        **Returns:**
+
+        An [`eqx_norms.diagnostics.Look`][]. Under `jax.lax.scan` and `jax.vmap` it gets their axes
+        in front, as anything that is returned there.
+
+        **Raises:**
+
+        As [`eqx_norms.diagnostics.capture_grads`][], and `ValueError` if an optimiser is there
+        without its state, or a state without an optimiser.
+        """
+        if (self.optimiser is None) != (opt_state is None):
+            raise ValueError(
+                "`measure` must have the state of the optimiser that `Watch` was given, and none "
+                "without one. Type `Watch(loss_fn, where=where, optimiser=optim)` and "
+                "`measure(model, batch, opt_state=opt_state)`."
+            )
+        program = _Program(self.loss_fn, model, args, self.where, None)
+        loss, marked, grads, model_grads = program.backward(model, args)
+        by_name = lambda fn, found: _by_name(fn, program.by_path(found), loops)
+        loops = dict(zip(program.keys, loops_around(program.plan), strict=True))
+        params = eqx.filter(model, eqx.is_inexact_array)  # as those of the gradients
+        updates = None
+        if self.optimiser is not None:
+            updates, _ = self.optimiser.update(model_grads, opt_state, params)
+        return Look(
+            loss,
+            by_name(_of_value, marked),
+            by_name(_of_derivative, grads),
+            _of_params(params, model_grads, updates),
+        )
+
+    def plot(
+        self,
+        history: Look | Sequence[Look],
+        *,
+        every: int = 1,
+        histograms: bool = False,
+        layers: int = 8,
+    ):
+        """Draws what was measured: for each layer the percentiles 16, 50 and 84 of its outputs and
+        of the derivatives there, and for all of them the loss, the share of dead units, the size of
+        the derivatives, and how far a step moves each weight matrix.
+
+        **Arguments:**
+
+        - `history`: looks, in the order in which they were taken: a sequence, or one with an axis
+            in front for them, as it comes out of a `jax.lax.scan`.
+        - `every`: steps from one look to the next.
+        - `histograms`: draw these in place of the percentiles. The scale of their vertical axis is
+            linear up to a hundredth of the largest entry, and logarithmic from there.
+        - `layers`: draw so many at most, evenly spaced.
+
+        **Returns:**
+
+        A matplotlib figure; needs `pip install "eqx-norms[plot]"`.
+
+        **Raises:**
+
+        `ValueError` if there is nothing in `history`, or if its looks are of different models.
+        """
+        from ._watch_plot import draw
+
+        return draw(stacked(history), every=every, histograms=histograms, layers=layers)
+
+
+def stacked(history: Look | Sequence[Look]) -> Look:
+    """The looks as one, with an axis in front, in NumPy."""
+    if not isinstance(history, Look):
+        if len(history) == 0:
+            raise ValueError("`history` must have at least one look, but it is empty.")
+        if len({jtu.tree_structure(look) for look in history}) > 1:
+            raise ValueError(
+                "`history` must have looks at one model, with the same submodules, but these "
+                "differ. Plot them apart."
+            )
+        history = jtu.tree_map(lambda *leaves: np.stack([*map(np.asarray, leaves)]), *history)
+    history = jtu.tree_map(np.asarray, history)
+    if history.loss.ndim != 1:
+        raise ValueError(
+            "`history` must be looks one after the other, but the shape of their losses is "
+            f"{history.loss.shape}. Type `jax.tree.map(lambda x: x[0], history)` for the first of "
+            "several runs."
+        )
+    return history
+
+
+# ---- Statistics, traced.
+
+
+_BINS_A_DOUBLING, _DOUBLINGS = 4, 16
+_SIZES = 2.0 ** (np.arange(-_BINS_A_DOUBLING * _DOUBLINGS, 1) / _BINS_A_DOUBLING)
+# The edges of the bins of a histogram, over the largest entry.
+EDGES = np.concatenate([-_SIZES[::-1], _SIZES])
+
+
+def _by_name(fn: Callable, found: dict[str, PyTree], loops: dict[str, int]) -> Statistics:
+    """Of each floating-point array, by the key of its call, and its place in what that returned."""
+    statistics = OrderedDict()
+    for key, value in found.items():
+        for place, x in jtu.tree_flatten_with_path(value)[0]:
+            if _is_floating(x):
+                each_step = ft.reduce(lambda f, _: jax.vmap(f), range(loops[key]), fn)
+                statistics[key + jtu.keystr(place)] = each_step(x)
+    return statistics
+
+
+def _is_floating(x: Any) -> bool:
+    return eqx.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) and x.size > 0
+
+
+def _of_value(x: Float[Array, "*shape"]) -> dict[str, Array]:
+    statistics = layer_statistics(x)
+    counts = _counts(x, statistics["largest"])
+    return statistics | {"dead": dead_unit_fraction(as_examples(x)), "counts": counts}
+
+
+def _of_derivative(x: Float[Array, "*shape"]) -> dict[str, Array]:
+    largest = activation_stats(x).absmax
+    return derivative_statistics(x) | {"largest": largest, "counts": _counts(x, largest)}
+
+
+def _counts(x: Float[Array, "*shape"], largest: Float[Array, ""]) -> Int[Array, " bins"]:
+    return histogram(x, largest * jnp.asarray(EDGES, largest.dtype))
+
+
+def _of_params(params: PyTree, grads: PyTree, updates: PyTree | None) -> Statistics:
+    rms = lambda x: activation_stats(x).rms
+    statistics = OrderedDict()
+    ratios = None if updates is None else update_ratio(updates, params)
+    grads_by_path = dict(jtu.tree_flatten_with_path(grads)[0])
+    ratios_by_path = dict(jtu.tree_flatten_with_path(ratios)[0])
+    for keys, param in jtu.tree_flatten_with_path(params)[0]:
+        if _is_floating(param):
+            found = {"rms": rms(param), "grad_rms": rms(grads_by_path[keys])}
+            if ratios is not None:
+                found["update_ratio"] = ratios_by_path[keys]
+            statistics[path(keys)] = found
+    return statistics
