@@ -1,6 +1,8 @@
-"""See inside a model: activations, their gradients, and statistics of both."""
+"""See inside a model: activations, their gradients, statistics of both, and what is wrong."""
 
 from ._capture import capture as capture, capture_grads as capture_grads
+from ._diagnose import Diagnosis as Diagnosis, diagnose as diagnose
+from ._findings import Finding as Finding
 from ._statistics import (
     ActivationStats as ActivationStats,
     activation_stats as activation_stats,

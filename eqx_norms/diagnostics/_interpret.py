@@ -60,14 +60,19 @@ def evaluate(plan: Plan, args: Sequence, edits: list[Edit]) -> tuple[list[Any], 
     for eqn, step, last_uses in zip(jaxpr.eqns, plan.steps, plan.last_uses, strict=True):
         count = len(step.outputs)
         here, edits = edits[:count], edits[count:]
-        rule = _rules.get(eqn.primitive, _refuse) if count else _as_it_stands
-        outs, found = rule(eqn, step, [_read(env, atom) for atom in eqn.invars], here)
+        outs, found = _rule(eqn, step)(eqn, step, [_read(env, atom) for atom in eqn.invars], here)
         env.update(zip(eqn.outvars, outs, strict=True))
         marked += found
         del outs
         for variable in last_uses:
             del env[variable]
     return [_read(env, atom) for atom in jaxpr.outvars], marked
+
+
+def _rule(eqn: Any, step: Step) -> Callable:
+    if step.operand is not None:
+        return _operand_and_result
+    return _rules.get(eqn.primitive, _refuse) if step.outputs else _as_it_stands
 
 
 def _read(env: dict, atom: Any) -> Any:
@@ -81,6 +86,13 @@ def _as_it_stands(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[
     names = DebugInfo("capture", "", ("",) * len(inputs), ("",) * len(eqn.outvars))
     alone = Jaxpr((), list(inputs), eqn.outvars, [eqn], eqn.effects, names)
     return eval_jaxpr(alone, (), *inputs.values()), []
+
+
+def _operand_and_result(
+    eqn: Any, step: Step, args: list, edits: list[Edit]
+) -> tuple[list[Any], Marked]:
+    outs, _ = _as_it_stands(eqn, step, args, [])
+    return outs, [[args[step.operand or 0], outs[0]]]
 
 
 def _tag(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
@@ -230,11 +242,13 @@ def loops_around(plan: Plan) -> list[int]:
     for eqn, step in zip(plan.jaxpr.eqns, plan.steps, strict=True):
         inner = [count for plan in step.inner for count in loops_around(plan)]
         one_more = eqn.primitive is primitives.scan_p
-        counts += [0] if eqn.primitive is tag_p and step.outputs else [n + one_more for n in inner]
+        counts += [n + one_more for n in inner] or [0] * len(step.outputs)
     return counts
 
 
 def _types_in(eqn: Any, step: Step) -> list[list[ArrayType]]:
+    if step.operand is not None:
+        return [[type_of(atom.aval) for atom in (eqn.invars[step.operand], eqn.outvars[0])]]
     if eqn.primitive is tag_p:
         return [[type_of(atom.aval) for atom in eqn.outvars]]
     inner = [types for plan in step.inner for types in marked_types(plan)]
@@ -270,3 +284,5 @@ _rules: dict[Any, Callable] = {
     primitives.scan_p: _scan,
     primitives.cond_p: _cond,
 }
+# Primitives inside which values can be captured.
+supported = frozenset(_rules)

@@ -27,10 +27,15 @@ class Output(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What is marked in one equation, in program order, and the plans of its inner jaxprs."""
+    """What is marked in one equation, in program order, and the plans of its inner jaxprs.
+
+    Where the equation itself is marked, though it is no tag, `operand` is which of its operands is
+    handed out, ahead of its first result.
+    """
 
     outputs: list[Output]
     inner: list["Plan"]
+    operand: int | None = None
 
 
 class Plan:

@@ -1,0 +1,91 @@
+"""Which operations of a traced program are activation functions."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+from jaxtyping import Array, Float
+
+from ._plan import _open
+
+
+class Activation(NamedTuple):
+    """An activation function, by its name, and the slope below which it counts as flat.
+
+    The slope is `None` where only one end is flat: there, entries on the flat side are what the
+    function is for.
+    """
+
+    name: str
+    fn: Callable[[Float[Array, ""]], Float[Array, ""]] | None
+    flat: float | None
+
+
+# `jax.jit` and `jax.custom_jvp` leave these names in a jaxpr. What stands in `_PRIMITIVES` comes
+# from jax.nn and jnp alike.
+_NAMED = {
+    fn.__name__: fn
+    for fn in (
+        jax.nn.relu,
+        jax.nn.relu6,
+        jax.nn.elu,
+        jax.nn.selu,
+        jax.nn.celu,
+        jax.nn.leaky_relu,
+        jax.nn.silu,
+        jax.nn.gelu,
+        jax.nn.softplus,
+        jax.nn.hard_tanh,
+        jax.nn.hard_sigmoid,
+        jax.nn.soft_sign,
+    )
+}
+_PRIMITIVES = {"tanh": jnp.tanh, "logistic": jax.nn.sigmoid}
+
+
+@ft.cache
+def activation_of(fn: Callable, name: str) -> Activation:
+    """With a tenth of the largest slope as the limit, if `fn` is flat at both ends."""
+    z = np.linspace(-30, 30, 601, dtype=np.float32)
+    try:
+        with jax.ensure_compile_time_eval():
+            slopes = np.abs(np.asarray(jax.vmap(jax.grad(fn))(jnp.asarray(z))))
+    except Exception:  # Whatever `fn` is, it is no function of one number.
+        return Activation(name, None, None)
+    limit = 0.1 * slopes.max()
+    both = slopes[0] < limit and slopes[-1] < limit
+    return Activation(name, fn, float(limit) if both else None)
+
+
+def recognised(jaxpr: Any, i: int) -> tuple[Activation, int] | None:
+    """The activation function that equation `i` computes, and which operand it takes."""
+    eqn = jaxpr.eqns[i]
+    name = eqn.primitive.name
+    if name in _PRIMITIVES and not _is_part_of_another(jaxpr, i):
+        return activation_of(_PRIMITIVES[name], _PRIMITIVES[name].__name__), 0
+    if name == "max" and not eqn.outvars[0].aval.weak_type:
+        zero = [isinstance(a, Literal) and np.ndim(a.val) == 0 and a.val == 0 for a in eqn.invars]
+        if sum(zero) == 1 and eqn.outvars[0].aval.shape:
+            return activation_of(jax.nn.relu, "relu"), zero.index(False)
+    inner = eqn.params.get("jaxpr") if name == "jit" else eqn.params.get("call_jaxpr")
+    fn = _NAMED.get(_open(inner).debug_info.func_name) if inner is not None else None
+    if fn is not None and eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape:
+        return activation_of(fn, fn.__name__), 0
+    return None
+
+
+def _is_part_of_another(jaxpr: Any, i: int) -> bool:
+    """Whether it is the tanh of a gelu or of a sigmoid, or the sigmoid of a silu."""
+    eqn = jaxpr.eqns[i]
+    out = eqn.outvars[0]
+    for use in jaxpr.eqns[i + 1 :]:
+        if any(atom is out for atom in use.invars):
+            one = any(isinstance(a, Literal) and np.all(a.val == 1) for a in use.invars)
+            gate = use.primitive.name == "mul" and any(a is eqn.invars[0] for a in use.invars)
+            if gate or (one and use.primitive.name == "add"):
+                return True
+    return False

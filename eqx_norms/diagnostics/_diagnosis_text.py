@@ -1,0 +1,162 @@
+"""A diagnosis for the terminal: findings, then a table of 100 columns."""
+
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+WIDTH = 100
+_FOLD = 24  # So many rows are shown one by one.
+_COLUMNS = {
+    "mean": "mean",
+    "std": "std",
+    "rms": "rms",
+    "largest": "largest",
+    "dead": "dead",
+    "flat": "saturated",
+    "rank": "effective_rank",
+    "grad": "grad_rms",
+}
+_OF_PARAMETERS = {
+    "rms": "rms",
+    "largest": "largest",
+    "grad": "grad_rms",
+    "update": "update_ratio",
+}
+_CELL = 7
+
+
+def as_text(diagnosis: Any) -> str:
+    parts = [
+        _findings(diagnosis),
+        _table("call", diagnosis.calls, _COLUMNS),
+        _table("parameter", diagnosis.parameters, _OF_PARAMETERS),
+        _not_looked_at(diagnosis.not_looked_at),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def number(x: float | None) -> str:
+    """Two digits, in six characters or fewer, one more for a minus."""
+    if x is None:
+        return ""
+    if not math.isfinite(x) or x == 0:
+        return f"{x:g}"
+    if 1e-3 <= abs(x) < 9.95e3:
+        digits = max(0, 1 - math.floor(math.log10(abs(x))))
+        text = f"{x:.{digits}f}"
+        return text.replace("0.", ".", 1) if abs(x) < 1 else text
+    mantissa, exponent = f"{x:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _findings(diagnosis: Any) -> str:
+    found = diagnosis.findings
+    looked = (
+        f"{_count(len(diagnosis.calls), 'call')}, {_count(len(diagnosis.parameters), 'parameter')}"
+    )
+    if not found:
+        return f"loss {number(diagnosis.loss)}; nothing found in {looked}"
+    lines = [f"loss {number(diagnosis.loss)}; {_count(len(found), 'finding')} in {looked}"]
+    for finding in found:
+        head = f"{finding.kind}: {finding.where or 'the model'}"
+        limit = f"{number(finding.value)}, threshold {number(finding.threshold)}"
+        lines += ["", *textwrap.wrap(f"{head} ({limit})", WIDTH, subsequent_indent="  ")]
+        lines += textwrap.wrap(finding.advice, WIDTH, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _table(what: str, rows: Sequence[Any], columns: dict[str, str]) -> str:
+    if not rows:
+        return ""
+    columns = {
+        head: name for head, name in columns.items() if any(name in r.statistics for r in rows)
+    }
+    room = WIDTH - (_CELL + 1) * len(columns)
+    lines = [_line(what, "", list(columns), room)]
+    for group in _groups(rows):
+        lines += _shown(group, columns, room)
+    return "\n".join(lines)
+
+
+def _line(left: str, right: str, cells: Sequence[str], room: int) -> str:
+    """`left` is cut in its middle where both do not fit."""
+    space = room - len(right) - 1
+    if len(left) > space:
+        half = (space - 1) // 2
+        left = f"{left[: space - 1 - half]}…{left[len(left) - half :]}"
+    numbers = "".join(f" {cell:>{_CELL}}" for cell in cells)
+    return f"{left:<{space}} {right}{numbers}".rstrip()
+
+
+def _groups(rows: Sequence[Any]) -> list[list[Any]]:
+    """Rows that differ in one index, or in the step of a scan, together; few rows each alone."""
+    groups = {}
+    for row in rows:
+        steps = getattr(row, "step", ())
+        alone = len(rows) <= _FOLD and not steps
+        key = id(row) if alone else (_pattern(row), _kind(row))
+        groups.setdefault(key, []).append(row)
+    return [
+        part
+        for group in groups.values()
+        for part in ([group] if len(group) > 2 else [[r] for r in group])
+    ]
+
+
+def _pattern(row: Any) -> str:
+    name = getattr(row, "name", row.path)
+    if getattr(row, "step", ()):
+        return re.sub(r"\{.*\}", "{i}", name)
+    return re.sub(r"\[\d+\]|#\d+", "[i]", name, count=1)
+
+
+def _kind(row: Any) -> str:
+    sizes = ",".join(map(str, row.shape))
+    short = row.dtype.replace("bfloat", "bf").replace("float", "f")
+    return f"{getattr(row, 'type', '')} {short}[{sizes}]".strip()
+
+
+def _label(row: Any) -> str:
+    return getattr(row, "name", row.path) or "the model"
+
+
+def _shown(group: list[Any], columns: dict[str, str], room: int) -> list[str]:
+    values = {name: [row.statistics.get(name) for row in group] for name in columns.values()}
+    if len(group) == 1:
+        cells = [number(column[0]) for column in values.values()]
+        return [_line(_label(group[0]), _kind(group[0]), cells, room)]
+    known = {name: [v for v in column if v is not None] for name, column in values.items()}
+    low = [number(min(column)) if column else "" for column in known.values()]
+    high = [number(max(column)) if column else "" for column in known.values()]
+    pattern = f"{_pattern(group[0])} x{len(group)}"
+    return [
+        _line(pattern, _kind(group[0]), low, room),
+        _line(f"  to{_extremes(group)}", "", high, room),
+    ]
+
+
+def _extremes(group: list[Any]) -> str:
+    """Which row has the smallest gradient, and which the largest."""
+    grads = [
+        (row.statistics["grad_rms"], i)
+        for i, row in enumerate(group)
+        if "grad_rms" in row.statistics
+    ]
+    if not grads:
+        return ""
+    index = lambda i: (re.search(r"\{.*\}|\[\d+\]|#\d+", _label(group[i])) or [f"[{i}]"])[0]
+    return f" (grad: {index(min(grads)[1])} to {index(max(grads)[1])})"
+
+
+def _not_looked_at(reasons: dict[str, str]) -> str:
+    lines = []
+    for where, reason in reasons.items():
+        text = f"not looked at: {where or 'the model'}: {reason}"
+        lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+    return "\n".join(lines)

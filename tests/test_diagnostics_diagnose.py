@@ -1,0 +1,232 @@
+"""diagnose: the zoo of sick and healthy models, and its figures against capture_grads and NumPy.
+
+What a sick model must have is a finding of its illness at its place; others, which follow from it,
+may be there too. A healthy one has none.
+"""
+
+import diagnosis_zoo as zoo
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from refused import refused
+
+from eqx_norms.diagnostics import capture_grads, diagnose
+
+# One for each kind of finding that costs no second compilation of much.
+QUICK_SICK = (
+    "an_unused_branch",
+    "root_of_zero_in_the_backward",
+    "learning_rate_100_times_too_large",
+    "one_key_for_all_layers",
+    "dead_relus",
+    "sigmoid_tower",
+)
+QUICK_HEALTHY = ("plain_mlp", "gates_that_start_at_zero")
+
+
+def some(names, quick):
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+def of(case):
+    # Optax promotes dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        return diagnose(case.loss_fn, case.model, *case.args, **case.options)
+
+
+@pytest.mark.parametrize("name", some(zoo.SICK, QUICK_SICK))
+def test_sick(name, getkey):
+    case = zoo.SICK[name](getkey())
+    found = of(case).findings
+    assert {(finding.kind, finding.where) for finding in found} & set(case.illness), found
+
+
+@pytest.mark.parametrize("name", some(zoo.HEALTHY, QUICK_HEALTHY))
+def test_healthy_at_the_start(name, getkey):
+    assert of(zoo.HEALTHY[name](getkey())).findings == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.HEALTHY)
+def test_healthy_after_training(name, getkey):
+    case = zoo.trained(zoo.HEALTHY[name](getkey()))
+    assert of(case).findings == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.HEALTHY)
+def test_healthy_in_bfloat16(name, getkey):
+    case = zoo.HEALTHY[name](getkey())
+    assert of(zoo.in_dtype(case, jnp.bfloat16)).findings == ()
+
+
+# The figures
+
+
+class Net(eqx.Module):
+    first: eqx.nn.Linear
+    act: eqx.nn.Lambda
+    second: eqx.nn.Linear
+
+    def __init__(self, key):
+        one, two = jr.split(key)
+        self.first = eqx.nn.Linear(6, 5, key=one)
+        self.act = eqx.nn.Lambda(jnp.tanh)
+        self.second = eqx.nn.Linear(5, 3, key=two)
+
+    def __call__(self, x):
+        return jax.nn.relu(self.second(self.act(4 * self.first(x))))
+
+
+def loss_fn(model, x):
+    return jnp.mean(jax.vmap(model)(x) ** 2)
+
+
+def test_rows_are_what_capture_grads_gives(getkey):
+    model, x = Net(getkey()), jr.normal(getkey(), (40, 6))
+    optim = optax.sgd(0.5)
+    found = diagnose(loss_fn, model, x, optimiser=(optim, optim.init(model)))
+    loss, values, grads, model_grads = capture_grads(
+        loss_fn, model, x, where=lambda path, module: True
+    )
+    np.testing.assert_allclose(found.loss, loss, rtol=1e-5)
+    assert [row.name for row in found.calls] == ["", "first", "act", "second", "second:relu"]
+    assert [row.type for row in found.calls] == ["Net", "Linear", "Lambda", "Linear", "relu"]
+    by_name = {row.name: row for row in found.calls}
+    for path, value in values.items():
+        row = by_name[path]
+        exact, grad = np.asarray(value, np.float64), np.asarray(grads[path], np.float64)
+        assert (row.shape, row.dtype) == (value.shape, "float32")
+        expected = {
+            "mean": exact.mean(),
+            "std": exact.std(),
+            "rms": np.sqrt(np.mean(exact**2)),
+            "largest": np.abs(exact).max(),
+            "grad_rms": np.sqrt(np.mean(grad**2)),
+            "grad_silent": np.mean((grad == 0).all(0)),
+        }
+        for name, number in expected.items():
+            # Two programs of some ten roundings each, on sums of 200 terms.
+            np.testing.assert_allclose(row.statistics[name], number, rtol=1e-4, atol=1e-6)
+    slope = 1 - np.tanh(4 * np.asarray(values["first"], np.float64)) ** 2
+    near = np.mean(np.abs(slope - 0.1) < 1e-4)  # what rounding may put on either side
+    assert abs(by_name["act"].statistics["saturated"] - np.mean(slope < 0.1)) <= near + 1e-6
+    silent = np.mean(np.asarray(values["second"]) <= 0, axis=0) > 0.95
+    np.testing.assert_allclose(by_name["second:relu"].statistics["dead"], silent.mean(), rtol=1e-6)
+    for row in found.parameters:
+        layer, name = row.path.split(".")
+        param, grad = (np.float64(getattr(getattr(m, layer), name)) for m in (model, model_grads))
+        size, step = np.sqrt(np.mean(param**2)), np.sqrt(np.mean(grad**2))
+        np.testing.assert_allclose(row.statistics["rms"], size, rtol=1e-5)
+        np.testing.assert_allclose(row.statistics["grad_rms"], step, rtol=1e-4)
+        np.testing.assert_allclose(row.statistics["update_ratio"], 0.5 * step / size, rtol=1e-4)
+
+
+def test_a_scan_has_a_row_for_each_step(getkey):
+    case = zoo.no_residuals_in_a_scan(getkey())
+    found = of(case)
+    rows = [row for row in found.calls if row.path == "layers" and not row.is_function]
+    assert [row.name for row in rows] == [f"layers{{{i}}}" for i in range(24)]
+    h = case.args[0]
+    for i, row in enumerate(rows):
+        layer = jax.tree.map(lambda leaf: leaf[i], case.model.layers)  # noqa: B023
+        value = jax.vmap(layer)(h)
+        assert row.shape == value.shape
+        np.testing.assert_allclose(row.statistics["rms"], jnp.sqrt(jnp.mean(value**2)), rtol=1e-3)
+        h = jnp.tanh(value)
+    assert "layers{i} x24" in str(found)
+    assert ("vanishing gradient", "layers") in {f[:2] for f in found.findings}
+
+
+class Loops(eqx.Module):
+    inside: eqx.nn.Linear
+    outside: eqx.nn.Linear
+    unused: eqx.nn.Linear
+
+    def __call__(self, x):
+        looped = jax.lax.while_loop(
+            lambda c: c[0] < 3, lambda c: (c[0] + 1, self.inside(c[1])), (0, x)
+        )[1]
+        return self.outside(x + jax.lax.stop_gradient(looped))
+
+
+def test_what_is_refused_is_listed_and_the_rest_is_there(getkey):
+    layers = [eqx.nn.Linear(4, 4, key=getkey()) for _ in range(3)]
+    found = diagnose(loss_fn, Loops(*layers), jr.normal(getkey(), (20, 4)))
+    assert found.not_looked_at == {
+        "inside": "it is called inside `while`",
+        "unused": "it is never called",
+    }
+    assert [row.name for row in found.calls] == ["", "outside"]
+    assert [finding[:2] for finding in found.findings] == [
+        ("no gradient", "inside"),
+        ("no gradient", "unused"),
+    ]
+    assert "not looked at: inside: it is called inside `while`" in str(found)
+
+
+def test_a_branch_that_is_not_taken_is_not_nan(getkey):
+    layers = [eqx.nn.Linear(4, 4, key=getkey()) for _ in range(2)]
+
+    def branches(layers, x, first):
+        one, two = (jax.vmap(layer) for layer in layers)
+        return jnp.mean(jax.lax.cond(first, one, two, x) ** 2)
+
+    x = jr.normal(getkey(), (20, 4))
+    found = diagnose(branches, layers, x, jnp.asarray(True))
+    assert found.not_looked_at == {"[1]": "its branch was not taken"}
+    assert [row.name for row in found.calls] == ["[0]"]
+    assert [finding[:2] for finding in found.findings] == [("no gradient", "[1]")]
+
+
+@pytest.mark.parametrize("depth", [2, 20])
+def test_the_table_fits_a_terminal(depth, getkey):
+    layers = [eqx.nn.Linear(4, 4, key=getkey()) for _ in range(depth)]
+    model = {"a_path_that_is_longer_than_its_column_has_room_for": eqx.nn.Sequential(layers)}
+    loss = lambda model, x: jnp.mean(jax.vmap(*model.values())(x) ** 2)
+    found = diagnose(loss, model, jr.normal(getkey(), (20, 4)))
+    text = str(found)
+    assert max(map(len, text.splitlines())) <= 100
+    assert ("x20" in text) == (depth == 20)
+
+
+def test_scalars_are_flat_and_complete(getkey):
+    model, x = Net(getkey()), jr.normal(getkey(), (40, 6))
+    found = diagnose(loss_fn, model, x)
+    scalars = found.scalars()
+    assert all(isinstance(number, float) for number in scalars.values())
+    assert scalars["loss"] == found.loss
+    assert scalars["first/rms"] == found.calls[1].statistics["rms"]
+    assert scalars["first.weight/grad_rms"] == found.parameters[0].statistics["grad_rms"]
+    count = sum(len(row.statistics) for row in (*found.calls, *found.parameters))
+    assert len(scalars) == count + 2
+
+
+def test_nothing_found_is_one_line(getkey):
+    found = of(zoo.plain_mlp(getkey()))
+    assert str(found).splitlines()[0].endswith("; nothing found in 6 calls, 6 parameters")
+
+
+def test_under_debug_nans(getkey):
+    case = zoo.root_of_zero_in_the_backward(getkey())
+    with jax.debug_nans(True):
+        found = of(case)
+    assert found.findings[0][:2] == ("non-finite", "length")
+
+
+def test_bad_input(getkey):
+    model, x = Net(getkey()), jr.normal(getkey(), (40, 6))
+    with refused(ValueError, "outside `jax.jit`", "`capture_grads`"):
+        jax.jit(lambda x: diagnose(loss_fn, model, x))(x)
+    with refused(TypeError, "pair of an optax optimiser", "`optimiser=(optim, opt_state)`"):
+        diagnose(loss_fn, model, x, optimiser=optax.sgd(1.0).update)
+    with refused(ValueError, "`classes` must be above 1, but it is 1"):
+        diagnose(loss_fn, model, x, classes=1)
+    with refused(TypeError, "one floating-point scalar"):
+        diagnose(lambda model, x: jax.vmap(model)(x), model, x)
+    with refused(ValueError, "`where` must match at least one"):
+        diagnose(loss_fn, model, x, where=eqx.nn.GRUCell)
