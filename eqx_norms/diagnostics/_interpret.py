@@ -243,7 +243,7 @@ def loops_around(plan: Plan) -> list[int]:
     for eqn, step in zip(plan.jaxpr.eqns, plan.steps, strict=True):
         inner = [count for plan in step.inner for count in loops_around(plan)]
         one_more = eqn.primitive is primitives.scan_p
-        counts += [0] if eqn.primitive is tag_p and step.outputs else [n + one_more for n in inner]
+        counts += [n + one_more for n in inner] or [0] * len(step.outputs)
     return counts
 
 

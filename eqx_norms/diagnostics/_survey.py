@@ -64,7 +64,7 @@ class Survey(_Program):
         self.not_looked_at = dict.fromkeys(sorted(watch.unclear), _UNCLEAR)
         self.plan = _what_can_be_seen(plan, {id(o.call) for o in plan.recomputed}, self)
         self.types = marked_types(self.plan)
-        self.replacements = [None] * len(self.types)
+        self.replacements = {}
         self.check_differentiable()
         modules = {path(keys): module for keys, module in watch.modules.items()}
         self.calls, self.returns = _calls(self.plan, self.types, modules)
