@@ -28,6 +28,7 @@ from eqx_norms.causality import (
     dependency_matrix,
     rules,
 )
+from eqx_norms.causality._edits import Edit
 from eqx_norms.causality._inputs import make_problem
 from eqx_norms.causality._positions import Positions, make_positions
 from eqx_norms.causality._trials import Rule
@@ -157,6 +158,20 @@ def test_the_edits_of_the_old_rules_are_rows_of_the_array(kind):
     for split in rule.possible:
         at = np.arange(T)
         assert np.array_equal(rule.where(split), at != split if independent else at >= split)
+
+
+@pytest.mark.parametrize("shape", [(13, 13), (70, 130), (5, 64), (64, 65), (3, 1)])
+def test_watched_and_covered_by_their_definitions(shape):
+    rng = np.random.default_rng(seed(8))
+    rule = Rule("reads", rng.random(shape) < 0.7)
+    edits = [Edit(row, 0, 0) for row in rng.random((30, shape[1])) < rng.random((30, 1))]
+    read = np.stack([edit.where for edit in edits]).astype(int) @ rule.allowed.T.astype(int)
+    assert np.array_equal(rule.watch(edits), read == 0)
+    # Every distinct row that forbids anything is tried, and so every forbidden pair is covered.
+    rows = {tuple(row) for row in rule.allowed.tolist() if not all(row)}
+    splits = rule.choose("auto", rng)
+    assert len(splits) == len(rows)
+    assert np.array_equal(rule.covered(splits) == 0, ~rule.allowed)
 
 
 def test_causal_is_one_rule_among_others(x):
