@@ -148,7 +148,13 @@ class Judge:
         exact = exact._replace(limit=limit)
         return exact, *self._undecided(own, exact, doubtful, moved)
 
-    def _undecided(self, own: Runs, exact: Runs, doubtful, moved):
+    def _undecided(
+        self,
+        own: Runs,
+        exact: Runs,
+        doubtful: Bool[np.ndarray, "K L"],
+        moved: Float[np.ndarray, "K L"],
+    ) -> tuple[Bool[np.ndarray, "K L"], list[str]]:
         """The differences that float64 does not decide, and why not."""
         above = exact.gaps.size > exact.limit
         size, scale = exact.gaps
@@ -199,7 +205,7 @@ class Judge:
             constants = map(_as_float64, float_constants(other))
             held = np.concatenate([[0.0], *map(np.ravel, constants)])
             alone = lambda value, held=held: np.isin(value, held, invert=True)
-            if any(alone(value).any() for value in float_constants(closed)):
+            if any((alone(c) & ~_is_exact(c)).any() for c in float_constants(closed)):
                 nudge = lambda value, alone=alone: _nudged(value, rng, where=alone(value))
                 after = _wide(closed, rows, nudge)
                 total += gaps([before[k] for k in chosen], after).size
@@ -288,7 +294,7 @@ def _is_exact(values: np.ndarray) -> np.ndarray:
     parts = np.stack([np.real(exact), np.imag(exact)])
     whole = parts == np.round(parts)
     shifted = np.ldexp(np.frexp(parts)[0], bits)
-    return ((shifted == np.round(shifted)) | whole.all()).all(0)
+    return np.asarray(((shifted == np.round(shifted)) | whole.all()).all(0))
 
 
 def _about_broken(broken: Bool[np.ndarray, "K L"], exact: Runs) -> list[str]:
