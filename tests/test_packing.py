@@ -54,6 +54,7 @@ def test_few_names_leave_rows_of_end_marks():
         packing.pack(["grace"], rows=2, length=4)
 
 
+@pytest.mark.slow
 def test_every_verdict_is_as_expected(run):
     status, printed, out = run
     assert status == 0 and "verdicts all as expected" in printed
@@ -81,6 +82,7 @@ def test_figure(run):
 ROUNDED = 2.0**-21
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_under_the_mask_every_name_reads_as_if_alone(monkeypatch):
     """In float64, but for what the decoder rounds at its end. Names are of one length."""
@@ -100,6 +102,7 @@ def test_under_the_mask_every_name_reads_as_if_alone(monkeypatch):
         assert apart[:, 5:].min() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_scores_are_those_of_the_decoder():
     """Given its own positions and mask."""

@@ -174,6 +174,7 @@ def test_watched_and_covered_by_their_definitions(shape):
     assert np.array_equal(rule.covered(splits) == 0, ~rule.allowed)
 
 
+@pytest.mark.slow
 def test_causal_is_one_rule_among_others(x):
     fn = zoo.norm_over_sequence_and_features
     one, two = check_causal(fn, x), check_reads(fn, x, CAUSAL)
@@ -206,6 +207,7 @@ def test_64_of_many_rows():
     assert np.isnan(report.matrix).any(1).sum() > 100
 
 
+@pytest.mark.slow
 def test_a_pair_of_a_long_sequence_is_located():
     x = jr.normal(jr.key(seed(5)), (300, 1))
     packed = rules.causal(300) & rules.segments(np.arange(300) // 60)
@@ -267,6 +269,7 @@ def test_what_is_read_too_faintly_for_its_dtype_is_read(dtype):
     assert only.status == "blind" and len(only.unread()) > 20  # of 28; x may be tiny at some place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_rounding_is_no_reading(dtype):
     """Where every output is the total minus the rest, rounding alone reaches all of them."""
@@ -334,6 +337,7 @@ def test_a_function_of_tokens(x):
 # Proof
 
 
+@pytest.mark.slow
 def test_a_rule_can_be_proved_and_what_must_be_read_is_still_edited(x):
     report = assert_reads(attend(PACKED), x, PACKED, prove="required")
     assert report.status == "proved" and report.edits == 0
@@ -345,6 +349,7 @@ def test_a_rule_can_be_proved_and_what_must_be_read_is_still_edited(x):
     assert check_reads(attend(CAUSAL), x, PACKED, prove=True).status == "leak"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out_axis", [slow(None), (1, 0)])
 def test_batch_and_time_at_once_are_proved(out_axis):
     x = jr.normal(jr.key(seed(6)), (3, 5, D))
@@ -355,6 +360,7 @@ def test_batch_and_time_at_once_are_proved(out_axis):
     assert report.status == "proved"
 
 
+@pytest.mark.slow
 def test_a_rule_of_other_lengths_is_proved(x):
     kernel = zoo.weights(jnp.float32, D, D, 3)
     strided = lambda x: jax.lax.conv_general_dilated(x.T[None], kernel, (2,), [(2, 0)])[0].T
@@ -383,6 +389,7 @@ def test_positions_of_several_axes_are_tuples_in_c_order():
     assert where(matrix > 0) == where(np.eye(6)) | {(1, 5)}
 
 
+@pytest.mark.slow
 def test_batch_and_time_at_once():
     x = jr.normal(jr.key(seed(6)), (3, 4, D))
     allowed = rules.each(3, rules.causal(4))
@@ -393,6 +400,7 @@ def test_batch_and_time_at_once():
     assert pairs(report.pairs()) == {((2, 0), (0, 3))}
 
 
+@pytest.mark.slow
 def test_pixels_in_raster_order():
     image = jr.normal(jr.key(seed(6)), (3, 4, 1))
     summed = lambda image: image.reshape(12, 1).cumsum(0).reshape(3, 4, 1)
@@ -426,6 +434,7 @@ def test_labels_name_positions(x):
     assert report.heatmap().split("\n")[1:3] == ["     the cats", "  t  o......."]
 
 
+@pytest.mark.slow
 def test_labels_of_several_axes_and_of_outputs():
     x = jr.normal(jr.key(seed(6)), (2, 3, D))
     leak = lambda x: (x.at[0, 1].add(x[1, 2])).reshape(6, D)
@@ -464,6 +473,7 @@ def test_plot_shows_blindness_in_yellow_and_labels_on_both_axes():
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_plot_names_positions_of_several_axes():
     report = measured(rules.causal(6), rules.causal(6), rules.causal(6))
     axes = dataclasses.replace(report, inputs=Positions((2, 3))).plot(plt.subplots()[1])
