@@ -28,6 +28,7 @@ from eqx_norms.causality import (
     dependency_matrix,
     rules,
 )
+from eqx_norms.causality._edits import Edit
 from eqx_norms.causality._inputs import make_problem
 from eqx_norms.causality._positions import Positions, make_positions
 from eqx_norms.causality._trials import Rule
@@ -157,6 +158,20 @@ def test_the_edits_of_the_old_rules_are_rows_of_the_array(kind):
     for split in rule.possible:
         at = np.arange(T)
         assert np.array_equal(rule.where(split), at != split if independent else at >= split)
+
+
+@pytest.mark.parametrize("shape", [(13, 13), (70, 130), (5, 64), (64, 65), (3, 1)])
+def test_watched_and_covered_by_their_definitions(shape):
+    rng = np.random.default_rng(seed(8))
+    rule = Rule("reads", rng.random(shape) < 0.7)
+    edits = [Edit(row, 0, 0) for row in rng.random((30, shape[1])) < rng.random((30, 1))]
+    read = np.stack([edit.where for edit in edits]).astype(int) @ rule.allowed.T.astype(int)
+    assert np.array_equal(rule.watch(edits), read == 0)
+    # Every distinct row that forbids anything is tried, and so every forbidden pair is covered.
+    rows = {tuple(row) for row in rule.allowed.tolist() if not all(row)}
+    splits = rule.choose("auto", rng)
+    assert len(splits) == len(rows)
+    assert np.array_equal(rule.covered(splits) == 0, ~rule.allowed)
 
 
 def test_causal_is_one_rule_among_others(x):
@@ -565,6 +580,14 @@ def test_patterns_of_leaks_are_named(text):
     one = allowed.copy()
     one[tuple(np.argwhere(read & ~allowed)[-1])] = True
     assert "look for" not in words(measured(one, allowed))  # a single pair tells nothing
+
+
+def test_a_leak_between_examples_is_named():
+    report = measured(np.tile(rules.causal(4), (3, 3)), rules.each(3, rules.causal(4)))
+    assert "from one segment to another" in words(report)
+    report = dataclasses.replace(report, inputs=Positions((3, 4)), outputs=Positions((3, 4)))
+    text = "Every leak crosses from one of the 3 examples to another: look for statistics over"
+    assert text in words(report)
 
 
 BLIND = {
