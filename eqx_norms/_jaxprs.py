@@ -17,7 +17,7 @@ def is_jaxpr(value: Any) -> bool:
 
 
 # JAX 0.12 has one class where 0.10 has two, Jaxpr and ClosedJaxpr.
-def opened(closed: Any) -> jex.Jaxpr:
+def opened(closed: Any) -> Any:
     return closed.jaxpr if isinstance(closed, jex.ClosedJaxpr) else closed
 
 

@@ -170,14 +170,14 @@ def stacked(history: Look | Sequence[Look]) -> Look:
                 "differ. Plot them apart."
             )
         history = jtu.tree_map(lambda *leaves: np.stack([*map(np.asarray, leaves)]), *history)
-    history = jtu.tree_map(np.asarray, history)
-    if history.loss.ndim != 1:
+    look: Look = jtu.tree_map(np.asarray, history)
+    if look.loss.ndim != 1:
         raise ValueError(
             "`history` must be looks one after the other, but the shape of their losses is "
-            f"{history.loss.shape}. Type `jax.tree.map(lambda x: x[0], history)` for the first of "
+            f"{look.loss.shape}. Type `jax.tree.map(lambda x: x[0], history)` for the first of "
             "several runs."
         )
-    return history
+    return look
 
 
 # ---- Statistics, traced.

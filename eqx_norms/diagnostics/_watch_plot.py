@@ -57,7 +57,7 @@ def draw(look: Look, *, every: int, histograms: bool, layers: int):
     draw_one = draw_histograms if histograms else draw_bands
     rows = max(len(shown), 4)
     figure = plt.figure(figsize=(10, 1 + 1.15 * rows), layout="constrained")
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(3, 2)))
+    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))  # pyright: ignore
     axes = left.subplots(len(shown), 2, sharex=True, squeeze=False)
     for (at_value, at_grad), course in zip(axes, shown, strict=True):
         draw_one(at_value, steps, course.statistics, BLUE)
