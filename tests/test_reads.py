@@ -355,6 +355,7 @@ def test_batch_and_time_at_once_are_proved(out_axis):
     assert report.status == "proved"
 
 
+@pytest.mark.slow
 def test_a_rule_of_other_lengths_is_proved(x):
     kernel = zoo.weights(jnp.float32, D, D, 3)
     strided = lambda x: jax.lax.conv_general_dilated(x.T[None], kernel, (2,), [(2, 0)])[0].T
@@ -374,7 +375,12 @@ def test_positions_of_several_axes_are_tuples_in_c_order():
     assert pairs(report.pairs()) == {((0, 1), (1, 2))}
     assert "output (0, 1) <- input (1, 2)   " in str(report)
     assert "\n  (0, 0)  o" in report.heatmap()
-    # In the other order, and along negative axes.
+
+
+@pytest.mark.slow
+def test_positions_in_another_order_and_dependency_matrices():
+    x = jr.normal(jr.key(seed(6)), (2, D, 3))
+    leak = lambda x: x.at[0, :, 1].add(x[1, :, 2])
     report = check_reads(leak, x, rules.independent(6), axis=(-1, 0))
     assert pairs(report.pairs()) == {((1, 0), (2, 1))}
     matrix = dependency_matrix(leak, x, axis=(0, 2))
@@ -393,6 +399,7 @@ def test_batch_and_time_at_once():
     assert pairs(report.pairs()) == {((2, 0), (0, 3))}
 
 
+@pytest.mark.slow
 def test_pixels_in_raster_order():
     image = jr.normal(jr.key(seed(6)), (3, 4, 1))
     summed = lambda image: image.reshape(12, 1).cumsum(0).reshape(3, 4, 1)
@@ -426,6 +433,7 @@ def test_labels_name_positions(x):
     assert report.heatmap().split("\n")[1:3] == ["     the cats", "  t  o......."]
 
 
+@pytest.mark.slow
 def test_labels_of_several_axes_and_of_outputs():
     x = jr.normal(jr.key(seed(6)), (2, 3, D))
     leak = lambda x: (x.at[0, 1].add(x[1, 2])).reshape(6, D)
