@@ -380,7 +380,12 @@ def test_positions_of_several_axes_are_tuples_in_c_order():
     assert pairs(report.pairs()) == {((0, 1), (1, 2))}
     assert "output (0, 1) <- input (1, 2)   " in str(report)
     assert "\n  (0, 0)  o" in report.heatmap()
-    # In the other order, and along negative axes.
+
+
+@pytest.mark.slow
+def test_positions_in_another_order_and_dependency_matrices():
+    x = jr.normal(jr.key(seed(6)), (2, D, 3))
+    leak = lambda x: x.at[0, :, 1].add(x[1, :, 2])
     report = check_reads(leak, x, rules.independent(6), axis=(-1, 0))
     assert pairs(report.pairs()) == {((1, 0), (2, 1))}
     matrix = dependency_matrix(leak, x, axis=(0, 2))

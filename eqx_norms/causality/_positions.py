@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .._real import Integer
 from ._inputs import Problem, place
 
 # A sequence for all positions, or one nested as the axes are; a text is one of letters.
@@ -18,16 +19,16 @@ class Positions:
     lengths: tuple[int, ...]
     labels: tuple[str, ...] | None = None
 
-    def index(self, number: int) -> int | tuple[int, ...]:
+    def index(self, number: Integer) -> int | tuple[int, ...]:
         """The number of a position, along several axes a tuple."""
         return place(number, self.lengths)
 
-    def name(self, number: int) -> str:
+    def name(self, number: Integer) -> str:
         """The number and the label, as in `3` or `(0, 3) 'n'`."""
         label = f" {self.labels[number]!r}" if self.labels else ""
         return f"{self.index(number)}{label}"
 
-    def mark(self, number: int) -> str:
+    def mark(self, number: Integer) -> str:
         """The label, or the number if there is none: for the margin of a picture."""
         return self.labels[number] if self.labels else str(self.index(number))
 

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
+from .._real import Integer
 from ._edits import Edit
 
 Kind = Literal["causal", "strictly causal", "independent", "reads"]
@@ -35,7 +36,7 @@ class Rule:
         """Every split."""
         return np.array([t for t in self._rows if not self.allowed[t].all()], int) + self._ahead
 
-    def where(self, split: int) -> Bool[np.ndarray, " T_in"]:
+    def where(self, split: Integer) -> Bool[np.ndarray, " T_in"]:
         """The inputs that `split` replaces."""
         return ~self.allowed[split - self._ahead]
 

@@ -127,7 +127,7 @@ def unpadded(
 
 def each(
     batch: Integer, rule: Bool[np.ndarray | Array, "T_out T_in"]
-) -> Bool[np.ndarray, "batch*T_out batch*T_in"]:
+) -> Bool[np.ndarray, "rows columns"]:
     """`rule` within every example of a batch, and nothing across: for `axis=(0, 1)`."""
     rule = np.asarray(rule)
     if rule.ndim != 2 or rule.dtype != np.bool_:
