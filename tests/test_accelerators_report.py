@@ -9,7 +9,16 @@ from concurrent.futures import Future
 
 import pytest
 
-from benchmarks.accelerators.__main__ import main, options, tasks
+from benchmarks.accelerators.__main__ import (
+    BEGIN,
+    END,
+    PAGE,
+    PAGE_FILES,
+    filled,
+    main,
+    options,
+    tasks,
+)
 from benchmarks.accelerators._cases import NO_NORM, Case
 from benchmarks.accelerators._hlo import Cost, Program, nbytes
 from benchmarks.accelerators._report import report
@@ -218,6 +227,12 @@ def test_versions_stand_beside_each_other():
     assert f"{cells} 20.0 (5.0) | 25.0 (10.0) | 0.80 (0.50) |" in text
     assert f"{cells} 20.0 | 25.0 | 0.80 |" in text
     assert text.index("**jax 2**") < text.index("**jax 1**")
+
+
+def test_the_page_shows_its_results():
+    page = PAGE.read_text()
+    assert page.count(BEGIN) == page.count(END) == 1 and filled(page) == page
+    assert all(f"({path.relative_to(PAGE.parent)})" in page for path in PAGE_FILES.glob("*.png"))
 
 
 def test_what_is_asked_for():

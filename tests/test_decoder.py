@@ -115,6 +115,7 @@ def test_what_is_read_and_counted():
 # ---- The losses
 
 
+@pytest.mark.slow
 def test_bigram_and_evaluate_letter_by_letter():
     marked = [f".{name}." for name in data.as_text(DATA.train, DATA.vocabulary)]
     pairs = Counter(pair for name in marked for pair in itertools.pairwise(name))
@@ -193,6 +194,7 @@ def test_options_change_how_not_what(norm, option):
     assert_same_function(plain, other, names, token_values=(0, SYMBOLS - 1), inputs=2)
 
 
+@pytest.mark.slow
 def test_bf16_computes_in_bfloat16_and_remat_recomputes():
     """As the traced program says: which dtypes its products have, what it keeps."""
     letters = jnp.asarray(DATA.train[0])
@@ -256,6 +258,7 @@ def test_samples_follow_the_bigram(getkey):
     np.testing.assert_allclose(train.evaluate(bigram, rows), entropy, rtol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "norm",
     [pytest.param(n, marks=[] if n == "per-token" else pytest.mark.slow) for n in model.NORMS],

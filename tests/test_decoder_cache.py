@@ -37,6 +37,7 @@ def letters():
     return jr.randint(jr.key(seed(2)), (CONTEXT,), 0, SYMBOLS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -62,6 +63,7 @@ def with_a_weight_off(model):
     return eqx.tree_at(where, model, where(model).at[2, 1].add(1e-4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [with_positions_off_by_one, with_a_weight_off])
 def test_a_wrong_cache_is_not_used(wrong, monkeypatch):
     right = cache.next_scores
@@ -76,6 +78,7 @@ def test_norms_over_tokens_have_no_cache(norm):
         cache.check_cache(decoder(norm=norm), letters(), SYMBOLS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["per-token", "over-tokens"])
 def test_the_writer_is_chosen(norm):
     names = split([a + b + c for a in "abc" for b in "def" for c in "gh"], CONTEXT)
@@ -101,6 +104,7 @@ def test_names_are_those_written_without_a_cache(getkey):
     assert one.dtype == two.dtype and len(np.unique(one)) > 2
 
 
+@pytest.mark.slow
 def test_rates_are_printed(capsys):
     assert cache.main(["--context", "4", "--names", "2", "--width", "8", "--layers", "1"]) == 0
     out = capsys.readouterr().out

@@ -178,6 +178,7 @@ def test_an_optimiser_state_goes_on_to_fit(model, getkey):
         assert_same(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cast", [np.float32, np.float64])
 def test_numpy_numbers_as_eps_and_sizes(cast):
     """As `jnp.finfo(dtype).eps` is; the layers themselves take them."""

@@ -33,6 +33,7 @@ def rows(getkey, *shape):
 # Where
 
 
+@pytest.mark.slow
 def test_leaf_index_values_and_position(getkey):
     one = lambda x: {"a": x.sum(1), "b": (x, x[0, 0])}
     two = lambda x: {"a": backwards(x), "b": (x.at[3:, 2].multiply(1.0001), x[0, 0])}
@@ -53,6 +54,7 @@ def test_leaf_index_values_and_position(getkey):
     assert "Seen at x and 7 of 7 edits." in text
 
 
+@pytest.mark.slow
 def test_axis_is_that_of_the_report(getkey):
     off = lambda x: x.at[1, 7:].multiply(2)
     for axis, position in ((1, 7), (-1, 7), (0, 1)):
@@ -109,6 +111,7 @@ def test_forward_passes(getkey, monkeypatch):
 # Rounding that decides
 
 
+@pytest.mark.slow
 def test_an_argmax_that_rounding_flips_is_said_to(getkey):
     w = rows(getkey, D, 64)
     fine = lambda x: (x @ w).argmax(1)
@@ -138,6 +141,7 @@ def test_nan_where_the_other_has_none(getkey):
 # What nothing can tell
 
 
+@pytest.mark.slow
 def test_behind_a_callback(getkey):
     def host(x):
         return jax.pure_callback(
@@ -159,6 +163,7 @@ def logistic(steps, step):
     return lambda x: jax.lax.fori_loop(0, steps, lambda _, v: step(v), jax.nn.sigmoid(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps, status", [(10, "rounding"), (200, "undecided")])
 def test_chaos(steps, status, getkey):
     # An error grows by a factor of 1.6 a step on average: by 1e2 in 10 steps, by 1e40 in 200.
@@ -170,6 +175,7 @@ def test_chaos(steps, status, getkey):
     assert ("The functions are chaotic: an eps of float64" in words(report)) == (steps == 200)
 
 
+@pytest.mark.slow
 def test_a_table_that_was_computed_in_float32(getkey):
     # A root is rounded, by 1e-3 when it was multiplied. That is in the table and, in float64, not
     # in what the function computes. No constant was rounded.
@@ -198,6 +204,7 @@ def test_a_failed_re_run(getkey, monkeypatch):
 # Dtypes, inputs, devices
 
 
+@pytest.mark.slow
 def test_float64(x64, getkey):
     x = rows(getkey)
     assert assert_same(lambda x: x.sum(1), backwards, x).status == "rounding"
@@ -211,12 +218,14 @@ def test_outputs_of_two_dtypes(getkey):
     assert (report.status, report.dtype) == ("rounding", "bfloat16")
 
 
+@pytest.mark.slow
 def test_complex_numbers(getkey):
     x = jax.lax.complex(rows(getkey), rows(getkey))
     assert assert_same(lambda x: x.sum(1), backwards, x).status in ("same bits", "rounding")
     assert check_same(lambda x: x, jnp.conj, x).status == "different"
 
 
+@pytest.mark.slow
 def test_inputs_of_several_arrays(getkey):
     x = {"ids": jnp.arange(T), "mask": jnp.arange(T) % 2, "h": rows(getkey), "key": jr.key(0)}
     table = rows(getkey, 30, 1)
@@ -232,6 +241,7 @@ def test_inputs_of_several_arrays(getkey):
     assert assert_same(one, two, x, fixed=("key", "ids")).status == "same bits"
 
 
+@pytest.mark.slow
 def test_sharded_and_not(getkey):
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     x = jax.device_put(rows(getkey, 8, 50), NamedSharding(mesh, P("batch")))
