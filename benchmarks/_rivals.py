@@ -59,13 +59,13 @@ def norm_of(rival: str, layer: str, shape: tuple[int, ...], dtype) -> Norm:
     return _MAKERS[rival](layer, shape, jnp.dtype(dtype))
 
 
-def _equinox(layers, layer, shape):
+def _equinox(layers, layer, shape, **options):
     import equinox as eqx
 
     if layer == "GroupNorm":
         norm = layers.GroupNorm(GROUPS, shape[1], EPS)
     else:
-        norm = getattr(layers, layer)(shape[-1], EPS, use_bias=layer != "RMSNorm")
+        norm = getattr(layers, layer)(shape[-1], EPS, use_bias=layer != "RMSNorm", **options)
     params, static = eqx.partition(norm, eqx.is_array)
     apply = lambda params, x: jax.vmap(eqx.combine(params, static))(x)
     return Norm(params, apply, lambda p: (p.weight,) if p.bias is None else (p.weight, p.bias))
@@ -75,6 +75,13 @@ def _ours(layer, shape, dtype):
     import eqx_norms
 
     return _equinox(eqx_norms, layer, shape)
+
+
+def _pallas(layer, shape, dtype):
+    """Ours, with kernels: of LayerNorm and RMSNorm."""
+    import eqx_norms
+
+    return _equinox(eqx_norms, layer, shape, implementation="pallas")
 
 
 def _eqx(layer, shape, dtype):
@@ -156,6 +163,7 @@ def _named(params, *names):
 
 _MAKERS = {
     "ours": _ours,
+    "pallas": _pallas,
     "eqx": _eqx,
     "flax": _flax,
     "flax, two-pass": _flax_two_pass,

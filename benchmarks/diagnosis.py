@@ -60,7 +60,7 @@ def norms(case):
         elif param.ndim > 1:
             sizes[path] = size
     if sizes:
-        first, *_, last = [*sizes, *sizes]
+        first, *_, last = [*sizes, *sizes]  # one weight is both
         change = sizes[first] / sizes[last]
         if change > 1e3:
             found.append(("exploding gradient", first))
@@ -78,10 +78,13 @@ def at_its_place(found, illness):
     )
 
 
-def verdict(found, case):
+def verdict(tool, case):
     """In a word; what is found elsewhere is a symptom."""
+    found = tool(case)
     if not found:
         return "-"
+    if tool is debug_nans:
+        return "stops"
     if not case.illness:
         return "false alarm"
     return "found" if at_its_place(found, case.illness) else "symptom"
@@ -96,7 +99,7 @@ def table(key):
     print("|---" * (2 + len(TOOLS)) + "|")
     for name, make in (zoo.SICK | zoo.HEALTHY).items():
         case = make(key)
-        answers = [verdict(tool(case), case) for tool in TOOLS.values()]
+        answers = [verdict(tool, case) for tool in TOOLS.values()]
         kind, where = case.illness[0] if case.illness else ("healthy", "")
         illness = f"{kind}, `{where or 'the model'}`" if case.illness else kind
         row = [name.replace("_", " "), illness, *answers]

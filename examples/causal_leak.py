@@ -74,7 +74,7 @@ def answer(report: causality.CausalityReport) -> str:
     return "no, proved" if report.status == "proved" else "no"
 
 
-def examine(name: str, fn: Callable, x: Array, expected: str, surprises, ids=None) -> str:
+def examine(name: str, fn: Callable, x, expected: str, surprises: list, ids=None) -> str:
     """Does an output read what comes later? Does it read other lines? Prints the row of a table."""
     how = {"token_values": ids, "prove": True}
     later = causality.check_causal(fn, x, axis=1, **how)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from arguments import figure_path
@@ -94,9 +95,9 @@ def make_model(case: Case, packed: Packed, symbols: int) -> Callable:
     decoder = Decoder(SETTINGS, symbols, key=jr.key(0))
     place = packed.place if case.resets else np.broadcast_to(np.arange(LENGTH), packed.place.shape)
     same = packed.name[:, :, None] == packed.name[:, None, :]
-    mask = np.tri(LENGTH, dtype=bool) & (same if case.masked else True)
-    mask = np.broadcast_to(mask, same.shape)
-    return lambda letters: jax.vmap(scores, (None, 0, 0, 0))(decoder, letters, place, mask)
+    mask = np.tri(LENGTH, dtype=bool) & (same if case.masked else np.ones_like(same))
+    row = jax.vmap(scores, in_axes=(None, 0, 0, 0))
+    return lambda letters: row(decoder, letters, jnp.asarray(place), jnp.asarray(mask))
 
 
 # ---- The checks, and what they should find.

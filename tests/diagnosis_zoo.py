@@ -247,8 +247,8 @@ def gain_3(key):
 
 
 @sick
-def gain_3_forward(key):
-    model = Stack(12, jax.nn.relu, key, gain=3.0)
+def skips_without_norms(key):
+    model = Stack(12, jax.nn.relu, key, gain=2.0, skip=True)
     return ill(classifier(model, floats(key)), ("growing activations", "layers[11]"))
 
 

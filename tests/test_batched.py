@@ -44,6 +44,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @slow_unless_in(SHORT)
 def test_layer_norm_under(name):
     with jax.enable_x64(True):
@@ -175,6 +176,7 @@ def interpreted(request):
         mlir.register_lowering(p, rule, platform="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit_offset", (False, True))
 def test_a_layer_by_its_kernels(interpreted, getkey, unit_offset):
     """Two maps around a layer of two axes; `unit_offset` adds one to the weight."""

@@ -35,6 +35,7 @@ def quick_run(tmp_path_factory):
 # The run
 
 
+@pytest.mark.slow
 def test_every_verdict_is_as_expected(quick_run):
     status, printed, _ = quick_run
     assert status == 0

@@ -50,6 +50,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", ["int8", "float32"])
 def test_a_mask_stays_a_mask(ids, mask, dtype):
@@ -118,6 +119,7 @@ def test_fixed_leaves_are_left_alone(ids):
     assert (matrix[~np.tri(T, dtype=bool)] == 0).all() and matrix.diagonal().all()
 
 
+@pytest.mark.slow
 def test_fixed_leaves_need_no_positions_and_may_be_anything(ids):
     causal = np.tri(T, dtype=bool)
     x = (ids, causal, np.float32(2), jr.key(0), "softmax")
@@ -205,6 +207,7 @@ def x():
     return jr.normal(jr.key(seed(2)), (T, D))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.02, 1e-6])
 def test_noise_leaves_a_mask_of_floats_alone(x, sigma):
     model = LinearAttention(jnp.tri(T))

@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import optax
 import pytest
 from draws import seed
 
@@ -95,7 +96,18 @@ GIVEN = {
         ADA | {"x": draw(2, 5, 4), "cond": draw(2, 3)},
     ],
     "_check": [{}, {}],
-    "_capture": [{"key": jr.key(seed(0)), "x": draw(8, 2)}],
+    "_same": [{}],
+    "_capture": [{"key": jr.key(seed(0)), "x": draw(8, 2), "jnp": jnp}],
+    "_watch": [
+        {
+            "model": eqx.nn.Linear(2, 2, key=jr.key(seed(0))),
+            "loss_fn": lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2),
+            "optim": optax.sgd(0.1),
+            "opt_state": optax.sgd(0.1).init({}),
+            "batches": [draw(8, 2)],
+            "make_step": lambda model, opt_state, batch: (model, opt_state),
+        }
+    ],
     "_diagnose": [{"key": jr.key(seed(0)), "x": draw(8, 2), "jnp": jnp}],
 }
 

@@ -85,6 +85,7 @@ def test_rows_that_are_constant(platform):
     check(np.broadcast_to(offsets, (ROWS, N)), *draw(ROWS, N)[1:], platform=platform, centre=True)
 
 
+@pytest.mark.slow
 @each_kernel
 @each_norm
 @pytest.mark.parametrize("eps", (1e-5, 0.0))
@@ -104,6 +105,7 @@ def test_largest_numbers_of_both_signs(platform):
     check(x, weight, bias, g * np.float32(1e30), platform=platform, centre=True)
 
 
+@pytest.mark.slow
 @each_kernel
 @pytest.mark.parametrize("present", ((True, False), (False, True), (False, False)))
 def test_without_parameters(present, platform):
@@ -154,6 +156,7 @@ def test_nan_and_inf_stay_in_their_row(bad, platform):
     assert np.array_equal(y[rest], clean[0][rest]) and np.array_equal(dx[rest], clean[1][rest])
 
 
+@pytest.mark.slow
 @each_kernel
 def test_examples_of_several_axes(platform, getkey):
     """Of any batch and shape, as the primitives have them; the same numbers as of rows."""

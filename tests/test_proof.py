@@ -60,7 +60,7 @@ def tokens():
     return jnp.asarray(np.random.default_rng(seed(0)).integers(0, 16, LENGTH), jnp.int32)
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("dtype", ("float32", pytest.param("bfloat16", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("name", [*zoo.CAUSAL, *zoo.CAUSAL_TOKENS])
 def test_what_is_causal_is_proved(name, dtype):
     fn = (zoo.CAUSAL | zoo.CAUSAL_TOKENS)[name]
@@ -72,7 +72,7 @@ def test_what_is_causal_is_proved(name, dtype):
         assert "causality_zoo.py:" in found.obstacles[0]
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("dtype", ("float32", pytest.param("bfloat16", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("name", [*zoo.LEAKY, *zoo.LEAKY_TOKENS])
 def test_no_leak_is_proved_causal(name, dtype):
     fn = (zoo.LEAKY | zoo.LEAKY_TOKENS)[name]
@@ -308,6 +308,7 @@ def decoder(blocks, embedding, ids, masked):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", (True, False))
 def test_a_decoder(getkey, masked):
     blocks = [Block(getkey()) for _ in range(2)]
@@ -320,6 +321,7 @@ def test_a_decoder(getkey, masked):
         assert [o.split()[0] for o in found.obstacles] == ["`dot_general`"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cell", (eqx.nn.GRUCell, pytest.param(eqx.nn.LSTMCell, marks=pytest.mark.slow))
 )
@@ -346,6 +348,7 @@ def test_a_convolutional_net(getkey):
     assert not proof(lambda x: centred(x.T).T, floats(), CAUSAL).holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", (True, False))
 def test_the_attention_of_jax(masked):
     """Of a batch, with two heads that share a head of keys and values, and its window."""
@@ -364,6 +367,7 @@ def test_the_attention_of_jax(masked):
         assert np.array_equal(np.isnan(report.matrix), CAUSAL & near)
 
 
+@pytest.mark.slow
 def test_what_a_kernel_masks_is_not_read():
     """A convolution of three taps on either side is causal where its later ones are zero."""
     kernel = floats("float32", 4, 4, 5)

@@ -28,6 +28,7 @@ from eqx_norms.causality import (
     dependency_matrix,
     rules,
 )
+from eqx_norms.causality._edits import Edit
 from eqx_norms.causality._inputs import make_problem
 from eqx_norms.causality._positions import Positions, make_positions
 from eqx_norms.causality._trials import Rule
@@ -159,6 +160,21 @@ def test_the_edits_of_the_old_rules_are_rows_of_the_array(kind):
         assert np.array_equal(rule.where(split), at != split if independent else at >= split)
 
 
+@pytest.mark.parametrize("shape", [(13, 13), (70, 130), (5, 64), (64, 65), (3, 1)])
+def test_watched_and_covered_by_their_definitions(shape):
+    rng = np.random.default_rng(seed(8))
+    rule = Rule("reads", rng.random(shape) < 0.7)
+    edits = [Edit(row, 0, 0) for row in rng.random((30, shape[1])) < rng.random((30, 1))]
+    read = np.stack([edit.where for edit in edits]).astype(int) @ rule.allowed.T.astype(int)
+    assert np.array_equal(rule.watch(edits), read == 0)
+    # Every distinct row that forbids anything is tried, and so every forbidden pair is covered.
+    rows = {tuple(row) for row in rule.allowed.tolist() if not all(row)}
+    splits = rule.choose("auto", rng)
+    assert len(splits) == len(rows)
+    assert np.array_equal(rule.covered(splits) == 0, ~rule.allowed)
+
+
+@pytest.mark.slow
 def test_causal_is_one_rule_among_others(x):
     fn = zoo.norm_over_sequence_and_features
     one, two = check_causal(fn, x), check_reads(fn, x, CAUSAL)
@@ -191,6 +207,7 @@ def test_64_of_many_rows():
     assert np.isnan(report.matrix).any(1).sum() > 100
 
 
+@pytest.mark.slow
 def test_a_pair_of_a_long_sequence_is_located():
     x = jr.normal(jr.key(seed(5)), (300, 1))
     packed = rules.causal(300) & rules.segments(np.arange(300) // 60)
@@ -252,6 +269,7 @@ def test_what_is_read_too_faintly_for_its_dtype_is_read(dtype):
     assert only.status == "blind" and len(only.unread()) > 20  # of 28; x may be tiny at some place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_rounding_is_no_reading(dtype):
     """Where every output is the total minus the rest, rounding alone reaches all of them."""
@@ -319,6 +337,7 @@ def test_a_function_of_tokens(x):
 # Proof
 
 
+@pytest.mark.slow
 def test_a_rule_can_be_proved_and_what_must_be_read_is_still_edited(x):
     report = assert_reads(attend(PACKED), x, PACKED, prove="required")
     assert report.status == "proved" and report.edits == 0
@@ -330,6 +349,7 @@ def test_a_rule_can_be_proved_and_what_must_be_read_is_still_edited(x):
     assert check_reads(attend(CAUSAL), x, PACKED, prove=True).status == "leak"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out_axis", [slow(None), (1, 0)])
 def test_batch_and_time_at_once_are_proved(out_axis):
     x = jr.normal(jr.key(seed(6)), (3, 5, D))
@@ -340,6 +360,7 @@ def test_batch_and_time_at_once_are_proved(out_axis):
     assert report.status == "proved"
 
 
+@pytest.mark.slow
 def test_a_rule_of_other_lengths_is_proved(x):
     kernel = zoo.weights(jnp.float32, D, D, 3)
     strided = lambda x: jax.lax.conv_general_dilated(x.T[None], kernel, (2,), [(2, 0)])[0].T
@@ -368,6 +389,7 @@ def test_positions_of_several_axes_are_tuples_in_c_order():
     assert where(matrix > 0) == where(np.eye(6)) | {(1, 5)}
 
 
+@pytest.mark.slow
 def test_batch_and_time_at_once():
     x = jr.normal(jr.key(seed(6)), (3, 4, D))
     allowed = rules.each(3, rules.causal(4))
@@ -378,6 +400,7 @@ def test_batch_and_time_at_once():
     assert pairs(report.pairs()) == {((2, 0), (0, 3))}
 
 
+@pytest.mark.slow
 def test_pixels_in_raster_order():
     image = jr.normal(jr.key(seed(6)), (3, 4, 1))
     summed = lambda image: image.reshape(12, 1).cumsum(0).reshape(3, 4, 1)
@@ -411,6 +434,7 @@ def test_labels_name_positions(x):
     assert report.heatmap().split("\n")[1:3] == ["     the cats", "  t  o......."]
 
 
+@pytest.mark.slow
 def test_labels_of_several_axes_and_of_outputs():
     x = jr.normal(jr.key(seed(6)), (2, 3, D))
     leak = lambda x: (x.at[0, 1].add(x[1, 2])).reshape(6, D)
@@ -430,6 +454,8 @@ def test_labels_come_nested_or_in_c_order(labels):
     outputs, inputs = make_positions(problem, labels, None)
     assert inputs.labels == outputs.labels == (*"annbob",)
     assert inputs.name(4) == "(1, 1) 'o'"
+    outputs, _ = make_positions(problem, labels, "a\nb\t 1")
+    assert outputs.labels == (*"a·b· 1",)
 
 
 def test_plot_shows_blindness_in_yellow_and_labels_on_both_axes():
@@ -447,6 +473,7 @@ def test_plot_shows_blindness_in_yellow_and_labels_on_both_axes():
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_plot_names_positions_of_several_axes():
     report = measured(rules.causal(6), rules.causal(6), rules.causal(6))
     axes = dataclasses.replace(report, inputs=Positions((2, 3))).plot(plt.subplots()[1])
@@ -563,6 +590,14 @@ def test_patterns_of_leaks_are_named(text):
     one = allowed.copy()
     one[tuple(np.argwhere(read & ~allowed)[-1])] = True
     assert "look for" not in words(measured(one, allowed))  # a single pair tells nothing
+
+
+def test_a_leak_between_examples_is_named():
+    report = measured(np.tile(rules.causal(4), (3, 3)), rules.each(3, rules.causal(4)))
+    assert "from one segment to another" in words(report)
+    report = dataclasses.replace(report, inputs=Positions((3, 4)), outputs=Positions((3, 4)))
+    text = "Every leak crosses from one of the 3 examples to another: look for statistics over"
+    assert text in words(report)
 
 
 BLIND = {

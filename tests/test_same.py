@@ -8,7 +8,7 @@ import functools
 import pytest
 import same_zoo as zoo
 
-from eqx_norms.causality import DifferenceError, assert_same
+from eqx_norms.causality import DifferenceError, assert_same, check_same
 
 # One of each kind: the others take minutes in all.
 QUICK = (
@@ -22,6 +22,9 @@ QUICK = (
     "one_weight_off_by_a_ten_thousandth",
     "second_best_expert",
 )
+# In bfloat16 these are the same: there is no number between 0.9 and 0.9001, and how far the
+# approximation of gelu is from gelu is less than what rounding its two constants does.
+SAME_IN_BFLOAT16 = ("decay_of_another_power", "gelu_by_tanh")
 
 
 def pairs(names):
@@ -40,6 +43,9 @@ def test_the_same_but_for_rounding(name, dtype):
 
 @pytest.mark.parametrize("name, dtype", pairs(zoo.DIFFERENT))
 def test_different(name, dtype):
+    if dtype == "bfloat16" and name in SAME_IN_BFLOAT16:
+        assert check_same(*zoo.pair(name, dtype)).status in ("same bits", "rounding")
+        return
     with pytest.raises(DifferenceError, match=r"^different: ") as caught:
         assert_same(*zoo.pair(name, dtype))
     assert caught.value.report.status == "different"

@@ -8,6 +8,7 @@ from .._cases import NAMES, shape_of
 PLATFORMS = {"h100": "H100", "v5e": "TPU v5e", "v6e": "TPU v6e"}
 LIBRARIES = ("ours", "eqx", "flax")
 NO_NORM = "none"  # the model without norms: what its norms cost is the difference
+PALLAS = "pallas"  # ours with `implementation="pallas"`, for the tests
 AXIS_NAME = "axis_name"  # ours by parts, in a `jax.shard_map`
 LIBRARY_NAMES = {
     **{name: NAMES[name] for name in LIBRARIES},

@@ -1,11 +1,15 @@
 """Devices that are described, not present: XLA compiles for them all the same."""
 
+import contextlib
 import functools as ft
 import importlib.metadata
 import os
+from collections.abc import Iterator
+from unittest import mock
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 # No process here holds a TPU, so that several may compile for one; and nobody is asked for one.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -64,3 +68,17 @@ def devices(platform: str, count: int = 1) -> list[jax.Device]:
     else:
         described = topologies.get_topology_desc(platform="tpu", topology_name=f"{platform}:2x2")
     return described.devices[:count]
+
+
+@contextlib.contextmanager
+def known_to_pallas(platform: str) -> Iterator[None]:
+    """Tells JAX of 0.12 and later for which GPU it compiles a kernel; older ones do not ask."""
+    if platform != "h100" or jax.__version_info__ < (0, 12):
+        yield
+        return
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh((1,), ("_",), axis_types=(AxisType.Auto,), abstract_device=device)
+    # Nothing public says so: that a "gpu" is "cuda", JAX looks up among the devices that are there.
+    named = "jax._src.xla_bridge.canonicalize_platform"
+    with use_abstract_mesh(mesh), mock.patch(named, lambda name: "cuda" if name == "gpu" else name):
+        yield

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._real import Real
-from ._widen import coarsest, float_constants, float_dtypes, opaque_parts, widen
+from ._widen import coarsest, float_constants, float_dtypes, is_key, opaque_parts, widen
 
 _EPS32, _EPS64 = (float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64))
 # Rounding shrinks 2**29-fold from float32 to float64, from coarser floats by more. Where it was
@@ -148,7 +148,13 @@ class Judge:
         exact = exact._replace(limit=limit)
         return exact, *self._undecided(own, exact, doubtful, moved)
 
-    def _undecided(self, own: Runs, exact: Runs, doubtful, moved):
+    def _undecided(
+        self,
+        own: Runs,
+        exact: Runs,
+        doubtful: Bool[np.ndarray, "K L"],
+        moved: Float[np.ndarray, "K L"],
+    ) -> tuple[Bool[np.ndarray, "K L"], list[str]]:
         """The differences that float64 does not decide, and why not."""
         above = exact.gaps.size > exact.limit
         size, scale = exact.gaps
@@ -196,9 +202,10 @@ class Judge:
         rows, rng = [self.rows[k] for k in chosen], np.random.default_rng(0)
         both = (self.one, self.two, exact.one), (self.two, self.one, exact.two)
         for closed, other, before in both:
-            held = np.concatenate([[0.0], *map(np.ravel, float_constants(other))])
+            constants = map(_as_float64, float_constants(other))
+            held = np.concatenate([[0.0], *map(np.ravel, constants)])
             alone = lambda value, held=held: np.isin(value, held, invert=True)
-            if any(alone(value).any() for value in float_constants(closed)):
+            if any((alone(c) & ~_is_exact(c)).any() for c in float_constants(closed)):
                 nudge = lambda value, alone=alone: _nudged(value, rng, where=alone(value))
                 after = _wide(closed, rows, nudge)
                 total += gaps([before[k] for k in chosen], after).size
@@ -273,8 +280,7 @@ def _nudged(
     value: Any, rng: np.random.Generator, by: float | None = None, where: Any = True
 ) -> Any:
     """`value` in float64, each entry up or down by `by` of its size, by default half an eps."""
-    values = np.asarray(value)
-    if not jnp.issubdtype(values.dtype, jnp.inexact):
+    if is_key(value) or not jnp.issubdtype((values := np.asarray(value)).dtype, jnp.inexact):
         return value
     by = float(jnp.finfo(values.dtype).eps) / 2 if by is None else by
     moves = rng.choice([-by, by], size=values.shape)
@@ -288,7 +294,7 @@ def _is_exact(values: np.ndarray) -> np.ndarray:
     parts = np.stack([np.real(exact), np.imag(exact)])
     whole = parts == np.round(parts)
     shifted = np.ldexp(np.frexp(parts)[0], bits)
-    return ((shifted == np.round(shifted)) | whole.all()).all(0)
+    return np.asarray(((shifted == np.round(shifted)) | whole.all()).all(0))
 
 
 def _about_broken(broken: Bool[np.ndarray, "K L"], exact: Runs) -> list[str]:

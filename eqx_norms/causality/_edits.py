@@ -259,7 +259,8 @@ def _floats(leaf: Leaf, scales: tuple[float, ...], old: np.ndarray, pure, rng) -
     # such room above the smallest number: there, and only there, large draws are cut off.
     limits = jnp.finfo(old.dtype)
     largest = float(limits.max)
-    size = np.minimum(leaf.unit, max(largest / 64, 4 * float(limits.tiny)) / scale) * scale
+    with np.errstate(over="ignore"):
+        size = np.minimum(leaf.unit * scale, max(largest / 64, 4 * float(limits.tiny)))
     wide = old.dtype in (np.float64, np.complex128)
     new = noise * (size if wide else size.astype(np.float32))
     return (new if np.iscomplexobj(old) else np.clip(new, -largest, largest)).astype(old.dtype)

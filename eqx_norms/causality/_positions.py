@@ -53,4 +53,6 @@ def _flat(name: str, labels: Labels, lengths: Sequence[int]) -> tuple[str, ...] 
     if len(flat) != count:
         where = f", {lengths}" if len(lengths) > 1 else ""
         raise ValueError(f"{name} must name the {count} positions{where}, got {len(flat)} labels")
-    return tuple(map(str, flat))
+    # A line end would break the lines of a report.
+    shown = lambda letter: letter if letter.isprintable() else "·"
+    return tuple("".join(map(shown, str(label))) for label in flat)

@@ -143,8 +143,9 @@ def _entry(report: SameReport) -> str:
     assert report.index is not None and report.values is not None
     name = f"Output {report.leaf!r}" if report.leaf else "Output"
     at = f"[{', '.join(map(str, report.index))}]" if report.index else ""
-    wide = f", in float64 {_both(*report.exact)}" if report.exact is not None else ""
-    return f"{name}{at} is {_both(*report.values)}{wide}."
+    own = _both(*report.values)
+    wide = own if report.exact is None else _both(*report.exact)
+    return f"{name}{at} is {own}" + (f", in float64 {wide}." if wide != own else ".")
 
 
 def _both(one: Number, two: Number) -> str:
@@ -157,13 +158,13 @@ def _both(one: Number, two: Number) -> str:
 
 
 def _how_far(report: SameReport) -> list[str]:
-    sizes = f"{report.ulps:.2g} eps of {report.dtype}"
-    if report.ulps64 is not None:
-        sizes += f", with every float in float64 {report.ulps64:.2g} eps of that"
-    lines = [f"Largest difference: {sizes}."]
-    if report.status == "different" and np.isfinite(report.difference):
-        lines += [f"It is {report.difference:.2g} there, and rounding up to {report.limit:.2g}."]
-    return lines
+    if report.status == "different":
+        if not np.isfinite(report.difference) or not report.limit:
+            return []  # NaN, or integers
+        limit = f"{report.limit:.2g}" + " in float64" * (report.exact is not None)
+        return [f"The difference is {report.difference:.2g}; rounding may be up to {limit}."]
+    wide = "" if report.ulps64 is None else f"; in float64 {report.ulps64:.2g} eps of that"
+    return [f"Largest difference: {report.ulps:.2g} eps of {report.dtype}{wide}."]
 
 
 def _position(report: SameReport) -> list[str]:

@@ -1,5 +1,7 @@
 """What to look at, where the pattern of the pairs in a report tells."""
 
+import math
+
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -35,12 +37,15 @@ _EVERYTHING = (
     "look for a norm, mean or softmax over the sequence axis, a layer that lacks its jax.vmap over "
     "positions, or a missing mask."
 )
+_BATCH = (
+    "look for statistics over the batch (a norm over its axis, BatchNorm in training) or a layer "
+    "that lacks its jax.vmap over examples."
+)
 _ALIKE = {
     "causal": f"All pairs leak alike: {_EVERYTHING}",
     "strictly causal": f"All pairs leak alike: {_EVERYTHING}",
     "reads": f"All forbidden pairs leak alike: {_EVERYTHING}",
-    "independent": "All pairs leak alike: look for statistics over the batch (a norm over its "
-    "axis, BatchNorm in training) or a layer that lacks its jax.vmap over examples.",
+    "independent": f"All pairs leak alike: {_BATCH}",
 }
 
 
@@ -84,6 +89,9 @@ def _segments(report, leaking) -> list[str]:
         return []
     if leaking.sum() < 3 or (leaking & (group[:, None] == group)).any():
         return []
+    first, *others = report.inputs.lengths
+    if others and np.array_equal(group, np.arange(len(group)) // math.prod(others)):
+        return [f"Every leak crosses from one of the {first} examples to another: {_BATCH}"]
     # With two segments, or padding in front, the array does not tell which of them it is.
     outputs, inputs = np.flatnonzero(leaking.any(1)), np.flatnonzero(leaking.any(0))
     padding = "" if np.intersect1d(outputs, inputs).size else " or padding"
@@ -102,12 +110,13 @@ def _groups(allowed: Bool[np.ndarray, "T_out T_in"]) -> Int[np.ndarray, " T"] | 
         return None
     connected = allowed | allowed.T
     group = np.full(len(allowed), -1)
-    for start in range(len(allowed)):
-        new = (np.arange(len(allowed)) == start) & (group < 0)
+    count = 0
+    while (group < 0).any():
+        new = np.arange(len(allowed)) == (group < 0).argmax()
         while new.any():
-            group[new] = start
+            group[new] = count
             new = connected[new].any(0) & (group < 0)
-    count = len(np.unique(group))
+        count += 1
     return group if 1 < count < len(group) else None
 
 

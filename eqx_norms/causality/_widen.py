@@ -80,7 +80,7 @@ def coarsest(*functions: jex.ClosedJaxpr) -> np.dtype:
 
 def float_constants(closed: jex.ClosedJaxpr) -> list[np.ndarray]:
     """The constants of the traced function that are floats or complex, those in loops included."""
-    consts = [np.asarray(c) for c in _all_consts(closed) if not _is_key(c)]
+    consts = [np.asarray(c) for c in _all_consts(closed) if not is_key(c)]
     return [const for const in consts if jnp.issubdtype(const.dtype, jnp.inexact)]
 
 
@@ -261,11 +261,12 @@ def _all_consts(closed: Any) -> list[Any]:
     return consts
 
 
-def _is_key(value: Any) -> bool:
+def is_key(value: Any) -> bool:
+    """Whether `value` is an array of random keys."""
     return jnp.issubdtype(jnp.asarray(value).dtype, jax.dtypes.prng_key)
 
 
 def _same_bits(a: Any, b: Any) -> bool:
-    if _is_key(a):
+    if is_key(a):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
     return np.array_equal(np.asarray(a), np.asarray(b), equal_nan=False) or a is b

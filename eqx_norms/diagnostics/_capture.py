@@ -192,14 +192,16 @@ class _Program:
         self.types = marked_types(self.plan)
         self.keys = _keys(self.plan.outputs)
         check_called(replace, self.keys)
-        self.replacements = [
-            replacement(key, output.call, types, replace[key]) if key in replace else None
-            for key, output, types in zip(self.keys, self.plan.outputs, self.types, strict=True)
-        ]
+        triples = zip(self.keys, self.plan.outputs, self.types, strict=True)
+        self.replacements = {
+            number: replacement(key, output.call, types, replace[key])
+            for number, (key, output, types) in enumerate(triples)
+            if key in replace
+        }
 
     def run(self, model: PyTree, args: tuple, shifts: Marked) -> tuple[Any, Marked]:
         arrays = jtu.tree_leaves(eqx.filter((model, args), eqx.is_array))
-        edits = [Edit(*pair) for pair in zip(shifts, self.replacements, strict=True)]
+        edits = [Edit(shift, self.replacements.get(n)) for n, shift in enumerate(shifts)]
         outs, marked = evaluate(self.plan, arrays, edits)
         out = jtu.tree_unflatten(jtu.tree_structure(self.out), outs)
         return eqx.combine(out, self.static_out), marked

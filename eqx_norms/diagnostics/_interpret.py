@@ -89,7 +89,9 @@ def _as_it_stands(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[
     return eval_jaxpr(alone, (), *inputs.values()), []
 
 
-def _operand_and_result(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list, Marked]:
+def _operand_and_result(
+    eqn: Any, step: Step, args: list, edits: list[Edit]
+) -> tuple[list[Any], Marked]:
     outs, _ = _as_it_stands(eqn, step, args, [])
     return outs, [[args[step.operand or 0], outs[0]]]
 
@@ -241,7 +243,7 @@ def loops_around(plan: Plan) -> list[int]:
     for eqn, step in zip(plan.jaxpr.eqns, plan.steps, strict=True):
         inner = [count for plan in step.inner for count in loops_around(plan)]
         one_more = eqn.primitive is primitives.scan_p
-        counts += [0] if step.outputs and not step.inner else [n + one_more for n in inner]
+        counts += [n + one_more for n in inner] or [0] * len(step.outputs)
     return counts
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 
 from ._activations import Activation
 from ._instrument import path
-from ._interpret import Marked, marked_types
+from ._interpret import Marked
 from ._layer_statistics import as_examples, derivative_statistics, layer_statistics, non_finite
 from ._statistics import activation_stats, dead_unit_fraction, saturation_fraction
 from ._survey import Seen, Survey
@@ -125,7 +125,7 @@ def _unit_axes(survey: Survey, model: PyTree) -> list[tuple[Seen, int]]:
     modules = jtu.tree_leaves(model, is_leaf=lambda x: isinstance(x, _CONVOLUTIONS))
     ranks = {type(m): m.num_spatial_dims for m in modules if isinstance(m, _CONVOLUTIONS)}
     by_name = {cls.__name__: rank for cls, rank in ranks.items()}
-    types = marked_types(survey.plan)
+    types = survey.types
     channels = {}
     for call in survey.returns:
         if call.type in by_name:
@@ -319,7 +319,7 @@ def _reached_from_elsewhere(loss_fn: Callable, model: PyTree, args: tuple) -> di
 
 
 def _rows(call: Seen, parts: list[dict], survey: Survey) -> list[Row]:
-    kinds = marked_types(survey.plan)[call.output]
+    kinds = survey.types[call.output]
     kinds = kinds[-1:] if call.applied is not None else kinds
     rows = []
     for step in itertools.product(*map(range, call.loops)):

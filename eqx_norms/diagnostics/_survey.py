@@ -17,7 +17,7 @@ import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.extend.core import primitives
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from ._activations import Activation, activation_of, recognised
 from ._capture import _check_arrays, _Program, _zero_shift
@@ -64,29 +64,16 @@ class Survey(_Program):
         self.not_looked_at = dict.fromkeys(sorted(watch.unclear), _UNCLEAR)
         self.plan = _what_can_be_seen(plan, {id(o.call) for o in plan.recomputed}, self)
         self.types = marked_types(self.plan)
-        self.replacements = [None] * len(self.types)
+        self.replacements = {}
         self.check_differentiable()
         modules = {path(keys): module for keys, module in watch.modules.items()}
-        self.calls, self.returns = _calls(self.plan, modules)
+        self.calls, self.returns = _calls(self.plan, self.types, modules)
         reached = {call.path for call in self.calls} | set(self.not_looked_at)
         self.never_called = [
             path(keys)
             for keys in watch.modules
             if keys in watch.matched and path(keys) not in reached
         ]
-
-    def backward(
-        self, model: PyTree, args: tuple
-    ) -> tuple[Float[Array, ""], Marked, Marked, PyTree]:
-        """The loss, what is marked, the derivatives there, and those of the model."""
-
-        @eqx.filter_value_and_grad(has_aux=True)
-        def loss(model_and_shifts):
-            model, shifts = model_and_shifts
-            return self.run(model, args, shifts)
-
-        (value, marked), (model_grads, grads) = loss((model, self.zero_shifts()))
-        return value, marked, grads, model_grads
 
     def zero_shifts(self) -> Marked:
         pairs = zip(self.plan.outputs, self.types, strict=True)
@@ -192,10 +179,11 @@ def _seen_step(plan: Plan, i: int, recomputed: set[int], survey: Survey) -> Step
 # ---- The calls, from the order of their marks.
 
 
-def _calls(plan: Plan, modules: dict[str, eqx.Module]) -> tuple[list[Seen], list[Seen]]:
+def _calls(
+    plan: Plan, types: list, modules: dict[str, eqx.Module]
+) -> tuple[list[Seen], list[Seen]]:
     """In the order in which they begin, and those of submodules in the order they return."""
     calls, returned, open_, numbers = [], [], [], Counter()
-    types = marked_types(plan)
     for i, (output, loops) in enumerate(zip(plan.outputs, _loops(plan), strict=True)):
         [where] = output.paths
         if isinstance(output.call, Applied):

@@ -18,7 +18,7 @@ from ._interpret import loops_around
 from ._layer_statistics import as_examples, derivative_statistics, layer_statistics
 from ._statistics import activation_stats, dead_unit_fraction, histogram, update_ratio
 
-Statistics = OrderedDict[str, dict[str, Array]]  # which jit does not sort
+Statistics = OrderedDict[str, dict[str, Any]]  # which jit does not sort
 
 
 class Look(NamedTuple):
@@ -63,7 +63,7 @@ class Watch:
             if step % 100 == 0:
                 history.append(measure(model, batch, opt_state=opt_state))
             model, opt_state = make_step(model, opt_state, batch)
-        watch.plot(history, every=100).savefig("watch.png")
+        figure = watch.plot(history, every=100)
         ```
 
     A run that is stopped has in `history` what was measured until then.

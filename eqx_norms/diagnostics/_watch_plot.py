@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,7 +18,7 @@ class Course(NamedTuple):
 
     name: str
     array: str
-    statistics: dict[str, np.ndarray]
+    statistics: dict[str, Any]
 
 
 def courses(measured: Statistics) -> list[Course]:
@@ -37,14 +37,12 @@ def percentiles(
     counts: Int[np.ndarray, "looks bins"], largest: Float[np.ndarray, " looks"], q: Sequence[float]
 ) -> Float[np.ndarray, "percentiles looks"]:
     """Of the entries in the histograms, as if they were spread evenly in each bin; NaN for none."""
-    below = np.concatenate([np.zeros((len(counts), 1)), np.cumsum(counts, axis=1)], axis=1)
-    of_look = lambda below, size: (
-        np.interp(np.multiply(q, below[-1] / 100), below, EDGES * size)
-        if below[-1]
-        else np.full(len(q), np.nan)
-    )
-    pairs = zip(below, np.float64(largest), strict=True)
-    return np.stack([of_look(*pair) for pair in pairs], axis=1)
+    found = np.full((len(q), len(counts)), np.nan)
+    for look, (here, size) in enumerate(zip(counts, largest, strict=True)):
+        if here.any():
+            below = np.concatenate([[0], np.cumsum(here)])
+            found[:, look] = np.interp(np.multiply(q, below[-1] / 100), below, EDGES * size)
+    return found
 
 
 def draw(look: Look, *, every: int, histograms: bool, layers: int):
@@ -59,7 +57,7 @@ def draw(look: Look, *, every: int, histograms: bool, layers: int):
     draw_one = draw_histograms if histograms else draw_bands
     rows = max(len(shown), 4)
     figure = plt.figure(figsize=(10, 1 + 1.15 * rows), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
+    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(3, 2)))
     axes = left.subplots(len(shown), 2, sharex=True, squeeze=False)
     for (at_value, at_grad), course in zip(axes, shown, strict=True):
         draw_one(at_value, steps, course.statistics, BLUE)
