@@ -36,7 +36,7 @@ def plot(results: dict, path: Path) -> bool:
     handles = {h.get_label(): h for ax in axes.flat for h in ax.collections}
     fig.legend(
         handles.values(), handles, loc="outside upper center", frameon=False, fontsize=9,
-        ncols=4 if len(platforms) > 1 else 2,
+        ncols=4 if len(platforms) > 2 else 2,
     )  # fmt: skip
     fig.supxlabel("ours / eqx.nn's: left of 1, ours costs less", fontsize=9)
     fig.savefig(path, dpi=130)

@@ -23,7 +23,8 @@ from ._targets import by_case, outcomes, ratio
 def report(*runs: dict) -> str:
     """All tables that the runs have rows for: section by section, and in each run by run."""
     found = {name(results): _sections(results) for results in runs}
-    headings = dict.fromkeys(heading for parts in found.values() for heading in parts)
+    longest_first = sorted(found.values(), key=len, reverse=True)
+    headings = dict.fromkeys(heading for parts in longest_first for heading in parts)
     return "\n\n".join(of_all(heading, found) for heading in headings) + "\n"
 
 
