@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from oracles import assert_close, exact_norm, terms
+from oracles import assert_alike, assert_close, exact_norm, terms
 from test_transformations import (
     NAMES,
     SHORT,
@@ -105,6 +105,18 @@ def test_kernels_inside_shard_map(platform, check_vma):
     f = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=check_vma)
     found = kernels(gradient(f), *arrays(8, 5), platform=platform)
     assert len(found) == 2 and all(call.startswith("(tensor<5x40xf32>") for call in found)
+
+
+def test_in_a_shard_map_over_some_axes_the_plain_path_is_taken(getkey):
+    mesh = jax.make_mesh((4, 2), ("d", "f"), axis_types=(AxisType.Auto,) * 2)
+    f = over_batch(pallas_layer_norm)
+    specs = P("d"), P(), P()
+    f = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("d"), axis_names={"d"})
+    args = jr.normal(getkey(), (8, 40)), *jr.normal(getkey(), (2, 40))
+    assert not kernels(gradient(f), *args)
+    got, want = (jax.jit(gradient(g))(*args) for g in (f, over_batch(layer_norm)))
+    for a, b in zip(got, want, strict=True):
+        assert_alike(a, b, 40)
 
 
 def on_mesh(axis_type):
