@@ -1,4 +1,4 @@
-"""One process for each rival, in which it and ours are measured in turn."""
+"""Processes of their own: one for each rival, in which it and ours are measured in turn."""
 
 import contextlib
 import importlib
@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 
 SETTINGS = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
 
@@ -17,10 +17,17 @@ def child() -> Iterator[Callable]:
 
     By name, for the parent imports no array library: its threads would be in the way.
     """
+    with children(1) as submit:
+        yield lambda name, *args: submit(name, *args).result()
+
+
+@contextlib.contextmanager
+def children(count: int) -> Iterator[Callable[..., Future]]:
+    """`submit("_speed.speed", *args)`, in one of so many processes."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1, context, initializer=_start)
+    pool = ProcessPoolExecutor(count, context, initializer=_start)
     try:
-        yield lambda name, *args: pool.submit(_call, name, args).result()
+        yield lambda name, *args: pool.submit(_call, name, args)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -33,5 +40,5 @@ def _start():
 
 
 def _call(name: str, args: tuple):
-    module, function = name.split(".")
+    module, function = name.rsplit(".", 1)
     return getattr(importlib.import_module(f"{__package__}.{module}"), function)(*args)

@@ -10,14 +10,14 @@ from pathlib import Path
 PACKAGES = ("jax", "jaxlib", "equinox", "flax", "dm-haiku", "keras", "torch", "numpy")
 
 
-def environment() -> dict:
+def environment(packages: tuple[str, ...] = PACKAGES) -> dict:
     return {
         "date": datetime.date.today().isoformat(),
         "cores": cores(),
         "cpu": _cpu_info("model name") or platform.machine(),
         "vectors": _vectors(),
         "python": platform.python_version(),
-        "versions": {package: version for package in PACKAGES if (version := _version(package))},
+        "versions": {package: version for package in packages if (version := _version(package))},
     }
 
 

@@ -25,11 +25,11 @@ def report(*runs: dict) -> str:
     found = {machine(results): _sections(results) for results in runs}
     longest_first = sorted(found.values(), key=len, reverse=True)
     first, *headings = dict.fromkeys(heading for parts in longest_first for heading in parts)
-    parts = [_of_all(first, found), ranges(runs), *(_of_all(one, found) for one in headings)]
+    parts = [of_all(first, found), ranges(runs), *(of_all(one, found) for one in headings)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _of_all(heading: str, found: dict[str, dict[str, str]]) -> str:
+def of_all(heading: str, found: dict[str, dict[str, str]]) -> str:
     bodies = {name: parts.get(heading) for name, parts in found.items()}
     texts = list(dict.fromkeys(bodies.values()))
     if len(texts) > 1:

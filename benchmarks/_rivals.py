@@ -50,18 +50,22 @@ def example_shape(layer: str, rows: int, n: int, channels_last: bool = False) ->
 def make(rival: str, layer: str, rows: int, n: int, dtype) -> Norm:
     """The layer of a JAX library, as it is initialised: weight 1, bias 0."""
     channels_last = rival in ("flax", "haiku", "keras")
-    shape = example_shape(layer, rows, n, channels_last)
-    norm = _MAKERS[rival](layer, shape, jnp.dtype(dtype))
+    norm = norm_of(rival, layer, example_shape(layer, rows, n, channels_last), dtype)
     return norm._replace(channels_last=channels_last and layer == "GroupNorm")
 
 
-def _equinox(layers, layer, shape):
+def norm_of(rival: str, layer: str, shape: tuple[int, ...], dtype) -> Norm:
+    """The layer for a batch of this shape; GroupNorm's channels are where the library has them."""
+    return _MAKERS[rival](layer, shape, jnp.dtype(dtype))
+
+
+def _equinox(layers, layer, shape, **options):
     import equinox as eqx
 
     if layer == "GroupNorm":
         norm = layers.GroupNorm(GROUPS, shape[1], EPS)
     else:
-        norm = getattr(layers, layer)(shape[-1], EPS, use_bias=layer != "RMSNorm")
+        norm = getattr(layers, layer)(shape[-1], EPS, use_bias=layer != "RMSNorm", **options)
     params, static = eqx.partition(norm, eqx.is_array)
     apply = lambda params, x: jax.vmap(eqx.combine(params, static))(x)
     return Norm(params, apply, lambda p: (p.weight,) if p.bias is None else (p.weight, p.bias))
@@ -71,6 +75,13 @@ def _ours(layer, shape, dtype):
     import eqx_norms
 
     return _equinox(eqx_norms, layer, shape)
+
+
+def _pallas(layer, shape, dtype):
+    """Ours, with kernels: of LayerNorm and RMSNorm."""
+    import eqx_norms
+
+    return _equinox(eqx_norms, layer, shape, implementation="pallas")
 
 
 def _eqx(layer, shape, dtype):
@@ -152,6 +163,7 @@ def _named(params, *names):
 
 _MAKERS = {
     "ours": _ours,
+    "pallas": _pallas,
     "eqx": _eqx,
     "flax": _flax,
     "flax, two-pass": _flax_two_pass,

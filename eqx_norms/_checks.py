@@ -43,6 +43,14 @@ def check_eps(name: str, eps: Real) -> float:
     return float(eps)
 
 
+def check_implementation(name: str, implementation: str) -> str:
+    if implementation not in ("xla", "pallas"):
+        raise ValueError(
+            f'`{name}(implementation=...)` must be "xla" or "pallas"; got {implementation!r}.'
+        )
+    return implementation
+
+
 def check_param_dtype(name: str, dtype):
     """`dtype` itself: `None` stays `None`, for JAX's default."""
     try:

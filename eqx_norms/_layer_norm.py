@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from ._batched import normalize_by
 from ._checks import (
     check_broadcast,
     check_eps,
     check_example,
     check_floating,
+    check_implementation,
     check_mask,
     check_param_dtype,
     check_shape,
     no_state,
 )
-from ._normalize import normalize
 from ._real import Integer, Real
 
 
@@ -30,6 +31,7 @@ def layer_norm(
     eps: Real = 1e-5,
     where: Bool[Array, "*shape"] | None = None,
     axis_name: Hashable | None = None,
+    implementation: str = "xla",
 ) -> Float[Array, "*shape"]:
     r"""Normalises one example over all its entries, and scales and shifts the result.
 
@@ -45,7 +47,7 @@ def layer_norm(
         batch, `jax.vmap` this function.
     - `weight`, `bias`: floating-point arrays that broadcast to the shape of `x`, or `None`.
     - `eps`: added to the variance; a finite number, 0 or above.
-    - `where`, `axis_name`: as for [`eqx_norms.LayerNorm`][].
+    - `where`, `axis_name`, `implementation`: as for [`eqx_norms.LayerNorm`][].
 
     **Returns:**
 
@@ -53,14 +55,15 @@ def layer_norm(
     (float64 for float64), and the result rounded once.
 
     **Raises:** `TypeError` if `x`, `weight` or `bias` is not a real floating-point array;
-    `ValueError` if `weight` or `bias` does not broadcast to the shape of `x`, or for a bad `eps`
-    or mask.
+    `ValueError` if `weight` or `bias` does not broadcast to the shape of `x`, or for a bad `eps`,
+    mask or `implementation`.
     """
     check_floating("layer_norm", x)
     check_broadcast("layer_norm", x, weight=weight, bias=bias)
     check_mask("layer_norm", x, where)
     eps = check_eps("layer_norm", eps)
-    return normalize(x, weight, bias, where, eps=eps, axis_name=axis_name)
+    check_implementation("layer_norm", implementation)
+    return normalize_by(implementation, x, weight, bias, where, eps=eps, axis_name=axis_name)
 
 
 class LayerNorm(eqx.Module):
@@ -105,6 +108,7 @@ class LayerNorm(eqx.Module):
     bias: Float[Array, "*shape"] | None
     unit_offset: bool = eqx.field(static=True)
     axis_name: Hashable | None = eqx.field(static=True)
+    implementation: str = eqx.field(static=True)
 
     def __init__(
         self,
@@ -116,6 +120,7 @@ class LayerNorm(eqx.Module):
         *,
         unit_offset: bool = False,
         axis_name: Hashable | None = None,
+        implementation: str = "xla",
     ):
         """**Arguments:**
 
@@ -131,9 +136,12 @@ class LayerNorm(eqx.Module):
             which one example is split evenly. `shape` is then that of one part, and mean and
             variance are taken over all parts. Along a `jax.vmap` JAX differentiates the
             forward by itself, and keeps more for it.
+        - `implementation`: `"xla"`, or `"pallas"` for kernels on GPUs and TPUs, which read and
+            write less and have never been timed; see
+            [Kernels](../kernels.md) for when they run.
 
-        **Raises:** `ValueError` for an empty or negative shape or a bad `eps`; `TypeError` for a
-        `dtype` that is not floating point.
+        **Raises:** `ValueError` for an empty or negative shape, a bad `eps` or `implementation`;
+        `TypeError` for a `dtype` that is not floating point.
         """
         self.shape = check_shape("LayerNorm", shape)
         self.eps = check_eps("LayerNorm", eps)
@@ -145,6 +153,7 @@ class LayerNorm(eqx.Module):
         self.bias = jnp.zeros(self.shape, dtype) if use_bias else None
         self.unit_offset = unit_offset
         self.axis_name = axis_name
+        self.implementation = check_implementation("LayerNorm", implementation)
 
     @overload
     def __call__(self, x: Array, *, key=None, where: Array | None = None) -> Array: ...
@@ -181,7 +190,8 @@ class LayerNorm(eqx.Module):
         check_floating("LayerNorm", x)
         check_example("LayerNorm", "layer_norm", self.shape, x)
         check_mask("LayerNorm", x, where)
-        y = normalize(
+        y = normalize_by(
+            self.implementation,
             x,
             self.weight,
             self.bias,

@@ -83,13 +83,13 @@ def _only(where: Mask | None, a: Array) -> Array:
     return a if where is None else jnp.where(where, a, 0)
 
 
-def _compute_dtype(x: Array):
+def compute_dtype(x: Array):
     """Statistics are taken in float32, and in float64 for float64."""
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
 def _to_compute_dtype(x: Array) -> Array:
-    return x.astype(_compute_dtype(x))
+    return x.astype(compute_dtype(x))
 
 
 def _centred(x: Example, where: Mask | None, origin: Array | None, d: Array | None) -> Example:
@@ -318,7 +318,7 @@ def normalize(
 def _fit(x: Example, *params: Array | None) -> list[Array | None]:
     """The parameters in the dtype of the statistics, and with the rank of x."""
     rank = lambda p: p.reshape((1,) * (x.ndim - p.ndim) + p.shape)
-    return [p if p is None else rank(p).astype(_compute_dtype(x)) for p in params]
+    return [p if p is None else rank(p).astype(compute_dtype(x)) for p in params]
 
 
 def _is_on_mesh(axis_name: Hashable | None) -> bool:

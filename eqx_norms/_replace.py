@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._checks import check_implementation
 from ._group_norm import GroupNorm
 from ._layer_norm import LayerNorm
 from ._rms_norm import RMSNorm
@@ -15,7 +16,10 @@ _ours = {eqx.nn.LayerNorm: LayerNorm, eqx.nn.RMSNorm: RMSNorm, eqx.nn.GroupNorm:
 
 
 def replace_norms(
-    model: PyTree, *, where: Callable[[str, eqx.Module], bool] | None = None
+    model: PyTree,
+    *,
+    where: Callable[[str, eqx.Module], bool] | None = None,
+    implementation: str = "xla",
 ) -> PyTree:
     """Exchanges every `equinox.nn.LayerNorm`, `RMSNorm` and `GroupNorm` in a model for ours.
 
@@ -28,13 +32,15 @@ def replace_norms(
     - `model`: any pytree with `equinox.Module`s in it. It is not changed.
     - `where`: a function of `(path, norm)` that says whether to exchange it, where path is as in
         `blocks[0].norm`; for all, `None`.
+    - `implementation`: of the LayerNorms and RMSNorms, as for [`eqx_norms.LayerNorm`][].
 
     **Returns:**
 
     The new model. Subclasses of the Equinox layers are left alone: what they changed is not known.
 
-    **Raises:** `ValueError` if nothing is exchanged.
+    **Raises:** `ValueError` if nothing is exchanged, or for a bad `implementation`.
     """
+    check_implementation("replace_norms", implementation)
     exchanged: dict[int, eqx.Module] = {}
 
     def exchange(path, node):
@@ -42,7 +48,7 @@ def replace_norms(
         if type(node) not in _ours or not (where is None or where(readable, node)):
             return node
         if id(node) not in exchanged:
-            exchanged[id(node)] = _converted(node)
+            exchanged[id(node)] = _converted(node, implementation)
         return exchanged[id(node)]
 
     new = jtu.tree_map_with_path(exchange, model, is_leaf=lambda node: type(node) in _ours)
@@ -54,9 +60,11 @@ def replace_norms(
     return new
 
 
-def _converted(norm: Any) -> eqx.Module:
+def _converted(norm: Any, implementation: str) -> eqx.Module:
     params = norm.weight, norm.bias
     fields = {k: v for k, v in vars(norm).items() if k not in ("weight", "bias")}
+    if type(norm) is not eqx.nn.GroupNorm:
+        fields["implementation"] = implementation
     # Fields by closure: as arguments, NumPy's numbers among them would be traced.
     ours = eqx.filter_eval_shape(lambda: _ours[type(norm)](**fields))
     # Theirs as they are: not of `shape` in an ensemble, and None in a model that was partitioned.

@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from ._batched import normalize_by
 from ._checks import (
     check_broadcast,
     check_eps,
     check_example,
     check_floating,
+    check_implementation,
     check_mask,
     check_param_dtype,
     check_shape,
     no_state,
 )
-from ._normalize import normalize
 from ._real import Integer, Real
 
 
@@ -30,6 +31,7 @@ def rms_norm(
     eps: Real = 1e-5,
     where: Bool[Array, "*shape"] | None = None,
     axis_name: Hashable | None = None,
+    implementation: str = "xla",
 ) -> Float[Array, "*shape"]:
     r"""Divides one example by the root mean square of all its entries; scales and shifts.
 
@@ -43,7 +45,7 @@ def rms_norm(
         batch, `jax.vmap` this function.
     - `weight`, `bias`: floating-point arrays that broadcast to the shape of `x`, or `None`.
     - `eps`: added to the mean square; a finite number, 0 or above.
-    - `where`, `axis_name`: as for [`eqx_norms.RMSNorm`][].
+    - `where`, `axis_name`, `implementation`: as for [`eqx_norms.RMSNorm`][].
 
     **Returns:**
 
@@ -51,14 +53,17 @@ def rms_norm(
     (float64 for float64), and the result rounded once.
 
     **Raises:** `TypeError` if `x`, `weight` or `bias` is not a real floating-point array;
-    `ValueError` if `weight` or `bias` does not broadcast to the shape of `x`, or for a bad `eps`
-    or mask.
+    `ValueError` if `weight` or `bias` does not broadcast to the shape of `x`, or for a bad `eps`,
+    mask or `implementation`.
     """
     check_floating("rms_norm", x)
     check_broadcast("rms_norm", x, weight=weight, bias=bias)
     check_mask("rms_norm", x, where)
     eps = check_eps("rms_norm", eps)
-    return normalize(x, weight, bias, where, eps=eps, centre=False, axis_name=axis_name)
+    check_implementation("rms_norm", implementation)
+    return normalize_by(
+        implementation, x, weight, bias, where, eps=eps, centre=False, axis_name=axis_name
+    )
 
 
 class RMSNorm(eqx.Module):
@@ -102,6 +107,7 @@ class RMSNorm(eqx.Module):
     bias: Float[Array, "*shape"] | None
     unit_offset: bool = eqx.field(static=True)
     axis_name: Hashable | None = eqx.field(static=True)
+    implementation: str = eqx.field(static=True)
 
     def __init__(
         self,
@@ -113,6 +119,7 @@ class RMSNorm(eqx.Module):
         *,
         unit_offset: bool = False,
         axis_name: Hashable | None = None,
+        implementation: str = "xla",
     ):
         """**Arguments:**
 
@@ -128,9 +135,12 @@ class RMSNorm(eqx.Module):
             which one example is split evenly. `shape` is then that of one part, and the
             mean square is taken over all parts. Along a `jax.vmap` JAX differentiates the
             forward by itself, and keeps more for it.
+        - `implementation`: `"xla"`, or `"pallas"` for kernels on GPUs and TPUs, which read and
+            write less and have never been timed; see
+            [Kernels](../kernels.md) for when they run.
 
-        **Raises:** `ValueError` for an empty or negative shape or a bad `eps`; `TypeError` for a
-        `dtype` that is not floating point.
+        **Raises:** `ValueError` for an empty or negative shape, a bad `eps` or `implementation`;
+        `TypeError` for a `dtype` that is not floating point.
         """
         self.shape = check_shape("RMSNorm", shape)
         self.eps = check_eps("RMSNorm", eps)
@@ -142,6 +152,7 @@ class RMSNorm(eqx.Module):
         self.bias = jnp.zeros(self.shape, dtype) if use_bias else None
         self.unit_offset = unit_offset
         self.axis_name = axis_name
+        self.implementation = check_implementation("RMSNorm", implementation)
 
     @overload
     def __call__(self, x: Array, *, key=None, where: Array | None = None) -> Array: ...
@@ -178,7 +189,8 @@ class RMSNorm(eqx.Module):
         check_floating("RMSNorm", x)
         check_example("RMSNorm", "rms_norm", self.shape, x)
         check_mask("RMSNorm", x, where)
-        y = normalize(
+        y = normalize_by(
+            self.implementation,
             x,
             self.weight,
             self.bias,

@@ -314,9 +314,10 @@ def product(name, rng, x, y):
     return jnp.einsum("td,sd->ts", x, y) @ weights(rng, T, D)
 
 
-@step("same", "causal", "strided", "grouped", "dependent")
+@step("same", "causal", "strided", "grouped", "masked", "dependent")
 def convolution(name, rng, x, y):
     kernel = weights(rng, D, D, 3) if name != "grouped" else weights(rng, D, 1, 3)
+    kernel = jnp.where(rng.random(kernel.shape) < 0.3, kernel, 0) if name == "masked" else kernel
     kernel = kernel * y[0, 0] if name == "dependent" else kernel
     padding = [(2, 0)] if name == "causal" else "SAME"
     stride, groups = (2 if name == "strided" else 1), (D if name == "grouped" else 1)

@@ -146,6 +146,7 @@ def test_batch_norm_is_over_the_batch():
     )  # of entries up to 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_block_of_zeros_passes_on_what_skips_pass_on(skip):
     network, state = make("LN", skip=skip)
@@ -168,6 +169,7 @@ def test_pre_activation_normalises_first():
 # ---- What is looked at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["none", "LN"])
 def test_captured_values_and_gradients_are_the_oracle_s(norm):
     network, state = make(norm)
@@ -325,6 +327,7 @@ def test_derivatives_by_hand():
     assert row["relative"] == pytest.approx(1e-3, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_bound_and_how_far_below_it_is():
     args = layer_norm_by_hand.inputs(jr.key(seed(0)), 400)
     rows = layer_norm_by_hand.in_both(layer_norm_by_hand.squares_and_bounds, *args)

@@ -54,6 +54,7 @@ def test_value_and_gradients(trained, getkey):
         assert_same(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "in_axes", ((None, 0), (0, 0), pytest.param((0, None), marks=pytest.mark.slow))
 )
@@ -75,6 +76,7 @@ def test_vmap_over_examples_and_conditions(trained, getkey, in_axes):
         assert_same(a, b)
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_with_a_float32_condition(getkey):
     layer = AdaLayerNorm(SHAPE, COND, key=getkey())
     layer = eqx.tree_at(lambda m: m.linear, layer, eqx.nn.Linear(COND, 24, key=getkey()))

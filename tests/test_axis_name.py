@@ -118,6 +118,7 @@ def _without_mask(way, norm):
     return lambda x, weight, bias, where: f(x, weight, bias, jnp.ones(x.shape, bool))
 
 
+@pytest.mark.slow
 @NORMS
 @WAYS
 def test_float32_at_an_offset(way, norm):
@@ -137,6 +138,7 @@ def test_float32_at_an_offset(way, norm):
         assert_close(run(*args), want, size, N)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", (LayerNorm, RMSNorm))
 def test_the_layers_take_it_as_an_option(layer, getkey):
     x, weight, bias = jr.normal(getkey(), (3, 2, 4))

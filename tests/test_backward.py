@@ -48,6 +48,7 @@ def batched(x, weight, bias):
     return jax.vmap(layer_norm, (0, None, None))(x, weight, bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_as_exact_as_the_bare_custom_vjp(dtype, monkeypatch):
     """Not bit for bit: to XLA the two are other programs, which it may fuse in other ways."""
@@ -272,6 +273,7 @@ def test_temporaries_of_an_unrolled_model(dtype):
 
 
 # Both ways XLA for CPU takes, below 4096 rows and from there on.
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [512, pytest.param(4096, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_temporaries_of_one_layer(dtype, rows, features=256):

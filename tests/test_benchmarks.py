@@ -133,6 +133,7 @@ def test_name_of_a_machine(cpu, name):
     assert machine(run_on(cpu)) == name
 
 
+@pytest.mark.slow
 def test_machines_stand_beside_each_other():
     exact = {
         "rival": "ours",

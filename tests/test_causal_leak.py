@@ -35,14 +35,15 @@ def quick_run(tmp_path_factory):
 # The run
 
 
+@pytest.mark.slow
 def test_every_verdict_is_as_expected(quick_run):
     status, printed, _ = quick_run
     assert status == 0
     # 4 lines of 16 letters: 16 * 15 / 2 pairs look ahead, 4 * 3 pairs of lines.
     for row in (
-        r"per token +no, proved +no, proved",
-        r"over \(tokens, features\) +YES, 120 of 120 pairs +no, proved",
-        r"over the batch +no, proved +YES, 12 of 12 pairs",
+        "per-token +no, proved +no, proved",
+        "over-tokens-and-features +YES, 120 of 120 pairs +no, proved",
+        "over-batch +no, proved +YES, 12 of 12 pairs",
     ):
         assert re.search(rf"^  {row}$", printed, re.MULTILINE), row
     assert "verdicts all as expected" in printed
@@ -50,16 +51,14 @@ def test_every_verdict_is_as_expected(quick_run):
 
 def test_character_map(quick_run):
     _, printed, _ = quick_run
-    rows = [line for line in printed.splitlines() if re.fullmatch(r"  . [oX· ]+", line)]
+    rows = [re.findall(r"[a-z.] +([oX.]{21})(?: |$)", line) for line in printed.splitlines()]
+    rows = [row for row in rows if len(row) == 3]
     assert len(rows) == 21
-    maps = [[row[4:].split("   ")[model] for row in rows] for model in range(3)]
     own, future, earlier = (np.tri(7, dtype=bool), ~np.tri(7, dtype=bool), np.tri(7, dtype=bool))
     same, other = np.eye(3, dtype=bool), ~np.eye(3, dtype=bool)
-    nothing = np.zeros((21, 21), bool)
-    for model, forbidden in zip(
-        maps, (nothing, np.kron(same, future), np.kron(other, earlier)), strict=True
-    ):
-        cells = np.array([list(row.replace(" ", "")) for row in model])
+    leaks = np.zeros((21, 21), bool), np.kron(same, future), np.kron(other, earlier)
+    for drawn, forbidden in zip(zip(*rows, strict=True), leaks, strict=True):
+        cells = np.array([list(row) for row in drawn])
         np.testing.assert_array_equal(cells == "o", np.kron(same, own))
         np.testing.assert_array_equal(cells == "X", forbidden)
 
@@ -76,9 +75,10 @@ def test_table_of_the_thread_digit_for_digit(quick_run):
     assert re.search(r"over axis 0 +no, proved +YES, 6 of 6 pairs", printed)
 
 
-def test_random_bits_of_the_thread_are_switched_back():
+def test_random_bits_of_the_thread_are_switched_back(monkeypatch):
+    monkeypatch.setattr(causal_leak, "examine", lambda *args: None)
     before = jax.config.jax_threefry_partitionable
-    causal_leak.thread_input()
+    assert causal_leak.revisit_thread() == []
     assert jax.config.jax_threefry_partitionable == before
 
 
@@ -90,28 +90,26 @@ def test_figure(quick_run):
     assert width > 1000 and height > 400
     red, blue = image[..., 0], image[..., 2]
     panels = np.array_split(np.arange(width), 3)
-    upper = slice(0, int(height * 0.8))  # the colour bars are below
-    orange = [(red[upper, p] - blue[upper, p] > 0.2).mean() for p in panels]
-    bluish = [(blue[upper, p] - red[upper, p] > 0.05).mean() for p in panels]
+    reddish = [(red[:, p] - blue[:, p] > 0.2).mean() for p in panels]
+    bluish = [(blue[:, p] - red[:, p] > 0.05).mean() for p in panels]
     assert all(share > 0.02 for share in bluish)
     # 0, 63 and 168 of 441 cells are leaks.
-    assert orange[0] == 0 and 0.01 < orange[1] < orange[2]
+    assert reddish[0] == 0 and 0.01 < reddish[1] < reddish[2]
 
 
 @pytest.mark.slow
 def test_unexpected_verdict_own_lines_and_csv(tmp_path, monkeypatch, capsys):
-    """The norm called per token leaks; the text is the user's, in two files."""
-    wrong = causal_leak.Case(causal_leak.OverTokensAndFeatures, "per token", False, False)
-    monkeypatch.setattr(causal_leak, "CASES", (wrong,))
-    monkeypatch.setattr(causal_leak, "revisit_thread", lambda surprises: None)
+    """A norm that is not expected to leak does; the text is the user's, in two files."""
+    monkeypatch.setattr(causal_leak, "READS", {"over-tokens-and-features": ""})
+    monkeypatch.setattr(causal_leak, "revisit_thread", lambda: [])
     (tmp_path / "lines.txt").write_text("Ada Lovelace\nEmmy\nGrace\n", encoding="utf-8")
     (tmp_path / "table.csv").write_text("id,surname\n1,Noether\n2,Hopper\n", encoding="utf-8")
     files = [str(tmp_path / "lines.txt"), str(tmp_path / "table.csv")]
     out = tmp_path / "leak.png"
     assert causal_leak.main(["--quick", "--out", str(out), "--data", *files]) == 1
     printed = capsys.readouterr().out
-    assert "NOT as expected" in printed
-    assert "norm per token reads later letters: expected False, found True" in printed
+    assert "verdicts NOT as expected" in printed
+    assert "over-tokens-and-features reads the future, expected: neither" in printed
     assert "5 names" in printed
     assert "ada_lov" in printed
     assert out.exists()

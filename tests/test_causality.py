@@ -96,12 +96,14 @@ def test_leak_is_found_and_located(fn, dtype):
     assert report.joint is (fn.__name__ == "count_over_a_threshold")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fn", zoo.CAUSAL_TOKENS.values(), ids=zoo.CAUSAL_TOKENS)
 def test_no_false_alarm_on_tokens(fn, tokens):
     report = check_causal(fn, tokens)
     assert not report.leak, str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fn", zoo.LEAKY_TOKENS.values(), ids=zoo.LEAKY_TOKENS)
 def test_token_leak_is_found(fn, tokens):
     assert check_causal(fn, tokens).leak
@@ -114,6 +116,7 @@ def test_strict_model_passes(fn, dtype):
     assert not report.leak, str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fn", zoo.NOT_STRICT.values(), ids=zoo.NOT_STRICT)
 def test_own_entry_is_a_leak_only_under_strict(fn, x):
     assert not check_causal(fn, x).leak
@@ -122,6 +125,7 @@ def test_own_entry_is_a_leak_only_under_strict(fn, x):
     assert all(pair.input == pair.output for pair in report.pairs())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fn, dtype", cases(zoo.INDEPENDENT, slow=OTHERS))
 def test_independent_examples_pass(fn, dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -129,6 +133,7 @@ def test_independent_examples_pass(fn, dtype):
     assert not report.leak, str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fn", zoo.BATCH_LEAKS.values(), ids=zoo.BATCH_LEAKS)
 def test_batch_leak_is_found(fn):
     with pytest.raises(CausalityError, match=r"^leak: an output reads another example\."):
@@ -305,6 +310,7 @@ def test_nan_in_the_past_alone_is_a_leak(x):
 # Inputs and outputs of every form
 
 
+@pytest.mark.slow
 def test_dict_of_floats_and_tokens_with_two_outputs(x, tokens):
     def model(batch):
         h = zoo.rnn_scan(batch["x"]) + zoo.weights(jnp.float32, 16, D)[batch["tokens"]]
@@ -328,6 +334,7 @@ def test_a_small_output_is_judged_by_its_own_scale(x):
     assert report.leak and report.scale < 1e4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axis, out_axis", [(1, None), *(SLOW(*axes) for axes in [(-2, None), (1, 0), (-2, -3)])]
 )
@@ -619,8 +626,9 @@ def test_the_signature_is_the_documented_one():
     assert (
         names
         == (
-            "fn x axis out_axis strict splits scales token_values fixed noise_ulps confirm_x64 "
-            "batch_size key perturb_params trainable prove assume_bounded err_msg"
+            "fn x axis out_axis strict complete labels out_labels splits scales token_values "
+            "fixed noise_ulps confirm_x64 batch_size key perturb_params trainable prove "
+            "assume_bounded err_msg"
         ).split()
     )
     assert inspect.signature(assert_causal).parameters["scales"].default == (1.0, 10.0, 100.0)
@@ -637,6 +645,7 @@ def test_dependency_matrix_has_the_pattern_of_the_function(x, method):
     assert np.array_equal(matrix > 0, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["perturb", "vjp"])
 def test_dependency_matrix_of_another_length_and_axis(x, method):
     pooled = lambda x: x.T.reshape(T // 2, 2, D).mean(1)

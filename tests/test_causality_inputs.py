@@ -15,10 +15,10 @@ import pytest
 from draws import seed
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from eqx_norms.causality import check_causal, dependency_matrix
+from eqx_norms.causality import check_causal, dependency_matrix, rules
 from eqx_norms.causality._edits import Edit, at_one, make_editor, nothing
 from eqx_norms.causality._inputs import perturbed
-from eqx_norms.causality._rules import Rule
+from eqx_norms.causality._trials import Rule, spread
 
 T, D, VOCABULARY = 8, 4, 50
 SCALES = (1.0, 10.0, 100.0)  # the default
@@ -50,6 +50,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", ["int8", "float32"])
 def test_a_mask_stays_a_mask(ids, mask, dtype):
@@ -118,6 +119,7 @@ def test_fixed_leaves_are_left_alone(ids):
     assert (matrix[~np.tri(T, dtype=bool)] == 0).all() and matrix.diagonal().all()
 
 
+@pytest.mark.slow
 def test_fixed_leaves_need_no_positions_and_may_be_anything(ids):
     causal = np.tri(T, dtype=bool)
     x = (ids, causal, np.float32(2), jr.key(0), "softmax")
@@ -205,6 +207,7 @@ def x():
     return jr.normal(jr.key(seed(2)), (T, D))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.02, 1e-6])
 def test_noise_leaves_a_mask_of_floats_alone(x, sigma):
     model = LinearAttention(jnp.tri(T))
@@ -264,7 +267,7 @@ def test_a_leak_of_one_value_that_only_the_leaking_edit_drew(x, ids, kind):
     """Edits of single positions draw other values, and say nothing about this one."""
     x, token_values = (x, None) if kind == "floats" else (ids, (10**6,))
     editor = make_editor((np.asarray(x),), (0,), SCALES, token_values, None)
-    leaking = next(Rule("causal", T).edits((3,), editor.kinds))
+    leaking = next(Rule("causal", rules.causal(T)).edits((3,), editor.kinds))
     special = editor.apply(leaking)[0][5].ravel()[0]
 
     def fn(x):
@@ -343,13 +346,17 @@ def test_weakly_typed_input_is_traced_as_it_is_run():
 # Splits
 
 
-RULES = ("causal", "strictly causal", "independent")
+RULES = {
+    "causal": rules.causal,
+    "strictly causal": lambda length: rules.causal(length, strict=True),
+    "independent": rules.independent,
+}
 
 
 @pytest.mark.parametrize("kind", RULES)
 def test_watched_and_covered_by_their_definitions(kind):
     rng = np.random.default_rng(seed(4))
-    rule = Rule(kind, 13)
+    rule = Rule(kind, RULES[kind](13))
     edits = [Edit(where, 0, 0) for where in rng.random((40, 13)) < rng.random((40, 1))]
     read = np.stack([edit.where for edit in edits]).astype(int) @ rule.allowed.T.astype(int)
     assert np.array_equal(rule.watch(edits), read == 0)
@@ -365,7 +372,7 @@ def test_watched_and_covered_by_their_definitions(kind):
 
 def test_no_square_arrays_but_those_of_the_report():
     length = 2000
-    rule, rng = Rule("causal", length), np.random.default_rng(seed(5))
+    rule, rng = Rule("causal", rules.causal(length)), np.random.default_rng(seed(5))
     edits = [*rule.edits(rule.choose("auto", rng), 7)]
     tracemalloc.start()
     rule.watch(edits)
@@ -379,11 +386,11 @@ def test_no_square_arrays_but_those_of_the_report():
 
 
 @pytest.mark.parametrize("length", [129, 300, 1000, 4096, 16_000, 1_000_003])
-@pytest.mark.parametrize("kind", RULES)
-def test_chosen_splits_leave_no_wide_gap(kind, length):
-    rule = Rule(kind, length)
-    splits = rule.choose("auto", np.random.default_rng(seed(6)))
-    assert len(splits) == 64 == len(set(splits)) and set(splits) <= set(rule.possible)
+@pytest.mark.parametrize("first", [0, 1])
+def test_chosen_splits_leave_no_wide_gap(first, length):
+    possible = np.arange(first, length)
+    splits = spread(possible, np.random.default_rng(seed(6)))
+    assert len(splits) == 64 == len(set(splits)) and set(splits) <= set(possible.tolist())
     # 32 or more were put into the widest gap of the time, leaving 3/8 of it on either side, less 1
     # for rounding. So 33 gaps are at least 3/8 of the widest of the end, less 1.
     assert np.diff([0, *splits, length]).max() <= 8 / 3 * (length / 33 + 1)

@@ -141,6 +141,7 @@ def threads_probe(fn, x):
     return np.asarray(jax.grad(lambda x: fn(x)[:, 4].sum())(x))
 
 
+@pytest.mark.slow
 def test_the_threads_table_digit_for_digit(thread_input):
     table = threads_probe(haiku_norm((0, 1)), thread_input)
     assert np.array_equal(np.round(table.astype(np.float64), 2), THREAD_TABLE)

@@ -22,6 +22,7 @@ def axes():
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_plot_shows_the_leak_in_red_and_what_is_allowed_in_blue(axes):
     report = check_causal(zoo.bidirectional_rnn, jr.normal(jr.key(seed(0)), (6, 3)))
     assert report.plot(axes) is axes
@@ -42,6 +43,7 @@ def test_outline_runs_between_allowed_and_forbidden(axes):
     assert segments == steps | {((0.5, 0.5), (1.5, 0.5)), ((1.5, 1.5), (2.5, 1.5))}
 
 
+@pytest.mark.slow
 def test_a_single_pair_of_a_long_sequence_can_be_seen(axes):
     leaky = lambda x: x.at[3].add(x[150])
     report = check_causal(leaky, jr.normal(jr.key(seed(0)), (200, 1)))

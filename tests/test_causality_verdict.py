@@ -54,6 +54,7 @@ def chunked_linear_attention_then_norm(x):
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fn, dtype",
     [
@@ -99,6 +100,7 @@ def printed_in_a_loop(x):
     return jax.lax.scan(step, 0, x)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "watch", [printed, checked, slow(measured_on_the_host), slow(printed_in_a_loop)]
 )
@@ -186,6 +188,7 @@ def test_a_failed_re_run_is_undecided(getkey, monkeypatch):
     assert check_causal(zoo.target_not_shifted, x).leak
 
 
+@pytest.mark.slow
 def test_a_float64_function_that_overflows_in_float32_is_undecided(getkey):
     with jax.enable_x64(True):
         x = jr.normal(getkey(), (T, D), jnp.float64)

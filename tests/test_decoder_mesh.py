@@ -76,6 +76,7 @@ def test_losses_agree_with_one_device(runs, sizes):
     np.testing.assert_allclose(many, alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parameters_lie_where_they_should(runs):
     """All eight devices have a part: of the batch, and of the features."""
     is_whole = lambda leaf: leaf.sharding.is_fully_replicated

@@ -68,6 +68,7 @@ def count(node_is, tree):
 # ---- Where the norms stand
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "placement, norm",
     [
@@ -176,6 +177,7 @@ def test_recipes_have_the_classes_of_the_example():
         assert inspect.getsource(kind) in page
 
 
+@pytest.mark.slow
 def test_what_is_not_known_to_leak_must_not():
     options = {"norm": "derf", "placement": "peri", "bf16": True, "layers": 1}
     chosen = dataclasses.replace(SMALL, **options)

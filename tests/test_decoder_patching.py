@@ -67,6 +67,7 @@ def by_hand(decoder, name, other, exchanged):
     return -jnp.take_along_axis(jax.nn.log_softmax(scores), name[:, None], -1)[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [(0, "attention"), (1, "MLP")])
 def test_by_hand(which, decoder, names, other):
     found = patching.patched_nats(decoder, names, other, PARTS[which].masks(other))

@@ -359,10 +359,8 @@ def _loss_of(fn, weights):
 # Which between them have every primitive that the others nest in other ways.
 QUICK = (
     "plain",
-    "called_three_times",
     "jit_of_checkpoint",
     "scan_over_stacked_layers",
-    "batched_cond_is_a_select_and_computes_both",
 )
 
 
@@ -503,6 +501,7 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_a_derivative_in_the_function_is_no_second_call(name, net, getkey):
     fn = lambda net, x: DERIVATIVES[name](lambda x: jnp.tanh(net.linear(x)), x)
@@ -573,6 +572,7 @@ def test_debug_callbacks_run_once_and_in_order(net):
 # What modules return
 
 
+@pytest.mark.slow
 def test_pytree_outputs_keep_their_structure(getkey):
     cell = eqx.nn.LSTMCell(3, 4, key=getkey())
     x, h = jnp.ones(3), (jnp.zeros(4), jnp.ones(4))
@@ -596,6 +596,7 @@ def test_integers_and_what_is_no_array():
     assert_close(grads[""]["x"], jnp.ones(2))
 
 
+@pytest.mark.slow
 def test_a_stateful_layer_gives_its_output_without_the_state(getkey):
     norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, axis_name="batch", mode="batch")
     x = jr.normal(getkey(), (5, 3))

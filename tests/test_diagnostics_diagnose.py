@@ -47,6 +47,7 @@ def test_sick(name, getkey):
     assert {(finding.kind, finding.where) for finding in found} & set(case.illness), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(zoo.HEALTHY, QUICK_HEALTHY))
 def test_healthy_at_the_start(name, getkey):
     assert of(zoo.HEALTHY[name](getkey())).findings == ()
@@ -88,6 +89,7 @@ def loss_fn(model, x):
     return jnp.mean(jax.vmap(model)(x) ** 2)
 
 
+@pytest.mark.slow
 def test_rows_are_what_capture_grads_gives(getkey):
     model, x = Net(getkey()), jr.normal(getkey(), (40, 6))
     optim = optax.sgd(0.5)
@@ -128,6 +130,7 @@ def test_rows_are_what_capture_grads_gives(getkey):
         np.testing.assert_allclose(row.statistics["update_ratio"], 0.5 * step / size, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_scan_has_a_row_for_each_step(getkey):
     case = zoo.no_residuals_in_a_scan(getkey())
     found = of(case)
@@ -156,6 +159,7 @@ class Loops(eqx.Module):
         return self.outside(x + jax.lax.stop_gradient(looped))
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_listed_and_the_rest_is_there(getkey):
     layers = [eqx.nn.Linear(4, 4, key=getkey()) for _ in range(3)]
     found = diagnose(loss_fn, Loops(*layers), jr.normal(getkey(), (20, 4)))

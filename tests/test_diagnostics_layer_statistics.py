@@ -41,17 +41,20 @@ def test_layer_statistics(unit_axis, getkey):
         np.testing.assert_allclose(found[name], value, rtol=rtol, atol=rtol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_counted(getkey):
     x = jr.normal(getkey(), (4, 5)).at[0, :3].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf]))
     np.testing.assert_allclose(layer_statistics(x)["non_finite"], 3 / 20, rtol=1e-6)
     np.testing.assert_allclose(derivative_statistics(x)["non_finite"], 3 / 20, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_rank_needs_two_examples_and_two_units(getkey):
     for shape in ((), (6,), (1, 6), (6, 1)):
         assert jnp.isnan(layer_statistics(jr.normal(getkey(), shape))["effective_rank"])
 
 
+@pytest.mark.slow
 def test_the_rank_of_many_examples_is_that_of_some(getkey):
     x = jr.normal(getkey(), (2 * RANK_EXAMPLES + 1, 3))
     # One in three, from the first: more than RANK_EXAMPLES otherwise.
@@ -59,6 +62,7 @@ def test_the_rank_of_many_examples_is_that_of_some(getkey):
     np.testing.assert_allclose(layer_statistics(x)["effective_rank"], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_silent_units(getkey):
     g = jr.normal(getkey(), (6, 4)).at[:, 1].set(0).at[:5, 2].set(0)
     found = derivative_statistics(g)
@@ -67,6 +71,7 @@ def test_silent_units(getkey):
     assert derivative_statistics(g.T, unit_axis=0)["silent"] == 1 / 4
 
 
+@pytest.mark.slow
 def test_steps_by_vmap(getkey):
     x = jr.normal(getkey(), (3, 5, 4), jnp.bfloat16)
     together = jax.vmap(layer_statistics)(x)

@@ -135,6 +135,7 @@ def test_on_an_explicit_mesh_derivatives_and_branches_lie_where_the_values_do(ge
                 assert grads[key].sharding.spec == value.sharding.spec, key
 
 
+@pytest.mark.slow
 def test_a_shard_map_over_one_axis_of_an_explicit_mesh(getkey):
     mesh = jax.make_mesh((2, 4), ("manual", "batch"), axis_types=(EXPLICIT, EXPLICIT))
     linear = LINEAR(3, 3, key=getkey())

@@ -114,6 +114,7 @@ def test_a_function_and_the_gradients_through_it(name, net, getkey):
     assert_close(net_grads, grads[0])
 
 
+@pytest.mark.slow
 def test_with_the_vmap_inside_the_function_sees_the_batch(net, getkey):
     x = jr.normal(getkey(), (5, 4))
     fn = lambda net, x: jax.vmap(net, in_axes=1)(x)
@@ -152,6 +153,7 @@ def test_the_model_itself_and_a_branch_not_taken(net, getkey):
 # In loops
 
 
+@pytest.mark.slow
 def test_one_step_of_a_loop(net, getkey):
     x = jr.normal(getkey(), (4,))
     loss = lambda net, x: jnp.sum(through_stack(net, x) ** 2)
@@ -192,6 +194,7 @@ def test_steps_are_counted_as_the_axes_of_the_values(net, getkey):
 # By arrays
 
 
+@pytest.mark.slow
 def test_what_was_captured_is_put_back(net, getkey):
     def fn(net, xs):
         """A loop over layers in a map over examples, and a vmap."""
@@ -239,6 +242,7 @@ def test_trees_integers_and_what_is_no_array(x64):
     assert_close(out, jnp.full(2, 5.0))
 
 
+@pytest.mark.slow
 def test_a_stateful_layer_keeps_its_state(x64, getkey):
     norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, axis_name="batch", mode="batch")
     x = jr.normal(getkey(), (5, 3))
@@ -260,6 +264,7 @@ def test_bfloat16(getkey):
 # Meshes
 
 
+@pytest.mark.slow
 def test_in_a_shard_map_and_on_an_explicit_mesh(net, getkey):
     x, patch = jr.normal(getkey(), (8, 4)), jr.normal(getkey(), (4,))
     loss = lambda net, x: jnp.sum(jax.lax.map(net, x) ** 2)

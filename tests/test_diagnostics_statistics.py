@@ -50,6 +50,7 @@ def test_jit_and_vmap_change_nothing(statistic, getkey):
             np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @every_statistic
 def test_half_precision_is_computed_in_float32(statistic, getkey):
     x = jr.normal(getkey(), (6, 4), jnp.bfloat16)
@@ -62,6 +63,7 @@ def test_half_precision_is_computed_in_float32(statistic, getkey):
         assert jnp.array_equal(a, b)
 
 
+@pytest.mark.slow
 @every_statistic
 def test_float64_stays_float64(statistic, getkey):
     with jax.enable_x64():
@@ -87,6 +89,7 @@ def test_empty_arrays_are_refused(statistic):
 # activation_stats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e6])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_activation_stats(offset, scale, getkey):
@@ -211,6 +214,7 @@ def test_saturation_changes_where_the_slope_is_a_tenth(fn, edges):
         assert below + above == 1
 
 
+@pytest.mark.slow
 def test_saturation_fraction(getkey):
     x = 2 * jr.normal(getkey(), (50, 7))
     exact = 1 - np.tanh(np.asarray(x, np.float64)) ** 2
@@ -262,6 +266,7 @@ def test_update_ratio_of_other_shapes():
 # Singular values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(32, 8), (8, 32), (5, 5), (1, 6), (1, 1)])
 def test_singular_value_statistics(shape, getkey):
     x = jr.normal(getkey(), shape)
@@ -275,6 +280,7 @@ def test_singular_value_statistics(shape, getkey):
         np.testing.assert_allclose(statistic(x), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scale", [1.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1e-30, 1e30))]
 )
@@ -297,6 +303,7 @@ def test_singular_values_are_of_a_matrix(statistic, shape):
 
 
 # Down to the smallest normal number and up to the largest: 1 to 2 times these.
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1.2e-38, 1e-30, 1e19, 1e36, 1.7e38])
 def test_singular_value_statistics_of_any_size(size):
     rng = np.random.default_rng(draws.seed(0))
@@ -312,6 +319,7 @@ def test_singular_value_statistics_of_any_size(size):
         np.testing.assert_allclose(statistic(x), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_scaling_singular_values_adds_nothing_to_their_gradient(getkey):
     def plain(x):
         singular = jnp.linalg.svd(x, compute_uv=False)

@@ -101,6 +101,7 @@ def test_partition_and_combine(net, getkey):
     assert_close(pair_grads, net_grads)
 
 
+@pytest.mark.slow
 def test_frozen_layers(net, getkey):
     x = jr.normal(getkey(), (5, 4))
     spec = jax.tree.map(lambda _: False, net)

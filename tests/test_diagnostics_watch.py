@@ -108,6 +108,7 @@ def test_percentiles_of_a_histogram(q):
     assert np.isnan(nothing).all()
 
 
+@pytest.mark.slow
 def test_in_a_scan_and_under_vmap(model, getkey):
     xs = jr.normal(getkey(), (3, 2, 10, 5))
     params, static = eqx.partition(model, eqx.is_array)
@@ -138,6 +139,7 @@ def test_in_a_scan_and_under_vmap(model, getkey):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_layers_in_a_scan_are_measured_one_by_one(getkey):
     stack = eqx.filter_vmap(lambda key: eqx.nn.Linear(5, 5, key=key))(jr.split(getkey(), 3))
 
@@ -155,6 +157,7 @@ def test_layers_in_a_scan_are_measured_one_by_one(getkey):
     assert [c.name for c in courses(stacked([look]).values)] == ["[0]", "[1]", "[2]"]
 
 
+@pytest.mark.slow
 def test_trees_integers_and_bfloat16(getkey):
     class Odd(eqx.Module):
         weight: jax.Array
@@ -209,6 +212,7 @@ def test_the_figure_has_what_was_measured():
     assert layers[0].get_ylabel() == "layers[0]"
 
 
+@pytest.mark.slow
 def test_many_layers_histograms_and_a_single_look():
     look = made_up(1, [f"layers[{i}]" for i in range(12)])
     figure = WATCH.plot(look, layers=3)
@@ -218,6 +222,7 @@ def test_many_layers_histograms_and_a_single_look():
     assert spaced(12, 3) == [0, 6, 11] and spaced(2, 3) == [0, 1] and spaced(5, 1) == [0]
 
 
+@pytest.mark.slow
 def test_a_run_that_blows_up_is_drawn(model, getkey):
     x = jr.normal(getkey(), (40, 5))
     broken = eqx.tree_at(lambda m: m.layers[2].weight, model, jnp.full((5, 5), jnp.nan))

@@ -95,7 +95,8 @@ GIVEN = {
         ADA | {"x": draw(4), "cond": draw(3), "gate": sum, "attention": lambda x: x},
         ADA | {"x": draw(2, 5, 4), "cond": draw(2, 3)},
     ],
-    "_check": [{}],
+    "_check": [{}, {}],
+    "_same": [{}],
     "_capture": [{"key": jr.key(seed(0)), "x": draw(8, 2), "jnp": jnp}],
     "_watch": [
         {

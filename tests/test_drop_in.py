@@ -62,6 +62,7 @@ def test_same_values_and_gradients(layer, x64, getkey):
         assert_same(a, b)
 
 
+@pytest.mark.slow
 def test_in_sequential_with_key(layer, x64, getkey):
     x, key = jr.normal(getkey(), SHAPES[layer]), getkey()
     ours, theirs = (
@@ -85,6 +86,7 @@ def test_in_sequential_with_state(layer, x64, getkey):
     assert_same(*out)
 
 
+@pytest.mark.slow
 def test_state_is_passed_through(layer, getkey):
     module, _ = pair(layer, getkey)
     x = jr.normal(getkey(), SHAPES[layer])
@@ -149,6 +151,7 @@ def test_module_is_the_function(layer, getkey):
     assert_alike(module(x), want, x.size)
 
 
+@pytest.mark.slow
 def test_unit_offset(layer, x64, getkey):
     """Weight starts at zero and is one less; a bfloat16 weight keeps the digits near zero."""
     if layer is GroupNorm:

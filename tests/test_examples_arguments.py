@@ -16,11 +16,12 @@ decoder, compare, depth, placements = (
     importlib.import_module(f"examples.decoder.{name}").main
     for name in ("__main__", "compare", "depth", "placements")
 )
-causal_leak = importlib.import_module("causal_leak").main
+causal_leak, packing = (importlib.import_module(name).main for name in ("causal_leak", "packing"))
 run = importlib.import_module("examples.activations_and_gradients._study").run
 study = lambda argv: run(["e3_gain"], argv)
 
-FIGURES = {"causal_leak": causal_leak, "compare": compare, "depth": depth, "placements": placements}
+FIGURES = {"causal_leak": causal_leak, "packing": packing, "compare": compare}
+FIGURES |= {"depth": depth, "placements": placements}
 FOLDERS = {"decoder": decoder, "study": study}
 
 
@@ -31,7 +32,9 @@ def refused(main, argv, capsys, monkeypatch):
         raise AssertionError("it began to work")
 
     for name, module in [*sys.modules.items()]:
-        if name.startswith(("examples.", "causal_leak")) and hasattr(module, "read_names"):
+        if name.startswith(("examples.", "causal_leak", "packing")) and hasattr(
+            module, "read_names"
+        ):
             monkeypatch.setattr(module, "read_names", work)
     with pytest.raises(SystemExit) as exit:
         main(argv)

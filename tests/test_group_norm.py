@@ -107,6 +107,7 @@ def test_one_group_is_layer_norm_over_the_whole_example(getkey):
     assert_alike(group_norm(x, 1), layer_norm(x), x.size)
 
 
+@pytest.mark.slow
 def test_a_group_a_channel_is_instance_norm(getkey):
     x = jr.normal(getkey(), (CHANNELS, 4, 5))
     wide = np.float64(x)

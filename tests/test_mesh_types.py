@@ -67,6 +67,7 @@ def arrays(getkey):
 slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [layer_norm, slow(rms_norm), slow(groups_of_four)])
 def test_manual_over_one_of_two_axes(norm, arrays):
     f = over_rows(norm)
@@ -121,6 +122,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer, spec", LAYERS.values(), ids=LAYERS)
 def test_a_layer_whose_leading_axis_is_split(layer, spec, arrays):
     x, g = jax.tree.map(jnp.float32, (arrays[0][0], arrays[2]))

@@ -156,6 +156,7 @@ def test_nan_and_inf_propagate_within_their_example(bad):
     assert np.array_equal(dx[others], clean[1][others])
 
 
+@pytest.mark.slow
 def test_every_layout_is_as_exact():
     """XLA sums down columns, and in unjitted code, in other orders than along rows."""
     x, weight, bias, g = draw(4096)
@@ -213,6 +214,7 @@ def test_derivatives_of_each_order(x64, getkey, norm, shape, param_shape, presen
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_jacobian_is_the_closed_form(x64, getkey):
     """(N * delta_ij - 1 - y_i * y_j) / (N * sigma), without eps; Ba et al. 2016, section 5."""
     n = 7
@@ -291,6 +293,7 @@ def test_reference_is_the_definition(x64, getkey):
     )
 
 
+@pytest.mark.slow
 def test_parameters_that_only_some_examples_share(getkey):
     """Weight and bias mapped with x, as in an ensemble, take gradients of their own."""
     x, weight, bias, g = jr.normal(getkey(), (4, 3, 5))
@@ -315,6 +318,7 @@ def test_filter_grad_of_a_frozen_layer(getkey):
         assert_close(got, want, size, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("f", [layer_norm, rms_norm, lambda x: group_norm(x, 2)])
 def test_float64_made_in_64_bit_mode_and_used_outside(f):
     """To JAX it is float32 from there on, without a warning, but for the type of its gradient."""

@@ -98,6 +98,7 @@ torch_runs_here = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @torch_runs_here
 @EACH_LAYER
 def test_torch(layer, data):

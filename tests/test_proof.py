@@ -60,7 +60,7 @@ def tokens():
     return jnp.asarray(np.random.default_rng(seed(0)).integers(0, 16, LENGTH), jnp.int32)
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("dtype", ("float32", pytest.param("bfloat16", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("name", [*zoo.CAUSAL, *zoo.CAUSAL_TOKENS])
 def test_what_is_causal_is_proved(name, dtype):
     fn = (zoo.CAUSAL | zoo.CAUSAL_TOKENS)[name]
@@ -72,7 +72,7 @@ def test_what_is_causal_is_proved(name, dtype):
         assert "causality_zoo.py:" in found.obstacles[0]
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("dtype", ("float32", pytest.param("bfloat16", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("name", [*zoo.LEAKY, *zoo.LEAKY_TOKENS])
 def test_no_leak_is_proved_causal(name, dtype):
     fn = (zoo.LEAKY | zoo.LEAKY_TOKENS)[name]
@@ -308,6 +308,7 @@ def decoder(blocks, embedding, ids, masked):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", (True, False))
 def test_a_decoder(getkey, masked):
     blocks = [Block(getkey()) for _ in range(2)]
@@ -320,6 +321,7 @@ def test_a_decoder(getkey, masked):
         assert [o.split()[0] for o in found.obstacles] == ["`dot_general`"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cell", (eqx.nn.GRUCell, pytest.param(eqx.nn.LSTMCell, marks=pytest.mark.slow))
 )
@@ -344,6 +346,40 @@ def test_a_convolutional_net(getkey):
     assert proof(causal, floats(), CAUSAL).holds
     centred = eqx.nn.Conv1d(4, 4, 3, padding=1, key=getkey())
     assert not proof(lambda x: centred(x.T).T, floats(), CAUSAL).holds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", (True, False))
+def test_the_attention_of_jax(masked):
+    """Of a batch, with two heads that share a head of keys and values, and its window."""
+    keys = [floats("float32", 2, LENGTH, heads, 4) for heads in (2, 1, 1)]
+
+    def run(x):
+        with jax.numpy_dtype_promotion("standard"):  # jax.nn's own code needs it
+            parts = [jnp.einsum("btd,bthd->bthd", x, key) for key in keys]
+            window = (2, 0) if masked else None
+            return jax.nn.dot_product_attention(*parts, is_causal=masked, local_window_size=window)
+
+    report = check_causal(run, floats("float32", 2, LENGTH, 4), axis=1, prove=True)
+    assert report.status == ("proved" if masked else "leak")
+    near = np.subtract.outer(np.arange(LENGTH), np.arange(LENGTH)) <= 2
+    if masked:  # all else is known to have no effect
+        assert np.array_equal(np.isnan(report.matrix), CAUSAL & near)
+
+
+@pytest.mark.slow
+def test_what_a_kernel_masks_is_not_read():
+    """A convolution of three taps on either side is causal where its later ones are zero."""
+    kernel = floats("float32", 4, 4, 5)
+    layout = ("NCH", "OIH", "NCH")
+
+    def run(x, mask):
+        masked = jnp.where(mask, kernel, 0)
+        out = jax.lax.conv_general_dilated(x.T[None], masked, (1,), "SAME", (1,), (1,), layout)
+        return out[0].T
+
+    assert proof(functools.partial(run, mask=np.arange(5) < 3), floats(), CAUSAL).holds
+    assert not proof(functools.partial(run, mask=np.arange(5) < 4), floats(), CAUSAL).holds
 
 
 @pytest.mark.slow

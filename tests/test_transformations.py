@@ -86,11 +86,7 @@ OTHER_CASES = {
 NAMES = [*TRANSFORMATIONS, *MODULE_TRANSFORMATIONS]
 
 # For what `test_float32` has seen in all of them.
-SHORT = [
-    "value_and_grad_of_batch",
-    "transpose_of_linearize",
-    "scan_grad",
-]
+SHORT = ["value_and_grad_of_batch"]
 
 # These say themselves what is jitted: they place arrays on a mesh, or serialise a function.
 PLACES_ITSELF = ("sharded_jit", "explicit_sharding", "export")
@@ -135,11 +131,7 @@ def check(name, case, dtype, **kwargs):
 
 
 # Operation by operation, where the others take seconds.
-SHORT_WITHOUT_JIT = [
-    "value_and_grad_of_batch",
-    "cond_grad",
-    "filter_vjp",
-]
+SHORT_WITHOUT_JIT = ["filter_vjp"]
 
 
 def slow_unless_in(short):

@@ -1,24 +1,35 @@
 """The entry points: edit what must not be read, compare what must not change."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from .._real import Real
 from ._edits import MASK, Edit, Editor, TokenValues, called, make_editor, mixing_edits, nothing
-from ._inputs import Problem, make_problem, perturbed, require_same_length, traced
+from ._inputs import (
+    Axes,
+    Problem,
+    make_problem,
+    perturbed,
+    place,
+    require_same_length,
+    traced,
+)
 from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
-from ._matrix import locate
+from ._matrix import locate, measure_required
+from ._positions import Labels, make_positions
 from ._probe import make_probe
 from ._prove import Proof, Question, prove
 from ._report import CausalityReport
-from ._rules import Kind, Rule
+from ._trials import Rule
 from ._widen import same_trace
+from .rules import causal, independent
 
 
 class CausalityError(AssertionError):
@@ -33,9 +44,12 @@ def assert_causal(
     fn: Callable[[PyTree], PyTree],
     x: PyTree,
     *,
-    axis: int = 0,
-    out_axis: int | None = None,
+    axis: Axes = 0,
+    out_axis: Axes | None = None,
     strict: bool = False,
+    complete: bool = False,
+    labels: Labels = None,
+    out_labels: Labels = None,
     splits: Sequence[int] | str = "auto",
     scales: Sequence[Real] = (1.0, 10.0, 100.0),
     token_values: TokenValues = None,
@@ -85,9 +99,15 @@ def assert_causal(
         complex numbers, integer tokens, bools. Its values should be typical ones. An array that
         holds only 0 and 1, such as a mask, is edited within them; but not if it is all of `x`
         and constant.
-    - `axis`: the axis of the positions in every array of `x`; at least 2 long.
+    - `axis`: the axis of the positions in every array of `x`; at least 2 long. Or a tuple of axes:
+        the positions are then all index tuples, in C order, as the pixels of an image are.
     - `out_axis`: that in every array of the output, by default `axis`. It must be as long.
     - `strict`: output `t` must not read input `t` either, as where inputs are not yet shifted.
+    - `complete`: whether output `t` must also read every input that it may; see `required` of
+        [`eqx_norms.causality.assert_reads`][].
+    - `labels`: what to call the inputs in reports and plots beside their numbers, as in the text
+        `"anna"`; of several axes nested as they are, or in C order.
+    - `out_labels`: what to call the outputs, by default the same if they are as many.
     - `splits`: `"auto"`, which is every split of up to 128 positions and 64 of more, at and beside
         powers of two and where that leaves the widest gaps; or the splits to try.
     - `scales`: how large the replaced floats are, in units of the root mean square of `x`.
@@ -131,30 +151,24 @@ def assert_causal(
         is not finite on `x`, or the shapes, the axes or an option are wrong.
     """
     kind = "strictly causal" if strict else "causal"
-    how = How(
-        scales,
-        token_values,
-        fixed,
-        noise_ulps,
-        confirm_x64,
-        batch_size,
-        key,
-        perturb_params,
-        trainable,
-        prove,
-        assume_bounded,
-    )
-    report = _check(kind, fn, x, axis, out_axis, splits, how)
-    _require_sound(report, prove, err_msg)
-    return report
+    how = _how(locals())
+
+    def rule(problem: Problem) -> Rule:
+        require_same_length(problem, axis, out_axis)
+        allowed = causal(problem.length, strict)
+        return Rule(kind, allowed, allowed if complete else None)
+
+    return _assert(rule, fn, x, splits, how)
 
 
 def assert_independent(
     fn: Callable[[PyTree], PyTree],
     x: PyTree,
     *,
-    axis: int = 0,
-    out_axis: int | None = None,
+    axis: Axes = 0,
+    out_axis: Axes | None = None,
+    labels: Labels = None,
+    out_labels: Labels = None,
     splits: Sequence[int] | str = "auto",
     scales: Sequence[Real] = (1.0, 10.0, 100.0),
     token_values: TokenValues = None,
@@ -187,28 +201,86 @@ def assert_independent(
 
     As [`eqx_norms.causality.assert_causal`][] does.
     """
-    how = How(
-        scales,
-        token_values,
-        fixed,
-        noise_ulps,
-        confirm_x64,
-        batch_size,
-        key,
-        perturb_params,
-        trainable,
-        prove,
-        assume_bounded,
-    )
-    report = _check("independent", fn, x, axis, out_axis, splits, how)
-    _require_sound(report, prove, err_msg)
-    return report
+    how = _how(locals())
+
+    def rule(problem: Problem) -> Rule:
+        require_same_length(problem, axis, out_axis)
+        return Rule("independent", independent(problem.length))
+
+    return _assert(rule, fn, x, splits, how)
 
 
-def _require_sound(report: CausalityReport, prove: bool | str, err_msg: str) -> None:
-    unproved = prove == "required" and report.status != "proved"
-    if report.leak or report.status == "undecided" or unproved:
-        raise CausalityError(report, err_msg)
+def assert_reads(
+    fn: Callable[[PyTree], PyTree],
+    x: PyTree,
+    allowed: Bool[Array | np.ndarray, "T_out T_in"],
+    *,
+    required: Bool[Array | np.ndarray, "T_out T_in"] | None = None,
+    axis: Axes = 0,
+    out_axis: Axes | None = None,
+    labels: Labels = None,
+    out_labels: Labels = None,
+    scales: Sequence[Real] = (1.0, 10.0, 100.0),
+    token_values: TokenValues = None,
+    fixed: str | Iterable[str] = (),
+    noise_ulps: Real = 64,
+    confirm_x64: bool = True,
+    batch_size: int = 8,
+    key: PRNGKeyArray | None = None,
+    perturb_params: Real | None = None,
+    trainable: PyTree | None = None,
+    prove: bool | Literal["required"] = False,
+    assume_bounded: bool = True,
+    err_msg: str = "",
+) -> CausalityReport:
+    """Raises `CausalityError` if an output of `fn(x)` reads an input that `allowed` forbids it.
+
+    For every distinct row of `allowed` all that it forbids is replaced, and the outputs that may
+    read none of that must not change. Of more than 128 distinct rows 64 are tried, and the report
+    says so. A row that forbids nothing cannot be tested. How it is decided what is a leak, and what
+    cannot be seen, is said at [`eqx_norms.causality.assert_causal`][], which is this check for one
+    rule.
+
+    With `required`, outputs must also read what they are meant to. Each input is edited alone, of
+    more than 128 that many, and has to move the outputs that must read it by more than rounding, in
+    the function's own precision or in float64. If it does not, the status is `"blind"`.
+
+    ```python
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from eqx_norms.causality import assert_reads, rules
+
+    documents = np.array([0, 0, 0, 1, 1, 1, 1, 1])
+    allowed = rules.causal(8) & rules.segments(documents)
+    attend = lambda x: jax.nn.softmax(jnp.where(allowed, x @ x.T, -jnp.inf)) @ x
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+    report = assert_reads(attend, x, allowed, required=allowed)
+    ```
+
+    **Arguments:**
+
+    - `fn`, `x`: a function and its input, as for [`eqx_norms.causality.assert_causal`][].
+    - `allowed`: `allowed[t, j]` says whether output `t` may read input `j`. Any boolean array of
+        shape `(T_out, T_in)`; [`eqx_norms.causality.rules`][] makes the usual ones.
+    - `required`: `required[t, j]` says whether output `t` must read input `j`; within `allowed`.
+    - the other options: as for [`eqx_norms.causality.assert_causal`][]. The output may have any
+        number of positions, along any axes.
+
+    **Returns:**
+
+    The [`eqx_norms.causality.CausalityReport`][].
+
+    **Raises:**
+
+    - `CausalityError` if a leak is found, or a required pair is not read, or nothing can tell; it
+        carries `.report`.
+    - `ValueError` or `TypeError` if `allowed` or `required` have another shape or dtype, if what is
+        required is not allowed, if nothing is forbidden nor required, and otherwise as
+        [`eqx_norms.causality.assert_causal`][] does.
+    """
+    how = _how(locals())
+    return _assert(lambda problem: _given(problem, allowed, required), fn, x, "auto", how)
 
 
 def check_causal(fn: Callable[[PyTree], PyTree], x: PyTree, **options) -> CausalityReport:
@@ -227,9 +299,26 @@ def check_independent(fn: Callable[[PyTree], PyTree], x: PyTree, **options) -> C
         return error.report
 
 
-class How(NamedTuple):
-    """The options that both checks share, as `assert_causal` documents them."""
+def check_reads(
+    fn: Callable[[PyTree], PyTree],
+    x: PyTree,
+    allowed: Bool[Array | np.ndarray, "T_out T_in"],
+    **options,
+) -> CausalityReport:
+    """The report of [`eqx_norms.causality.assert_reads`][], leak or not; the same options."""
+    try:
+        return assert_reads(fn, x, allowed, **options)
+    except CausalityError as error:
+        return error.report
 
+
+class How(NamedTuple):
+    """The options that all checks share, as `assert_causal` documents them."""
+
+    axis: Axes
+    out_axis: Axes | None
+    labels: Labels
+    out_labels: Labels
     scales: Sequence[Real]
     token_values: TokenValues
     fixed: str | Iterable[str]
@@ -241,14 +330,32 @@ class How(NamedTuple):
     trainable: PyTree | None
     prove: bool | Literal["required"]
     assume_bounded: bool
+    err_msg: str
+
+
+def _how(arguments: Mapping[str, Any]) -> How:
+    """Of the arguments of a check, those that all checks have."""
+    return How(**{name: arguments[name] for name in How._fields})
+
+
+def _assert(
+    rule: Callable[[Problem], Rule],
+    fn: Callable,
+    x: PyTree,
+    splits: Sequence[int] | str,
+    how: How,
+) -> CausalityReport:
+    report = _check(rule, fn, x, splits, how)
+    unproved = how.prove == "required" and report.status != "proved"
+    if report.status in ("leak", "undecided", "blind") or unproved:
+        raise CausalityError(report, how.err_msg)
+    return report
 
 
 def _check(
-    kind: Kind,
+    make_rule: Callable[[Problem], Rule],
     fn: Callable,
     x: PyTree,
-    axis: int,
-    out_axis: int | None,
     splits: Sequence[int] | str,
     how: How,
 ) -> CausalityReport:
@@ -261,29 +368,45 @@ def _check(
         )
     rng = np.random.default_rng(0)
     fn, noise_notes = _with_noise(fn, how, rng)
-    problem = make_problem(fn, x, axis, out_axis, how.fixed)
-    require_same_length(problem, axis, out_axis)
+    problem = make_problem(fn, x, how.axis, how.out_axis, how.fixed)
+    rule = make_rule(problem)
+    outputs, inputs = make_positions(problem, how.labels, how.out_labels)
+    common: dict[str, Any] = dict(
+        allowed=rule.allowed, kind=rule.kind, outputs=outputs, inputs=inputs
+    )
     _require_same_trace(problem)
-    rule = Rule(kind, problem.length)
     proof = _proof(problem, rule, how) if how.prove else None
-    if proof is not None and proof.holds:
-        return _proved(rule, proof)
+    report = _proved(rule, proof, common) if proof is not None and proof.holds else None
+    if report is not None and rule.required is None:
+        return report
     editor = make_editor(
         problem.leaves, problem.in_axes, how.scales, how.token_values, how.key, problem.names
     )
-    tried = rule.choose(splits, rng)
-
-    # The unedited input comes first, to compare with, and once more at the end.
-    trials = [*rule.edits(tried, editor.kinds), *mixing_edits(problem.length)]
-    edits = [nothing(editor), *trials, nothing(editor)]
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), how.batch_size)
     judge = Judge(problem, probe, how.noise_ulps, how.confirm_x64)
     try:
-        verdict = judge.verdict(edits, rule.watch(edits))
+        if report is None:
+            common["obstacles"] = proof.obstacles if proof is not None else ()
+            report = _edited(judge, rule, rule.choose(splits, rng), common)
+        if rule.required is not None:
+            report = _completed(report, judge, rule.required)
     except ValueError as error:
         for note in noise_notes:
             error.add_note(note)
         raise
+    return dataclasses.replace(report, notes=(*report.notes, *noise_notes))
+
+
+def _edited(
+    judge: Judge, rule: Rule, tried: Sequence[int], common: Mapping[str, Any]
+) -> CausalityReport:
+    """The report on what must not be read, by edits."""
+    editor = judge.probe.editor
+    # The unedited input comes first, to compare with, and once more at the end.
+    mixing = mixing_edits(editor.length, both=rule.kind == "reads")
+    trials = [*rule.edits(tried, editor.kinds), *mixing]
+    edits = [nothing(editor), *trials, nothing(editor)]
+    verdict = judge.verdict(edits, rule.watch(edits))
     leak = verdict.status == "leak"
     if leak:
         matrix, joint, note = locate(judge, rule, verdict, edits)
@@ -295,32 +418,88 @@ def _check(
         leak=leak,
         status=verdict.status,
         matrix=matrix,
-        allowed=rule.allowed,
         worst=verdict.worst,
         scale=verdict.scale,
         noise=verdict.noise,
-        splits=tried,
+        splits=tuple(tried),
         possible_splits=len(rule.possible),
         edits=len(trials),
         joint=joint,
-        notes=(*verdict.notes, *note, *_token_notes(editor), *noise_notes),
-        kind=kind,
-        obstacles=proof.obstacles if proof is not None else (),
+        notes=(*verdict.notes, *note, *_untestable(rule), *_token_notes(editor)),
+        **common,
     )
 
 
+def _completed(
+    report: CausalityReport, judge: Judge, required: Bool[np.ndarray, "T_out T_in"]
+) -> CausalityReport:
+    """The report that also says whether what must be read is read."""
+    moved, notes = measure_required(judge, required)
+    matrix = np.where(report.allowed & ~np.isnan(moved), moved, report.matrix)
+    blind = bool((required & (matrix == 0)).any())
+    status = report.status
+    if blind and status not in ("leak", "undecided"):
+        notes += ["Beside that: " + str(report).split("\n")[0]]
+        status = "blind"
+    return dataclasses.replace(
+        report,
+        status=status,
+        blind=blind,
+        matrix=matrix,
+        required=required,
+        notes=(*report.notes, *notes),
+    )
+
+
+def _given(problem: Problem, allowed: Any, required: Any) -> Rule:
+    """The rule that the user wrote."""
+    allowed = _pairs("allowed", allowed, problem)
+    if required is not None:
+        required = _pairs("required", required, problem)
+        wrong = np.argwhere(required & ~allowed)
+        if len(wrong):
+            output, source = problem.output(wrong[0, 0]), place(wrong[0, 1], problem.in_lengths)
+            raise ValueError(
+                f"required must lie within allowed, but output {output} must read input {source}, "
+                "which it may not; pass required & allowed, or allow it"
+            )
+    if allowed.all() and (required is None or not required.any()):
+        raise ValueError(
+            "allowed forbids nothing, so that there is nothing to check; pass required= to ask "
+            "that outputs read what they may"
+        )
+    return Rule("reads", allowed, required if required is None or required.any() else None)
+
+
+def _pairs(name: str, values: Any, problem: Problem) -> Bool[np.ndarray, "T_out T_in"]:
+    values, shape = np.asarray(values), (problem.out_length, problem.length)
+    if values.dtype != np.bool_:
+        raise TypeError(
+            f"{name} must be a boolean array, got {values.dtype}; write {name} != 0 if that is "
+            "what it means"
+        )
+    if values.shape != shape:
+        turned = f"; write {name}.T if its rows are inputs" if values.shape == shape[::-1] else ""
+        raise ValueError(
+            f"{name} must have shape (T_out, T_in) = {shape}, a row for every output position and "
+            f"a column for every input position, got {values.shape}{turned}"
+        )
+    return values
+
+
 def _proof(problem: Problem, rule: Rule, how: How) -> Proof:
-    question = Question(problem.closed, problem.leaves, problem.in_axes, problem.out_axes)
+    question = Question(
+        problem.closed, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths
+    )
     return prove(question, rule.allowed, how.assume_bounded)
 
 
-def _proved(rule: Rule, proof: Proof) -> CausalityReport:
+def _proved(rule: Rule, proof: Proof, common: Mapping[str, Any]) -> CausalityReport:
     """The report of what needs no edit: 0 where an output cannot read an input, NaN elsewhere."""
     return CausalityReport(
         leak=False,
         status="proved",
         matrix=np.where(proof.connected, np.nan, 0).astype(np.float32),
-        allowed=rule.allowed,
         worst=0.0,
         scale=0.0,
         noise=0.0,
@@ -329,8 +508,8 @@ def _proved(rule: Rule, proof: Proof) -> CausalityReport:
         edits=0,
         joint=False,
         notes=(),
-        kind=rule.kind,
         assumptions=proof.assumptions,
+        **common,
     )
 
 
@@ -348,19 +527,30 @@ def _require_same_trace(problem: Problem) -> None:
 
 def _inert(rule: Rule, edits: Sequence[Edit], moved: np.ndarray) -> list[str]:
     """A remark on outputs that no other input moves: a zero-initialised branch looks so."""
-    if rule.kind == "independent":
+    outputs, inputs = rule.allowed.shape
+    if rule.kind == "independent" or rule.required is not None or outputs != inputs:
         return []
-    reads_another = np.zeros(rule.length, bool)
+    # Some may read no other input, as the first may under the causal rule.
+    silent = rule.allowed.sum(1) > rule.allowed.diagonal()
     for edit, row in zip(edits, moved, strict=True):
-        reads_another |= row & ~edit.where
-    reads_another[0] = True  # nothing comes before it
-    count = int((~reads_another).sum())
-    if not count:
+        silent &= ~row | edit.where
+    if not silent.any():
         return []
+    option = "required=" if rule.kind == "reads" else "complete=True"
     return [
-        f"{count} of {rule.length} outputs react to no input but their own. If the model should "
-        "mix positions, a zero-initialised branch may hide a leak: try perturb_params=0.02."
+        f"{silent.sum()} of {outputs} outputs react to no input but their own. If the model should "
+        "mix positions, a zero-initialised branch may hide a leak: try perturb_params=0.02. That "
+        f"outputs read what they may is asked by {option}."
     ]
+
+
+def _untestable(rule: Rule) -> list[str]:
+    """A remark on outputs that may read everything; of the causal rule one always may."""
+    count = int(rule.allowed.all(1).sum()) if rule.kind == "reads" else 0
+    verb = "is" if count == 1 else "are"
+    return [
+        f"{count} of {len(rule.allowed)} outputs may read every input, and {verb} not tested."
+    ] * bool(count)
 
 
 def _token_notes(editor: Editor) -> list[str]:

@@ -138,9 +138,11 @@ def nothing(editor: Editor) -> Edit:
     return Edit(np.zeros(editor.length, bool), 0, 0)
 
 
-def single_edits(editor: Editor, positions: Sequence[int]) -> Iterator[Edit]:
+def single_edits(
+    editor: Editor, positions: Sequence[int], every_kind: bool = False
+) -> Iterator[Edit]:
     """Each position alone: in every kind if they are few, else mixed and in turn the others."""
-    each = max(2, min(editor.kinds, 512 // len(positions)))
+    each = editor.kinds if every_kind else max(2, min(editor.kinds, 512 // len(positions)))
     for number, position in enumerate(positions):
         where = np.arange(editor.length) == position
         for turn in range(each):
@@ -153,15 +155,17 @@ def at_one(edit: Edit, position: int) -> Edit:
     return edit._replace(where=np.arange(len(edit.where)) == position, drawn=edit.where)
 
 
-def mixing_edits(length: int) -> Iterator[Edit]:
+def mixing_edits(length: int, both: bool = False) -> Iterator[Edit]:
     """The edits that show whether an output reads any earlier input, about log2(length) of them.
 
     Number `b` replaces every position whose binary digit `b` is 0. The highest digit in which
     two positions differ is 1 in the later one, so some edit replaces the earlier and keeps
-    the later.
+    the later. If an output may read later ones as well, `both` adds those where the digit is 1.
     """
-    for digit in range((length - 1).bit_length()):
-        yield Edit((np.arange(length) >> digit) % 2 == 0, 0, seed=2_000_000 + digit)
+    digits = (length - 1).bit_length()
+    for number in range(2 * digits if both else digits):
+        digit = (np.arange(length) >> number % digits) % 2
+        yield Edit(digit == number // digits, 0, seed=2_000_000 + number)
 
 
 def called(name: str) -> str:
@@ -255,7 +259,8 @@ def _floats(leaf: Leaf, scales: tuple[float, ...], old: np.ndarray, pure, rng) -
     # such room above the smallest number: there, and only there, large draws are cut off.
     limits = jnp.finfo(old.dtype)
     largest = float(limits.max)
-    size = np.minimum(leaf.unit, max(largest / 64, 4 * float(limits.tiny)) / scale) * scale
+    with np.errstate(over="ignore"):
+        size = np.minimum(leaf.unit * scale, max(largest / 64, 4 * float(limits.tiny)))
     wide = old.dtype in (np.float64, np.complex128)
     new = noise * (size if wide else size.astype(np.float32))
     return (new if np.iscomplexobj(old) else np.clip(new, -largest, largest)).astype(old.dtype)

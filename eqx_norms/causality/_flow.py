@@ -711,9 +711,11 @@ def _masked(reads, nonzero):
 
 @rule("conv_general_dilated")
 def _convolution(context, eqn, x, kernel):
-    """The operation itself on zeros and ones, for each input a run, with a kernel of ones."""
+    """The operation itself on zeros and ones, for each input a run; a kernel of ones, but where it
+    is zero.
+    """
     row = everything(kernel)
-    ones = jnp.ones(kernel.shape, jnp.float32)
+    ones = jnp.asarray(np.ones(kernel.shape) if kernel.zero is None else ~kernel.zero, jnp.float32)
     settings = dict(preferred_element_type=None, precision=None)
     reads = _each_bit(x, lambda bits: eqn.primitive.bind(bits, ones, **{**eqn.params, **settings}))
     return [_also(known(eqn.outvars[0].aval, reads), row)]

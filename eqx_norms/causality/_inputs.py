@@ -1,5 +1,6 @@
 """Checks and flattens the function and its input; every message says what to pass instead."""
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,13 +13,19 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._real import Real
+from .._real import Integer, Real
 from ._edits import is_mask, require_names
 from ._widen import trace
 
+Axes = Integer | tuple[Integer, ...]
+
 
 class Problem(NamedTuple):
-    """A function of flat leaves, the leaves, and where the positions lie in them."""
+    """A function of flat leaves, the leaves, and where the positions lie in them.
+
+    Several axes of positions are merged into one, the first. `in_lengths` and `out_lengths` are how
+    long each of them was.
+    """
 
     fn: Callable[..., tuple[Array, ...]]
     leaves: tuple[Array, ...]
@@ -27,6 +34,8 @@ class Problem(NamedTuple):
     closed: jex.ClosedJaxpr
     outs: tuple[jax.ShapeDtypeStruct, ...]
     names: tuple[str, ...] = ()
+    in_lengths: tuple[int, ...] = ()
+    out_lengths: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -38,9 +47,20 @@ class Problem(NamedTuple):
         """The number of output positions."""
         return self.outs[0].shape[self.out_axes[0]]
 
+    def output(self, number: Integer) -> int | tuple[int, ...]:
+        """What to call an output."""
+        return place(number, self.out_lengths)
+
+
+def place(number: Integer, lengths: Sequence[int]) -> int | tuple[int, ...]:
+    """The number of a position; a tuple if they lie along several axes."""
+    if len(lengths) < 2:
+        return int(number)
+    return tuple(map(int, np.unravel_index(number, lengths)))
+
 
 def make_problem(
-    fn: Callable, x: PyTree, axis: int, out_axis: int | None, fixed: str | Iterable[str] = ()
+    fn: Callable, x: PyTree, axis: Axes, out_axis: Axes | None, fixed: str | Iterable[str] = ()
 ) -> Problem:
     """Checks `fn`, `x` and the axes by tracing `fn` once. It closes over the leaves in `fixed`."""
     if not callable(fn):
@@ -54,25 +74,72 @@ def make_problem(
             if kept
             else "x holds no array; pass the input of fn, an array or a pytree of arrays"
         )
-    leaves = tuple(edited.values())
-    in_axes = _axes(leaves, axis, "axis", "x")
-    if leaves[0].shape[in_axes[0]] < 2:
+    given = tuple(edited.values())
+    in_axes = _axes(given, axis, "axis", "x")
+    in_lengths = _lengths(given[0], in_axes[0])
+    if math.prod(in_lengths) < 2:
         raise ValueError(
             "x must have at least 2 positions along axis "
-            f"{axis}, got shape {leaves[0].shape}; is axis= the sequence axis?"
+            f"{axis}, got shape {given[0].shape}; is axis= the sequence axis?"
         )
 
-    def flat(*args: Array) -> tuple[Array, ...]:
-        all_leaves = {**kept, **dict(zip(edited, args, strict=True))}
+    def apply(*args: Array) -> tuple[Array, ...]:
+        leaves = (_split(arg, axes, in_lengths) for arg, axes in zip(args, in_axes, strict=True))
+        all_leaves = {**kept, **dict(zip(edited, leaves, strict=True))}
         out = fn(jax.tree.unflatten(treedef, [all_leaves[name] for name in named]))
         return tuple(_output_leaf(leaf) for leaf in jax.tree.leaves(out))
 
-    closed = traced(flat, leaves)
-    outs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in closed.out_avals)
+    def merged(*args: Array) -> tuple[Array, ...]:
+        return tuple(map(_merged, apply(*args), out_axes))
+
+    leaves = tuple(map(_merged, given, in_axes))
+    closed = traced(apply, leaves)
+    outs = _shapes(closed)
     if not outs:
         raise TypeError("fn returned no array; it must return an array or a pytree of arrays")
     out_axes = _output_axes(outs, axis if out_axis is None else out_axis)
-    return Problem(flat, leaves, in_axes, out_axes, closed, outs, tuple(edited))
+    out_lengths = _lengths(outs[0], out_axes[0])
+    flat = apply if len(out_lengths) == 1 else merged
+    if flat is merged:
+        closed = traced(flat, leaves)
+    return Problem(
+        flat,
+        leaves,
+        tuple(map(_merged_axis, in_axes)),
+        tuple(map(_merged_axis, out_axes)),
+        closed,
+        _shapes(closed),
+        tuple(edited),
+        in_lengths,
+        out_lengths,
+    )
+
+
+def _shapes(closed: jex.ClosedJaxpr) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in closed.out_avals)
+
+
+def _lengths(leaf: Any, axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(leaf.shape[axis] for axis in axes)
+
+
+def _merged(leaf: Array, axes: Sequence[int]) -> Array:
+    """Several axes become one, the first, in C order; a single one stays where it is."""
+    if len(axes) == 1:
+        return leaf
+    front = jnp.moveaxis(leaf, axes, range(len(axes)))
+    return front.reshape(-1, *front.shape[len(axes) :])
+
+
+def _merged_axis(axes: Sequence[int]) -> int:
+    return axes[0] if len(axes) == 1 else 0
+
+
+def _split(leaf: Array, axes: Sequence[int], lengths: Sequence[int]) -> Array:
+    """The inverse of `_merged`."""
+    if len(axes) == 1:
+        return leaf
+    return jnp.moveaxis(leaf.reshape(*lengths, *leaf.shape[1:]), range(len(axes)), axes)
 
 
 def traced(flat: Callable, leaves: Sequence[Array]) -> jex.ClosedJaxpr:
@@ -87,15 +154,18 @@ def traced(flat: Callable, leaves: Sequence[Array]) -> jex.ClosedJaxpr:
         raise
 
 
-def require_same_length(problem: Problem, axis: int, out_axis: int | None) -> None:
+def require_same_length(problem: Problem, axis: Axes, out_axis: Axes | None) -> None:
     """Output `t` is compared with input `t`, so that there must be as many of one as the other."""
     if problem.out_length != problem.length:
         out_axis = axis if out_axis is None else out_axis
         shape = problem.outs[0].shape
         cure = "no axis is: cut or pad the output inside fn, or return what it was pooled from"
+        named = f"along axis {out_axis} of shape {shape}"
+        if isinstance(out_axis, tuple):
+            named = f"of lengths {problem.out_lengths} along the axes {out_axis}"
         raise ValueError(
             f"the output must have as many positions as the input, {problem.length}, got "
-            f"{problem.out_length} along axis {out_axis} of shape {shape}; "
+            f"{problem.out_length} {named}; "
             + ("name the axis as out_axis=" if problem.length in shape else cure)
         )
 
@@ -182,7 +252,7 @@ def _output_leaf(leaf: Any) -> Array:
     return leaf
 
 
-def _output_axes(outs: Sequence[jax.ShapeDtypeStruct], axis: int) -> tuple[int, ...]:
+def _output_axes(outs: Sequence[jax.ShapeDtypeStruct], axis: Axes) -> tuple[tuple[int, ...], ...]:
     """The axis in each output; one without positions, such as a loss, has none to compare."""
     shapes = [out.shape for out in outs]
     if () in shapes:
@@ -201,16 +271,22 @@ def _output_axes(outs: Sequence[jax.ShapeDtypeStruct], axis: int) -> tuple[int, 
         ) from error
 
 
-def _axes(leaves: Sequence[Any], axis: int, name: str, what: str) -> tuple[int, ...]:
-    axis = operator.index(axis)
+def _axes(leaves: Sequence[Any], axis: Axes, name: str, what: str) -> tuple[tuple[int, ...], ...]:
+    """Of each leaf, the axes that `axis` means."""
+    given = tuple(map(operator.index, axis if isinstance(axis, tuple) else (axis,)))
     for leaf in leaves:
-        if not -leaf.ndim <= axis < leaf.ndim:
+        if not given or not all(-leaf.ndim <= one < leaf.ndim for one in given):
             raise ValueError(
                 f"{name}={axis} does not exist in {what} of shape {leaf.shape}; pass the axis of "
                 f"the positions as {name}="
             )
-    axes = tuple(axis % leaf.ndim for leaf in leaves)
-    lengths = {leaf.shape[i] for leaf, i in zip(leaves, axes, strict=True)}
+        if len({one % leaf.ndim for one in given}) < len(given):
+            raise ValueError(
+                f"{name}={axis} names one axis of {what} of shape {leaf.shape} twice; name each "
+                "once"
+            )
+    axes = tuple(tuple(one % leaf.ndim for one in given) for leaf in leaves)
+    lengths = {_lengths(leaf, own) for leaf, own in zip(leaves, axes, strict=True)}
     if len(lengths) > 1:
         raise ValueError(
             f"every array in {what} must have the same length along {name}={axis}, got shapes "

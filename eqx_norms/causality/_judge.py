@@ -13,7 +13,7 @@ from .._real import Real
 from ._edits import Edit
 from ._inputs import Problem
 from ._probe import Changes, Probe, make_probe
-from ._widen import float_dtypes, is_quantised, opaque_parts, widen
+from ._widen import coarsest, float_dtypes, opaque_parts, widen
 
 # Rounding shrinks 5e8-fold from float32 to float64, a leak not at all.
 _SHRINK = 1000.0
@@ -58,13 +58,8 @@ class Verdict:
 
 
 def function_eps(problem: Problem) -> float:
-    """The eps of the least precise float in the function, wherever it stands.
-
-    A float32 model that multiplies in bfloat16 rounds as bfloat16 does. But casts to float8 and
-    float4 are quantisation: a noise level of their size would hide everything.
-    """
-    dtypes = {dtype for dtype in float_dtypes(problem.closed) if not is_quantised(dtype)}
-    return max(float(jnp.finfo(dtype).eps) for dtype in dtypes or {np.dtype(np.float32)})
+    """The eps of the least precise float in the function."""
+    return float(jnp.finfo(coarsest(problem.closed)).eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +78,7 @@ class Judge:
     def verdict(self, edits: Sequence[Edit], watch: Bool[np.ndarray, "E T"]) -> Verdict:
         """Measures `edits` and decides about the outputs that `watch` says must not change."""
         changes = self.probe.measure(edits)
-        require_sane_baseline(edits, changes, self.noise_ulps)
+        require_sane_baseline(self.problem, edits, changes, self.noise_ulps)
         found = self.tell(edits, watch, changes, blind_ok=False)
         notes = [*found.notes, *_dtype_notes(self.problem)]
         moved = changes.ulps > 0
@@ -121,10 +116,10 @@ class Judge:
         blind_ok: bool = True,
     ) -> Findings:
         """What the changes of the watched outputs are."""
-        broke, notes = _breakage(edits, changes, watch, blind_ok)
+        broke, notes = _breakage(self.problem, edits, changes, watch, blind_ok)
         changes = _as_infinite(changes, broke)
         loud = watch & (changes.ulps > self.noise_ulps)
-        large = watch & (changes.ulps > self.noise_ulps * changes.hidden)
+        large = watch & (self.beyond_rounding(changes) > 0)
         doubtful = loud if self._is_exact else watch & (changes.ulps > 0)
         none = np.zeros_like(watch)
         if not doubtful.any() or not float_dtypes(self.problem.closed):
@@ -138,14 +133,43 @@ class Judge:
         try:
             exact, leaks = self._confirm(edits, watch, doubtful, changes)
         except Exception as error:  # what has no float64 form may raise what it likes
-            reason = str(error).split("\n")[0]
-            notes += [f"The {self._other} re-run failed ({type(error).__name__}: {reason})."]
+            notes += [self._failed(error)]
             return by_size
         names = ", ".join(sorted(opaque_parts(self.problem.closed))) if leaks.any() else ""
         if names:
             notes += [f"The {self._other} re-run is not conclusive: {names} has no such form."]
             return by_size._replace(leaks=leaks & large, undecided=leaks & ~large)
         return Findings(changes, exact, leaks, none, notes)
+
+    def beyond_rounding(self, changes: Changes) -> Float[np.ndarray, "E T"]:
+        """The size of a change; 0 if it may be the rounding of numbers that an edit made large."""
+        return np.where(changes.ulps > self.noise_ulps * changes.hidden, changes.size, 0)
+
+    def second_look(
+        self, edits: Sequence[Edit]
+    ) -> tuple[Float[np.ndarray, "E T"] | None, list[str]]:
+        """The same in float64, for edits whose changes may be hidden by rounding, and remarks.
+
+        None if there is nothing more precise.
+        """
+        if self._is_exact or not self.confirm_x64:
+            return None, []
+        try:
+            return self.beyond_rounding(self._measure_again(edits)), []
+        except Exception as error:  # what has no float64 form may raise what it likes
+            return None, [self._failed(error)]
+
+    def _measure_again(self, edits: Sequence[Edit]) -> Changes:
+        """In the second precision."""
+        with np.errstate(over="ignore"):  # a constant too large for float32
+            found = self._second.measure(edits, "second precision")
+        if found.broken[0].any():
+            raise FloatingPointError("the output for the unedited x is not finite there")
+        return found
+
+    def _failed(self, error: Exception) -> str:
+        reason = str(error).split("\n")[0]
+        return f"The {self._other} re-run failed ({type(error).__name__}: {reason})."
 
     def _confirm(self, edits, watch, doubtful, changes: Changes):
         """The changes in float64, and which of the doubtful ones are leaks.
@@ -156,12 +180,11 @@ class Judge:
         """
         chosen = np.flatnonzero(doubtful.any(1))
         rows = [edits[0], *(edits[row] for row in chosen)]
-        with np.errstate(over="ignore"):  # a constant too large for float32
-            found = self._second.measure(rows, "second precision")
-        if found.broken[0].any():
-            raise FloatingPointError("the output for the unedited x is not finite there")
+        found = self._measure_again(rows)
         second = Changes(*(_scatter(values[1:], chosen, len(edits)) for values in found))
-        second = _as_infinite(second, _breakage(edits, second, watch, blind_ok=True)[0])
+        second = _as_infinite(
+            second, _breakage(self.problem, edits, second, watch, blind_ok=True)[0]
+        )
         exact, coarse = (changes, second) if self._is_exact else (second, changes)
         coarse_eps = max(self.probe.eps, self._second.eps)
         with np.errstate(invalid="ignore"):  # inf - inf
@@ -210,7 +233,7 @@ def _as_infinite(changes: Changes, broke: Bool[np.ndarray, "E T"]) -> Changes:
 
 
 def _breakage(
-    edits: Sequence[Edit], changes: Changes, watch, blind_ok: bool
+    problem: Problem, edits: Sequence[Edit], changes: Changes, watch, blind_ok: bool
 ) -> tuple[Bool[np.ndarray, "E T"], list[str]]:
     """The watched outputs that became NaN or infinite although no edited output did.
 
@@ -222,19 +245,21 @@ def _breakage(
     blind = tested.any(0) & ~(tested & ~(changes.broken & spoiled)).any(0)
     if blind.any() and not blind_ok:
         raise ValueError(
-            f"every edit made output {int(blind.argmax())} NaN or infinite, so that nothing can "
-            "be said about it; pass smaller scales=, such as (0.1, 1.)"
+            f"every edit made output {problem.output(blind.argmax())} NaN or infinite, so that "
+            "nothing can be said about it; pass smaller scales=, such as (0.1, 1.)"
         )
     count = int(spoiled.sum())
     notes = [f"{count} edits overflowed inside the function and say less; try smaller scales=."]
     return changes.broken & watch & ~spoiled, notes if count else []
 
 
-def require_sane_baseline(edits: Sequence[Edit], changes: Changes, noise_ulps: Real) -> None:
+def require_sane_baseline(
+    problem: Problem, edits: Sequence[Edit], changes: Changes, noise_ulps: Real
+) -> None:
     """Refuses a function that is not finite, or not the same again, on the unedited input."""
     empty = np.array([not edit.where.any() for edit in edits])
     if changes.broken[empty].any():
-        position = int(changes.broken[empty].any(0).argmax())
+        position = problem.output(changes.broken[empty].any(0).argmax())
         raise ValueError(
             f"fn must return finite numbers on the unedited x, but output {position} holds NaN "
             "or inf; a comparison with those says nothing"

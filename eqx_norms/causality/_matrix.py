@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .._real import Real
 from ._edits import Edit, TokenValues, at_one, make_editor, nothing, single_edits
-from ._inputs import Problem, make_problem
+from ._inputs import Axes, Problem, make_problem
 from ._judge import Judge, Verdict, function_eps, require_sane_baseline
 from ._probe import make_probe
-from ._rules import Rule
+from ._trials import Rule, alike
 
-_LOCATED_UP_TO = 128
+_ALONE_UP_TO = 128
 _OWN_VALUES = 512
 _COTANGENTS = 4
 _NOISE_ULPS = 64
@@ -26,8 +26,8 @@ def dependency_matrix(
     fn: Callable[[PyTree], PyTree],
     x: PyTree,
     *,
-    axis: int = 0,
-    out_axis: int | None = None,
+    axis: Axes = 0,
+    out_axis: Axes | None = None,
     method: Literal["perturb", "vjp"] = "perturb",
     scales: Sequence[Real] = (1.0, 10.0, 100.0),
     token_values: TokenValues = None,
@@ -74,7 +74,7 @@ def dependency_matrix(
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), batch_size)
     edits = [nothing(editor), *single_edits(editor, range(problem.length)), nothing(editor)]
     changes = probe.measure(edits, "dependency matrix")
-    require_sane_baseline(edits, changes, _NOISE_ULPS)
+    require_sane_baseline(problem, edits, changes, _NOISE_ULPS)
     judge = Judge(problem, probe, _NOISE_ULPS, confirm_x64=True)
     found = judge.tell(edits, np.ones_like(changes.broken), changes)
     size = np.where(found.leaks | found.undecided, found.changes.size, 0)
@@ -83,15 +83,16 @@ def dependency_matrix(
 
 def locate(
     judge: Judge, rule: Rule, verdict: Verdict, edits: Sequence[Edit]
-) -> tuple[Float[np.ndarray, "T T"], bool, list[str]]:
+) -> tuple[Float[np.ndarray, "T_out T_in"], bool, list[str]]:
     """The matrix of a leak, whether only joint edits show it, and a remark."""
     positions = _positions(rule, verdict, edits)
     editor = judge.probe.editor
     singles = [nothing(editor), *single_edits(editor, positions)]
     matrix = _measured(judge, rule, verdict, singles)
     note = []
-    if len(positions) < rule.length:
-        note = [f"{len(positions)} of {rule.length} inputs were edited alone to locate the leak."]
+    length = rule.allowed.shape[1]
+    if len(positions) < length:
+        note = [f"{len(positions)} of {length} inputs were edited alone to locate the leak."]
     if (~rule.allowed & (matrix > 0)).any():
         return matrix, False, note
     # Those drew values of their own; what leaks may be the values of the edit that did.
@@ -124,7 +125,8 @@ def _measured(judge: Judge, rule: Rule, verdict: Verdict, singles: Sequence[Edit
     watch = rule.watch(singles)
     found = judge.tell(singles, watch, judge.probe.measure(singles, "locating the leak"))
     changes = found.exact if verdict.in_float64 else found.changes
-    return _by_input(np.where(watch & ~found.leaks, 0, changes.size), singles, rule.length)
+    sizes = np.where(watch & ~found.leaks, 0, changes.size)
+    return _by_input(sizes, singles, rule.allowed.shape[1])
 
 
 def _by_input(size: np.ndarray, edits: Sequence[Edit], length: int) -> np.ndarray:
@@ -147,22 +149,62 @@ def _joint(rule, verdict: Verdict, edits: Sequence[Edit], matrix: np.ndarray) ->
 
 def _positions(rule: Rule, verdict: Verdict, edits: Sequence[Edit]) -> list[int]:
     """All inputs, or of a long sequence those that the leaking splits point at, then others."""
-    if rule.length <= _LOCATED_UP_TO:
-        return list(range(rule.length))
-    pointed = _pointed_at(rule, verdict, edits)
-    spread = np.linspace(0, rule.length - 1, _LOCATED_UP_TO).astype(int).tolist()
-    step = -(-len(pointed) // (_LOCATED_UP_TO // 2)) or 1
-    return sorted(dict.fromkeys([*pointed[::step], *spread]))
+    length = rule.allowed.shape[1]
+    if length <= _ALONE_UP_TO:
+        return list(range(length))
+    pointed = _pointed_at(verdict, edits)
+    step = -(-len(pointed) // (_ALONE_UP_TO // 2)) or 1
+    return sorted(dict.fromkeys([*pointed[::step], *_evenly(np.arange(length))]))
 
 
-def _pointed_at(rule: Rule, verdict: Verdict, edits: Sequence[Edit]) -> list[int]:
-    """The inputs between the last edit that changes an output and the first that does not."""
-    starts = np.array([int(edit.where.argmax()) for edit in edits])
-    found = set()
-    for output in np.flatnonzero(verdict.leaks.any(0)).tolist():
-        last = starts[verdict.leaks[:, output]].max()
-        found.update(range(last, min([*starts[starts > last], rule.length])))
-    return sorted(found)
+def _evenly(positions: np.ndarray) -> list[int]:
+    """128 of the positions, or all if they are fewer."""
+    count = min(len(positions), _ALONE_UP_TO)
+    return positions[np.linspace(0, len(positions) - 1, count).astype(int)].tolist()
+
+
+def _pointed_at(verdict: Verdict, edits: Sequence[Edit]) -> list[int]:
+    """What the smallest edit that changes an output replaces, and no edit within it does."""
+    where = np.stack([edit.where for edit in edits])
+    found = np.zeros(where.shape[1], bool)
+    for outputs in alike(verdict.leaks.T).values():
+        if verdict.leaks[:, outputs[0]].any():
+            row = where[_smallest(verdict, edits, outputs[0])]
+            within = ~(where & ~row).any(1) & (where.sum(1) < row.sum())
+            found |= row & ~where[within].any(0)
+    return np.flatnonzero(found).tolist()
+
+
+def measure_required(
+    judge: Judge, required: Bool[np.ndarray, "T_out T_in"]
+) -> tuple[Float[np.ndarray, "T_out T_in"], list[str]]:
+    """How far each output moves as each input is edited alone, and remarks.
+
+    0 where the edits of an input do not move an output by more than rounding, neither in the
+    function's own precision nor, for pairs that are `required`, in float64 and by edits of every
+    kind. An output that every edit of an input made NaN or infinite has moved.
+    """
+    editor = judge.probe.editor
+    columns = np.flatnonzero(required.any(0))
+    positions = _evenly(columns)
+    edits = [nothing(editor), *single_edits(editor, positions), nothing(editor)]
+    changes = judge.probe.measure(edits, "required pairs")
+    require_sane_baseline(judge.problem, edits, changes, judge.noise_ulps)
+    notes = [
+        f"{len(positions)} of {len(columns)} inputs were edited alone for what must be read, "
+        f"with {len(edits) - 2} edited inputs."
+    ]
+    matrix = _by_input(judge.beyond_rounding(changes), edits, editor.length)
+    matrix[_by_input(~changes.broken, edits, editor.length) == 0] = np.inf
+    doubtful = np.flatnonzero((required & (matrix == 0)).any(0)).tolist()
+    if doubtful:
+        again = [nothing(editor), *single_edits(editor, doubtful, every_kind=True)]
+        sizes, more = judge.second_look(again)
+        if sizes is None:  # then whatever changes at all counts
+            sizes = judge.probe.measure(again, "required pairs").size
+        matrix = np.fmax(matrix, _by_input(sizes, again, editor.length))
+        notes += more
+    return matrix, notes
 
 
 def _vjp_matrix(problem: Problem, key: PRNGKeyArray) -> Float[np.ndarray, "T_out T_in"]:

@@ -1,25 +1,20 @@
 """The heat map of a dependency matrix."""
 
 import numpy as np
-from jaxtyping import Bool, Float
 
 _DECADES = 6
 _CELLS = 96
+_LABELS = 48
 
 
-def heat_map(
-    matrix: Float[np.ndarray, "T_out T_in"],
-    allowed: Bool[np.ndarray, "T_out T_in"],
-    *,
-    title: str,
-    noun: str,
-    ax=None,
-):
-    """Draws `matrix` on `ax`: blue where reading is `allowed`, red where it is a leak."""
+def heat_map(report, *, title: str, noun: str, ax=None):
+    """Draws the matrix of a `CausalityReport`.
+
+    Blue where reading is allowed, red for a leak, yellow for what must be read and is not.
+    """
     try:
         import matplotlib.pyplot as plt
-        from matplotlib.colors import LogNorm
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.colors import ListedColormap, LogNorm
     except ImportError as error:
         raise ImportError(
             'report.plot() needs matplotlib: pip install "eqx-norms[plot]"; '
@@ -28,12 +23,12 @@ def heat_map(
 
     if ax is None:
         _, ax = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
-    size = len(allowed)
-    block = -(-size // _CELLS)
-    edge = -(-size // block) * block
+    matrix, allowed = report.matrix, report.allowed
+    block = -(-max(allowed.shape) // _CELLS)
+    bottom, right = (-(-size // block) * block - 0.5 for size in allowed.shape)
     largest = matrix[np.isfinite(matrix)].max(initial=0.0) or 1.0
     matrix = np.where(np.isposinf(matrix), largest, matrix)
-    place = {"extent": (-0.5, edge - 0.5, edge - 0.5, -0.5), "interpolation": "nearest"}
+    place = {"extent": (-0.5, right, bottom, -0.5), "interpolation": "nearest"}
     place["norm"] = LogNorm(vmin=largest / 10**_DECADES, vmax=largest, clip=True)
 
     ax.set_facecolor("0.92")
@@ -45,18 +40,35 @@ def heat_map(
     for cmap, cells in (("Blues", allowed), ("Reds", ~allowed)):
         changes = block_max(measured * cells, block)
         layers[cmap] = ax.imshow(np.where(changes > 0, changes, np.nan), cmap=cmap, **place)
+    if report.blind:
+        missing = np.where(block_max(report.missing(), block), largest, np.nan)
+        ax.imshow(missing, cmap=ListedColormap(["gold"], "blind"), **place)
     for x, y in _outline(allowed):
-        ax.plot(x, y, color="black", linewidth=1 if size <= 64 else 0.4)
+        ax.plot(x, y, color="black", linewidth=1 if max(allowed.shape) <= 64 else 0.4)
 
-    ax.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), title=title)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    rows, columns = allowed.shape
+    ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), title=title)
+    _name_ticks(ax.xaxis, report.inputs, columns)
+    _name_ticks(ax.yaxis, report.outputs, rows)
     ax.set(xlabel=f"input {noun} read", ylabel=f"output {noun}")
     if (matrix > 0).any():
         leak = (matrix[~allowed] > 0).any()
         bar = ax.figure.colorbar(layers["Reds" if leak else "Blues"], ax=ax, shrink=0.9)
         bar.set_label("largest change of the output")
     return ax
+
+
+def _name_ticks(axis, positions, count: int) -> None:
+    """Every label if they fit, else numbers at some."""
+    from matplotlib.ticker import MaxNLocator
+
+    if positions.labels and count <= _LABELS:
+        axis.set_ticks(range(count), positions.labels)
+        return
+    axis.set_major_locator(MaxNLocator(integer=True))
+    if positions.labels or len(positions.lengths) > 1:
+        named = lambda place, _: positions.mark(int(place)) if 0 <= place < count else ""
+        axis.set_major_formatter(named)
 
 
 def _outline(allowed: np.ndarray) -> list[tuple[list[float], list[float]]]:

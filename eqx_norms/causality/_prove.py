@@ -20,6 +20,7 @@ from jaxtyping import Bool
 
 from .._jaxprs import called, is_foreign, opened, scan_counts
 from ._flow import LARGE, RULES, connect_all
+from ._inputs import place
 from ._known import (
     Known,
     constant,
@@ -323,12 +324,15 @@ class Proof:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A traced function, its input, and where positions lie in them."""
+    """A traced function, its input, and where positions lie in them; if along several axes, how
+    long those of the output were.
+    """
 
     closed: Any
     leaves: Sequence[Any]
     in_axes: Sequence[int]
     out_axes: Sequence[int]
+    out_lengths: Sequence[int] = ()
 
     def connected(self, context: Context, columns=None) -> Bool[np.ndarray, "T_out columns"]:
         """Whether a chain of operations leads from input `columns[k]` to output t."""
@@ -388,7 +392,8 @@ def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ..
         trial = Context(context.assume_bounded, frozenset(set(blamed) - {path}))
         reached = (question.connected(trial, columns) & ~allowed).any(1)
         eqn, line = equations[path]
-        lines.append(_sentence(eqn, line, reached, context.opaque))
+        outputs = [place(t, question.out_lengths) for t in np.flatnonzero(reached)]
+        lines.append(_sentence(eqn, line, outputs, context.opaque))
     return tuple(dict.fromkeys(lines))
 
 
@@ -403,8 +408,7 @@ def _smallest(holds, candidates: list, base: tuple = ()) -> list:
     return [*rest, *needed]
 
 
-def _sentence(eqn: jex.JaxprEqn, line: str, reached, opaque) -> str:
-    outputs = np.flatnonzero(reached)
+def _sentence(eqn: jex.JaxprEqn, line: str, outputs, opaque) -> str:
     which = f"outputs {outputs[0]} to {outputs[-1]}" if len(outputs) > 1 else f"output {outputs[0]}"
     why = ", which the proof has no rule for," if eqn.primitive.name in opaque else ""
     return f"`{eqn.primitive.name}`{why} in {line} connects {which} with what must not be read."

@@ -8,16 +8,21 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ._plot import block_max, heat_map
+from ._positions import Positions
+from ._suggest import suggestions
 
 _SHORT_MAP = 32
 _SHOWN = 5
 
 
 class Pair(NamedTuple):
-    """`output` changed by `change` when `input` was edited, and it must not."""
+    """`output` changed by `change` when `input` was edited.
 
-    output: int
-    input: int
+    Positions are numbers, along several axes tuples of them.
+    """
+
+    output: int | tuple[int, ...]
+    input: int | tuple[int, ...]
     change: float
 
 
@@ -28,30 +33,36 @@ class CausalityReport:
     **Fields:**
 
     - `leak`: whether an output was seen to read an input that it must not read.
+    - `blind`: whether an output did not read an input that it must read.
     - `status`: `"clear"`, not a bit changed; `"clear (float noise)"`, what changed is rounding;
-        `"leak"`; `"undecided"`, outputs changed that must not, and nothing tells by what; or
-        `"proved"`, where that was asked for: they cannot change. `assert_causal` raises on
-        `"leak"` and `"undecided"`.
+        `"leak"`; `"undecided"`, outputs changed that must not, and nothing tells by what;
+        `"blind"`, none of these two, but some that must change did not; or `"proved"`, where that
+        was asked for: they cannot change. `assert_causal` raises on `"leak"`, `"undecided"` and
+        `"blind"`.
     - `matrix`: `matrix[t, j]` is the largest absolute change of output `t` when input `j` alone
         was edited, over all edits tried; NaN where that was not measured. A check that finds
         nothing has no need to edit inputs one by one: then a forbidden pair that the edits
         covered has 0, and the rest NaN, as have outputs that are undecided.
         `dependency_matrix` measures every pair. A change that was taken for rounding is 0 in a
-        forbidden cell.
+        forbidden cell, and in a required one if it was too small in float64 as well.
     - `allowed`: `allowed[t, j]` says whether output `t` may read input `j`.
+    - `required`: `required[t, j]` says whether it must; None if that was not asked.
     - `worst`: the largest change of an output that should not have changed, relative to its
         noise level, as an absolute number. 0 where there was none.
     - `scale`: the largest magnitude of the output during the edit that gave `worst`.
     - `noise`: the noise level there, `noise_ulps * eps * scale`, with the eps of the least
         precise dtype found in the function, float8 and float4 aside. Where float64 can be
         asked, it decides on either side of that.
-    - `splits`: the splits (or the examples kept) that were tried.
+    - `splits`: the splits (or the examples kept) that were tried; for another rule the first output
+        of every distinct row of `allowed` that was tried.
     - `possible_splits`: how many there are.
     - `edits`: how many edited inputs were run to find out.
     - `joint`: the leak shows only where several inputs are edited together. Then `matrix` holds,
-        for every such output, one entry: in the column of the last split that still changes it.
+        for every such output, one entry: in the first forbidden column of the smallest edit that
+        still changes it.
     - `notes`: remarks, in sentences.
-    - `kind`: `"causal"`, `"strictly causal"` or `"independent"`.
+    - `kind`: `"causal"`, `"strictly causal"`, `"independent"`, or `"reads"` for any other rule.
+    - `outputs`, `inputs`: what the positions are called: `lengths` along the axes, and `labels`.
     - `assumptions`: what a proof takes for granted beside finite numbers, in sentences.
     - `obstacles`: what stood in the way of a proof that was asked for: each operation, the line
         that traced to it, and the outputs that it connects.
@@ -70,30 +81,48 @@ class CausalityReport:
     joint: bool
     notes: tuple[str, ...]
     kind: str
+    outputs: Positions
+    inputs: Positions
+    blind: bool = False
+    required: Bool[np.ndarray, "T_out T_in"] | None = None
     assumptions: tuple[str, ...] = ()
     obstacles: tuple[str, ...] = ()
 
     def pairs(self) -> list[Pair]:
         """The leaking (output, input, change) triples, the largest change first."""
-        found = np.argwhere(self.leaking())
-        pairs = [Pair(int(t), int(j), float(self.matrix[t, j])) for t, j in found]
-        return sorted(pairs, key=lambda pair: -pair.change)
+        return sorted(self._pairs(self.leaking()), key=lambda pair: -pair.change)
+
+    def unread(self) -> list[Pair]:
+        """The (output, input, 0) triples of what must be read and is not."""
+        return self._pairs(self.missing())
+
+    def _pairs(self, mask: Bool[np.ndarray, "T_out T_in"]) -> list[Pair]:
+        named = lambda t, j: (self.outputs.index(t), self.inputs.index(j))
+        return [Pair(*named(t, j), float(self.matrix[t, j])) for t, j in np.argwhere(mask)]
 
     def heatmap(self, width: int = 64) -> str:
         """The matrix as characters: a row for every output, a column for every input.
 
-        Above `width` positions a character stands for a block, and shows the worst of it.
+        Above `width` positions a character stands for a block, and shows the worst of it. Labels of
+        one letter stand above the columns.
         """
-        block = -(-len(self.allowed) // width)
+        block = -(-max(self.matrix.shape) // width)
         cells = np.select(
-            [np.isnan(self.matrix), self.matrix == 0, self.allowed], [0, 1, 2], default=3
+            [self.leaking(), self.missing(), np.isnan(self.matrix), self.matrix == 0],
+            [np.int8(4), np.int8(3), np.int8(0), np.int8(1)],
+            default=np.int8(2),
         )
         cells = block_max(cells, block)
-        rows = ["".join("-.oX"[cell] for cell in row) for row in cells]
-        digits = len(str(len(self.allowed) - 1))
-        lines = [f"  {t * block:>{digits}}  {row}" for t, row in enumerate(rows)]
-        words = ("- not measured", ". no effect", "o reads it, and may", "X reads it, and must not")
-        legend = ", ".join(words[cell] for cell in (3, 2, 1, 0) if (cells == cell).any())
+        rows = ["".join("-.o!X"[cell] for cell in row) for row in cells]
+        marks = [self.outputs.mark(t * block) for t in range(len(rows))]
+        letters = self.inputs.labels or ()
+        if block == 1 and letters and all(len(letter) == 1 for letter in letters):
+            rows, marks = ["".join(letters), *rows], ["", *marks]
+        margin = max(map(len, marks))
+        lines = [f"  {mark:>{margin}}  {row}" for mark, row in zip(marks, rows, strict=True)]
+        words = ("- not measured", ". no effect", "o reads it, and may")
+        words += ("! does not read it, and must", "X reads it, and must not")
+        legend = ", ".join(words[cell] for cell in (4, 3, 2, 1, 0) if (cells == cell).any())
         each = f", a character for {block} positions" if block > 1 else ""
         return "\n".join([f"  output by input{each}: {legend}", *lines])
 
@@ -107,27 +136,41 @@ class CausalityReport:
         Needs matplotlib: `pip install "eqx-norms[plot]"`.
         """
         noun = "example" if self.kind == "independent" else "position"
-        return heat_map(self.matrix, self.allowed, title=_title(self), noun=noun, ax=ax)
+        return heat_map(self, title=_title(self), noun=noun, ax=ax)
 
     def __str__(self) -> str:
-        others = {"proved": _proved_lines, "leak": _leak_lines, "undecided": _undecided_lines}
+        others = {
+            "proved": _proved_lines,
+            "leak": _leak_lines,
+            "undecided": _undecided_lines,
+            "blind": _blind_lines,
+        }
         return "\n".join(others.get(self.status, _clear_lines)(self))
 
     def leaking(self) -> Bool[np.ndarray, "T_out T_in"]:
         """Where `matrix` has a leak."""
         return ~self.allowed & (self.matrix > 0)
 
+    def missing(self) -> Bool[np.ndarray, "T_out T_in"]:
+        """Where `matrix` has nothing, and must have."""
+        if self.required is None:
+            return np.zeros(self.allowed.shape, bool)
+        return self.required & (self.matrix == 0)
+
 
 _READS = {
     "causal": "an output reads a later position",
     "strictly causal": "an output reads its own or a later position",
     "independent": "an output reads another example",
+    "reads": "an output reads an input that it must not",
 }
 _READS_NOT = {
     "causal": "no output reads a later position",
     "strictly causal": "no output reads its own or a later position",
     "independent": "no output reads another example",
+    "reads": "no output reads an input that it must not",
 }
+_BLIND = "an output does not read an input that it must"
 
 _UNDECIDED = (
     "What can decide: float64 (confirm_x64=True, the default), on an fn without callbacks and "
@@ -169,79 +212,88 @@ def _undecided_lines(report: CausalityReport) -> list[str]:
         f"level is {report.noise:.2g}.",
         *map(_wrap, [*report.notes, *_unproved(report), _UNDECIDED]),
         _effort(report),
+        *_also_blind(report),
     ]
 
 
 def _leak_lines(report: CausalityReport) -> list[str]:
-    pairs = report.pairs()
+    count = int(report.leaking().sum())
     lines = [f"leak: {_READS[report.kind]}."]
     if report.joint:
         lines.append(
             "No input does it alone: only edits of several inputs together change these outputs "
             "(a capacity, a count or a threshold?)."
         )
-        rows = [f"  output {t} <- input {j} and later   {c:.2g}" for t, j, c in pairs[:_SHOWN]]
     else:
         measured = int((~report.allowed & ~np.isnan(report.matrix)).sum())
-        lines.append(f"{len(pairs)} of {measured} forbidden pairs, the largest change first:")
-        rows = [f"  output {t} <- input {j}   {change:.2g}" for t, j, change in pairs[:_SHOWN]]
-    more = len(pairs) - _SHOWN
-    rows += [f"  and {more} more: report.pairs()"] if more > 0 else []
+        lines.append(f"{count} of {measured} forbidden pairs, the largest change first:")
+    others = ""
+    if report.joint:
+        others = " and others" if report.kind in ("independent", "reads") else " and later"
     size = f"Outputs are of size {report.scale:.2g}; rounding would be up to {report.noise:.2g}."
-    words = [*suggestion(report), _effort(report), size, *report.notes]
-    return [*lines, *rows, report.heatmap(_SHORT_MAP), *map(_wrap, words)]
+    words = [*suggestions(report), _effort(report), size, *report.notes]
+    rows = _rows(report, report.leaking(), "report.pairs()", others)
+    also = _also_blind(report)
+    return [*lines, *rows, *also, report.heatmap(_SHORT_MAP), *map(_wrap, words)]
 
 
-def suggestion(report: CausalityReport) -> list[str]:
-    """What to look at, where the pattern of the leaking pairs tells."""
-    measured = ~report.allowed & ~np.isnan(report.matrix)
-    leaking = report.leaking()
-    if report.joint or not leaking.any():
-        return []
-    ahead = np.subtract.outer(*[-np.arange(len(leaking))] * 2)
-    steps = np.unique(ahead[leaking])
-    if len(steps) == 1 and leaking.sum() > max(2, (measured & (ahead == steps[0])).sum() / 2):
-        return [_one_step(int(steps[0]), report.kind)]
-    changes = report.matrix[measured]
-    if (changes > 0).mean() < 0.9 or np.median(changes) < 0.01 * changes.max():
-        return []
-    if report.kind == "independent":
-        return [
-            "All pairs leak alike: look for statistics over the batch (a norm over its axis, "
-            "BatchNorm in training) or a layer that lacks its jax.vmap over examples."
-        ]
+def _blind_lines(report: CausalityReport) -> list[str]:
+    words = [*suggestions(report), *report.notes, *report.assumptions, *_unproved(report)]
+    effort = [_effort(report)] if report.edits else []
     return [
-        "All pairs leak alike: look for a norm, mean or softmax over the sequence axis, a layer "
-        "that lacks its jax.vmap over positions, or a missing mask."
+        f"blind: {_BLIND}.",
+        *_missing_rows(report),
+        report.heatmap(_SHORT_MAP),
+        *map(_wrap, [*words, *effort]),
     ]
 
 
-def _one_step(step: int, kind: str) -> str:
-    if step == 0:
-        return (
-            "Every leak is of the output's own input: look for inputs that are not shifted by one, "
-            "or for a mask that lets the diagonal through."
-        )
-    if kind == "independent":
-        where = f"{abs(step)} {'later' if step > 0 else 'earlier'}"
-        return f"Every leak reaches the example {where}: look for a roll or a shift of the batch."
-    return f"Every leak reaches {step} ahead: look for a mask or a shift off by {step}."
+def _also_blind(report: CausalityReport) -> list[str]:
+    return [f"And blind: {_BLIND}.", *_missing_rows(report)] if report.blind else []
+
+
+def _missing_rows(report: CausalityReport) -> list[str]:
+    missing = report.missing()
+    measured = int((report.required & ~np.isnan(report.matrix)).sum())
+    return [
+        f"{missing.sum()} of {measured} required pairs that were measured:",
+        *_rows(report, missing, "report.unread()"),
+    ]
+
+
+def _rows(report: CausalityReport, mask: np.ndarray, method: str, others: str = "") -> list[str]:
+    """The first of some pairs, those of the largest change."""
+    pairs = np.argwhere(mask)
+    changes = report.matrix[mask]
+    first = np.argsort(-changes, kind="stable")[:_SHOWN]
+    rows = [
+        f"  output {report.outputs.name(t)} <- input {report.inputs.name(j)}{others}"
+        + (f"   {change:.2g}" if change else "")
+        for (t, j), change in zip(pairs[first], changes[first], strict=True)
+    ]
+    more = len(pairs) - _SHOWN
+    return rows + ([f"  and {more} more: {method}"] if more > 0 else [])
 
 
 def _title(report: CausalityReport) -> str:
     """Of the heat map."""
-    if not report.leak:
-        return report.status + " (grey: not measured)" * bool(np.isnan(report.matrix).any())
-    count = len(report.pairs())
-    pairs = "pair" if count == 1 else "pairs"
-    return f"leak: {count} forbidden {pairs} (red)"
+    found = [_counted(report.leaking(), "forbidden", "red")] if report.leak else []
+    found += [_counted(report.missing(), "required", "yellow")] if report.blind else []
+    if report.status in ("leak", "blind"):
+        return f"{report.status}: {' and '.join(found)}"
+    return report.status + " (grey: not measured)" * bool(np.isnan(report.matrix).any())
+
+
+def _counted(mask: np.ndarray, which: str, colour: str) -> str:
+    count = int(mask.sum())
+    return f"{count} {which} {'pair' if count == 1 else 'pairs'} ({colour})"
 
 
 def _effort(report: CausalityReport) -> str:
-    what = "examples kept" if report.kind == "independent" else "splits"
+    what = {"independent": "examples kept", "reads": "distinct rows of the rule"}
     return (
-        f"Tried {len(report.splits)} of {report.possible_splits} {what} with {report.edits} "
-        "edited inputs."
+        f"Tried {len(report.splits)} of {report.possible_splits} "
+        f"{what.get(report.kind, 'splits')} with {report.edits} edited inputs."
     )
 
 

@@ -12,7 +12,7 @@ and rounded to the grid of their own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -34,15 +34,24 @@ def trace(fn: Callable, leaves: Sequence[Any]) -> jex.ClosedJaxpr:
     return jax.make_jaxpr(lambda *args: fn(*args))(*leaves)
 
 
-def widen(closed: jex.ClosedJaxpr, to: Any = np.float64) -> Callable[..., tuple[Array, ...]]:
+class _How(NamedTuple):
+    """Every float becomes one of `to`; a constant is what `constant` makes of it."""
+
+    to: np.dtype
+    constant: Callable[[Any], Any]
+
+
+def widen(
+    closed: jex.ClosedJaxpr, to: Any = np.float64, constant: Callable[[Any], Any] = lambda c: c
+) -> Callable[..., tuple[Array, ...]]:
     """A function of the same leaves that evaluates `closed` with every float as `to`.
 
-    Call it under `jax.enable_x64(True)`.
+    `constant` may put others in the place of the constants. Call it under `jax.enable_x64(True)`.
     """
-    to = np.dtype(to)
+    how = _How(np.dtype(to), constant)
 
     def wide(*leaves: Array) -> tuple[Array, ...]:
-        return tuple(_evaluate(closed, [_wide(leaf, to) for leaf in leaves], to))
+        return tuple(_evaluate(closed, [_wide(leaf, how.to) for leaf in leaves], how))
 
     return wide
 
@@ -56,6 +65,23 @@ def float_dtypes(closed: jex.ClosedJaxpr) -> set[np.dtype]:
             if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
                 found.add(np.dtype(jnp.finfo(dtype).dtype))
     return found
+
+
+def coarsest(*functions: jex.ClosedJaxpr) -> np.dtype:
+    """The least precise float in the functions, wherever it stands; float32 if they have none.
+
+    A float32 model that multiplies in bfloat16 rounds as bfloat16 does. But casts to float8 and
+    float4 are quantisation: a noise level of their size would hide everything.
+    """
+    found = {dtype for closed in functions for dtype in float_dtypes(closed)}
+    rounded = {dtype for dtype in found if not is_quantised(dtype)}
+    return max(rounded, key=lambda dtype: jnp.finfo(dtype).eps, default=np.dtype(np.float32))
+
+
+def float_constants(closed: jex.ClosedJaxpr) -> list[np.ndarray]:
+    """The constants of the traced function that are floats or complex, those in loops included."""
+    consts = [np.asarray(c) for c in _all_consts(closed) if not is_key(c)]
+    return [const for const in consts if jnp.issubdtype(const.dtype, jnp.inexact)]
 
 
 def is_quantised(dtype: Any) -> bool:
@@ -83,24 +109,26 @@ def same_trace(one: jex.ClosedJaxpr, two: jex.ClosedJaxpr) -> bool:
     )
 
 
-def _evaluate(closed: Any, args: Sequence[Array], to: np.dtype) -> list[Array]:
+def _evaluate(closed: Any, args: Sequence[Array], how: _How) -> list[Array]:
     jaxpr = opened(closed)
-    consts = [_wide(const, to) for const in _consts(closed)]
+    consts = [_wide(how.constant(const), how.to) for const in _consts(closed)]
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def read(atom):
-        return _wide(atom.val, to) if isinstance(atom, jex.Literal) else values[atom]
+        if isinstance(atom, jex.Literal):
+            return _wide(how.constant(atom.val), how.to)
+        return values[atom]
 
     for eqn in jaxpr.eqns:
         if not eqn.outvars:
             continue  # a debug callback: once is enough
-        outs = _equation(eqn, [read(atom) for atom in eqn.invars], to)
+        outs = _equation(eqn, [read(atom) for atom in eqn.invars], how)
         for var, out in zip(eqn.outvars, outs, strict=True):
-            values[var] = _wide(_on_grid(out, _aval(var)), to)
+            values[var] = _wide(_on_grid(out, _aval(var)), how.to)
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _equation(eqn: jex.JaxprEqn, args: list[Array], to: np.dtype) -> Sequence[Array]:
+def _equation(eqn: jex.JaxprEqn, args: list[Array], how: _How) -> Sequence[Array]:
     name, params = eqn.primitive.name, eqn.params
     if _is_opaque(eqn):
         dtypes = [_aval(atom).dtype for atom in eqn.invars]
@@ -109,8 +137,8 @@ def _equation(eqn: jex.JaxprEqn, args: list[Array], to: np.dtype) -> Sequence[Ar
         return args
     inner = called(eqn)
     if inner is not None:
-        return _evaluate(inner, args, to)
-    return _bind(eqn, args, {key: _wide_param(key, value, to) for key, value in params.items()})
+        return _evaluate(inner, args, how)
+    return _bind(eqn, args, {key: _wide_param(key, value, how) for key, value in params.items()})
 
 
 def _bind(eqn: jex.JaxprEqn, args: Sequence[Array], params: dict) -> Sequence[Array]:
@@ -170,22 +198,23 @@ def _scan_origins(eqn: jex.JaxprEqn, ins: list[frozenset[str]]) -> list[frozense
         ins = [*ins[:first], *carry, *ins[last:]]
 
 
-def _wide_param(key: str, value: Any, to: np.dtype) -> Any:
+def _wide_param(key: str, value: Any, how: _How) -> Any:
     if isinstance(value, tuple) or is_jaxpr(value):
-        return jax.tree.map(lambda leaf: _wide_jaxpr(leaf, to), value, is_leaf=is_jaxpr)
+        return jax.tree.map(lambda leaf: _wide_jaxpr(leaf, how), value, is_leaf=is_jaxpr)
     if key == "precision":
         return None
-    return _wide_dtype(value, to) if isinstance(value, np.dtype) else value
+    return _wide_dtype(value, how.to) if isinstance(value, np.dtype) else value
 
 
-def _wide_jaxpr(closed: Any, to: np.dtype) -> Any:
+def _wide_jaxpr(closed: Any, how: _How) -> Any:
     if not is_jaxpr(closed):
         return closed
     avals = [_aval(var) for var in opened(closed).invars]
     structs = [
-        jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype, to), sharding=a.sharding) for a in avals
+        jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype, how.to), sharding=a.sharding)
+        for a in avals
     ]
-    wide = jax.make_jaxpr(lambda *args: _evaluate(closed, args, to))(*structs)
+    wide = jax.make_jaxpr(lambda *args: _evaluate(closed, args, how))(*structs)
     return wide if isinstance(closed, jex.ClosedJaxpr) else opened(wide)
 
 
@@ -232,7 +261,12 @@ def _all_consts(closed: Any) -> list[Any]:
     return consts
 
 
+def is_key(value: Any) -> bool:
+    """Whether `value` is an array of random keys."""
+    return jnp.issubdtype(jnp.asarray(value).dtype, jax.dtypes.prng_key)
+
+
 def _same_bits(a: Any, b: Any) -> bool:
-    if jnp.issubdtype(jnp.asarray(a).dtype, jax.dtypes.prng_key):
+    if is_key(a):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
     return np.array_equal(np.asarray(a), np.asarray(b), equal_nan=False) or a is b

@@ -33,6 +33,7 @@ from eqx_norms.causality import CausalityError, CausalityReport
 
 from ..arguments import folder_path
 from ..names_data import read_names
+from .cache import writer
 from .checkpoint import State, load
 from .data import Data, batch_at, split
 from .instead import INSTEAD
@@ -163,7 +164,9 @@ def summary(runs: Sequence[Run], data: Data, figure: Path) -> None:
     how = {"seed": settings.seed, "judge": state.model if settings.norm == "per-token" else None}
     outcomes = [outcome("bigram", Bigram(data.train, len(data.vocabulary)), data, **how)]
     for settings, state, _, report in runs:
-        seen = {"verdict": report, "history": state.history}
+        write, said = writer(state.model, data)
+        print(f"\n{settings.norm} {said}", flush=True)
+        seen = {"verdict": report, "history": state.history, "write": write}
         outcomes.append(outcome(settings.norm, state.model, data, **seen, **how))
     print(f"\n{table(outcomes, data)}\n\n{legend(outcomes)}")
     for one in outcomes:

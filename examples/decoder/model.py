@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 import eqx_norms
 from eqx_norms import is_norm
@@ -106,16 +106,20 @@ class Block(eqx.Module):
 
     def __call__(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
         mask = jnp.tri(len(x), dtype=bool)
-        attend = lambda h: self.after1(self.attention(h, h, h, mask=mask))
+        return self.around(x, lambda h: (self.attention(h, h, h, mask=mask), None))[0]
+
+    def around(
+        self, x: Float[Array, "tokens features"], attend: Callable
+    ) -> tuple[Float[Array, "tokens features"], PyTree]:
+        """The block around any `attend`, and what that returns beside its output: a cache."""
         feed = lambda h: self.after2(jax.vmap(self.mlp)(h))
+        h = x if self.placement == "post" else self.norm1(x)
+        mixed, kept = attend(h)
+        x = x + self.after1(mixed)
         if self.placement == "post":
-            x = self.norm1(x + attend(x))
-            return self.norm2(x + feed(x))
-        if self.placement == "parallel":
-            h = self.norm1(x)
-            return x + attend(h) + feed(h)
-        x = x + attend(self.norm1(x))
-        return x + feed(self.norm2(x))
+            x = self.norm1(x)
+            return self.norm2(x + feed(x)), kept
+        return x + feed(h if self.placement == "parallel" else self.norm2(x)), kept
 
 
 class Decoder(eqx.Module):

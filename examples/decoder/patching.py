@@ -35,7 +35,7 @@ from .train import start, train
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NAMES = 1024  # held-out ones that are read
+NAMES = 512  # held-out ones that are read
 FURTHEST = 6  # letters back
 
 # ---- Reading a name with another one's outputs.
@@ -116,7 +116,9 @@ def effects(model: Decoder, names: Int[Array, "names context"], parts: Sequence[
     read = lambda masks: np.asarray(patched_nats(model, names, other, masks))
     nothing = {key: np.zeros(value.shape[1:], bool) for key, value in other.items()}
     clean, there = read(nothing), np.asarray(counted(names))
-    mean = lambda nats, axis=None: np.mean(nats - clean, axis, where=there)
+    # Where no name is so long, 0.
+    letters = lambda axis: np.maximum(there.sum(axis), 1)
+    mean = lambda nats, axis=None: np.sum(nats - clean, axis, where=there) / letters(axis)
     tokens = names.shape[1]
     total, by_place, by_distance = [], [], []
     for part in tqdm(parts, unit="part", disable=None):

@@ -37,10 +37,11 @@ def outcome(
     judge: Callable | None = None,
     verdict: CausalityReport | None = None,
     history: Sequence[tuple[int, float]] = (),
+    write: Callable = sample,
 ) -> Outcome:
     context = data.train.shape[1]
     key = jr.fold_in(jr.key(seed), 1)  # the model's parameters are of the key itself
-    samples = np.asarray(sample(model, key, count=SAMPLES, context=context))
+    samples = np.asarray(write(model, key, count=SAMPLES, context=context))
     return Outcome(
         norm=name,
         verdict=verdict,

@@ -1,0 +1,314 @@
+"""Two functions on the same inputs: rounding or a difference, as a second precision tells."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from .._real import Real
+from ._widen import coarsest, float_constants, float_dtypes, is_key, opaque_parts, widen
+
+_EPS32, _EPS64 = (float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64))
+# Rounding shrinks 2**29-fold from float32 to float64, from coarser floats by more. Where it was
+# small by luck, as it may be in a leaf of few entries, it seems to shrink by less.
+_SHRINK = 2.0**23
+# A constant may have been rounded in both, each time by half an eps, or by some more where it
+# was computed from others.
+_CONSTANTS = 4.0
+# How much smaller a difference must be in a precision that would show it to be none.
+_HIDDEN = 4.0
+
+Row = Sequence[Array]  # an input, its leaves
+Outputs = list[list[np.ndarray]]  # for each of K inputs its L leaves, floats as float64
+
+
+class Gaps(NamedTuple):
+    """How far apart two functions are at each of K inputs in each of L leaves of the output.
+
+    - `size`: the largest difference of two entries; infinite where one alone is NaN or infinite.
+    - `scale`: the largest finite magnitude among the entries that differ.
+    """
+
+    size: Float[np.ndarray, "K L"]
+    scale: Float[np.ndarray, "K L"]
+
+
+class Runs(NamedTuple):
+    """The outputs of both functions in one precision, and how far rounding alone may go there."""
+
+    one: Outputs
+    two: Outputs
+    gaps: Gaps
+    limit: Float[np.ndarray, "K L"]
+    eps: float
+
+    @property
+    def discrete(self) -> Bool[np.ndarray, " L"]:
+        """Which leaves hold integers or bools."""
+        return np.array([leaf.dtype.kind not in "fc" for leaf in self.one[0]])
+
+    @property
+    def ulps(self) -> float:
+        """The largest finite difference of floats, in eps of the largest entry that differs."""
+        size, scale = self.gaps
+        told = np.isfinite(size) & (scale > 0) & ~self.discrete
+        return float((size[told] / scale[told]).max(initial=0) / self.eps)
+
+
+class Verdict(NamedTuple):
+    """What the two functions are to each other, and at which inputs and leaves they are that.
+
+    `exact` are the runs in float64, None where it was not asked; `judged` those that decided.
+    """
+
+    status: str
+    where: Bool[np.ndarray, "K L"]
+    own: Runs
+    exact: Runs | None
+    judged: Runs
+    notes: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Tells a difference of two traced functions from rounding.
+
+    What float64 leaves of a difference is rounding if it is no larger than the sum of what can
+    be measured of rounding there: `noise_ulps` eps of float64; a small part of what each function
+    rounds in its own precision; `noise_ulps` times as far as the outputs move when inputs and
+    constants do by an eps; and what the rounding of constants that the two do not share may do.
+    """
+
+    one: jex.ClosedJaxpr
+    two: jex.ClosedJaxpr
+    rows: Sequence[Row]
+    noise_ulps: Real
+    confirm_x64: bool
+
+    @property
+    def eps(self) -> float:
+        """That of the least precise float in the two."""
+        return float(jnp.finfo(coarsest(self.one, self.two)).eps)
+
+    def verdict(self) -> Verdict:
+        """Runs both on every input, and again in float64 where they differ."""
+        own = self._runs(_own(self.one, self.rows), _own(self.two, self.rows), self.eps)
+        changed = own.gaps.size > 0
+        if not changed.any():
+            return Verdict("same bits", changed, own, None, own)
+        # No rounding: integers must be equal, and NaN where the other has none is a difference.
+        broken = np.isinf(own.gaps.size) | (changed & own.discrete)
+        large = broken | (own.gaps.size > own.limit)
+        by_size = Verdict("different" if large.any() else "rounding", large, own, None, own)
+        if not self.confirm_x64 or not float_dtypes(self.one) | float_dtypes(self.two):
+            return by_size
+        try:
+            exact = self._in_float64(own)
+        except Exception as error:  # what has no float64 form may raise what it likes
+            reason = str(error).split("\n")[0]
+            note = f"The float64 re-run failed ({type(error).__name__}: {reason})."
+            unknown = by_size._replace(status="undecided", where=changed)
+            return (by_size if large.any() else unknown)._replace(notes=(note,))
+        exact, undecided, notes = self._tell(own, exact)
+        if broken.any():
+            notes = [*notes, *_about_broken(broken, exact)]
+            return Verdict("different", broken, own, exact, own, notes)
+        different = (exact.gaps.size > exact.limit) & ~undecided
+        if different.any():
+            return Verdict("different", different, own, exact, exact, notes)
+        status = "undecided" if undecided.any() else "rounding"
+        return Verdict(status, undecided, own, exact, exact if undecided.any() else own, notes)
+
+    def _runs(self, one: Outputs, two: Outputs, eps: float) -> Runs:
+        runs = Runs(one, two, found := gaps(one, two), found.scale, eps)
+        return runs._replace(limit=np.where(runs.discrete, 0, self.noise_ulps * eps * found.scale))
+
+    def _in_float64(self, own: Runs) -> Runs:
+        exact = self._runs(_wide(self.one, self.rows), _wide(self.two, self.rows), _EPS64)
+        shrunk = _rounding(self.one, self.rows, own.one, exact.one)
+        shrunk += _rounding(self.two, self.rows, own.two, exact.two)
+        return exact._replace(limit=exact.limit + shrunk / _SHRINK)
+
+    def _tell(self, own: Runs, exact: Runs) -> tuple[Runs, Bool[np.ndarray, "K L"], Sequence[str]]:
+        """With all that rounding may do, what float64 cannot decide, and why not."""
+        doubtful = exact.gaps.size > exact.limit
+        if not doubtful.any():
+            return exact, doubtful, []
+        chosen = np.flatnonzero(doubtful.any(1))
+        moved = np.zeros_like(exact.limit)
+        moved[chosen] = self._moved(chosen, exact)
+        rounded = np.zeros_like(exact.limit)
+        rounded[chosen] = self._rounded_constants(chosen, exact)
+        limit = exact.limit + self.noise_ulps * moved + _CONSTANTS * rounded
+        exact = exact._replace(limit=limit)
+        return exact, *self._undecided(own, exact, doubtful, moved)
+
+    def _undecided(
+        self,
+        own: Runs,
+        exact: Runs,
+        doubtful: Bool[np.ndarray, "K L"],
+        moved: Float[np.ndarray, "K L"],
+    ) -> tuple[Bool[np.ndarray, "K L"], list[str]]:
+        """The differences that float64 does not decide, and why not."""
+        above = exact.gaps.size > exact.limit
+        size, scale = exact.gaps
+        notes = []
+        blurred = doubtful & ~above & (scale > 0) & (self.noise_ulps * moved > _EPS32 * scale)
+        if blurred.any():
+            share = (moved[blurred] / scale[blurred]).max()
+            notes += [
+                "The functions are chaotic: an eps of float64 in inputs and constants moves the "
+                f"outputs by up to {share:.2g} of their size, so that rounding may do as much."
+            ]
+        names = ", ".join(sorted(opaque_parts(self.one) | opaque_parts(self.two)))
+        behind = np.zeros_like(above)
+        if names and above.any():
+            reach = self.noise_ulps * self.eps * np.maximum(scale, moved / _EPS64)
+            behind = above & (size <= reach)
+        if behind.any():
+            notes += [f"The float64 re-run is not conclusive: {names} has no such form."]
+        hidden = above & (_HIDDEN * np.maximum(own.gaps.size, self.eps * scale) < size)
+        if hidden.any():
+            notes += [
+                "In float64 the two are further apart than in their own precision, which would "
+                "show as much: as where one computes a table that the other was given, with the "
+                "rounding of its own precision in it. Compute it in both, or in none."
+            ]
+        return blurred | behind | hidden, notes
+
+    def _moved(self, chosen: np.ndarray, exact: Runs) -> Float[np.ndarray, "C L"]:
+        """How far the outputs of both move when inputs and constants do by an eps of float64."""
+        rng = np.random.default_rng(0)
+        nudge = lambda value: _nudged(value, rng, _EPS64)
+        with jax.enable_x64(True):
+            place = lambda leaf: jax.device_put(nudge(leaf), leaf.sharding)
+            rows = [[place(leaf) for leaf in self.rows[k]] for k in chosen]
+        one = gaps([exact.one[k] for k in chosen], _wide(self.one, rows, nudge)).size
+        return one + gaps([exact.two[k] for k in chosen], _wide(self.two, rows, nudge)).size
+
+    def _rounded_constants(self, chosen: np.ndarray, exact: Runs) -> Float[np.ndarray, "C L"]:
+        """How far the outputs move when constants do by half an eps of their own dtype.
+
+        A constant was rounded when the function was traced, and float64 does not undo that. But
+        what both functions hold makes no difference.
+        """
+        total = np.zeros((len(chosen), exact.limit.shape[1]))
+        rows, rng = [self.rows[k] for k in chosen], np.random.default_rng(0)
+        both = (self.one, self.two, exact.one), (self.two, self.one, exact.two)
+        for closed, other, before in both:
+            constants = map(_as_float64, float_constants(other))
+            held = np.concatenate([[0.0], *map(np.ravel, constants)])
+            alone = lambda value, held=held: np.isin(value, held, invert=True)
+            if any((alone(c) & ~_is_exact(c)).any() for c in float_constants(closed)):
+                nudge = lambda value, alone=alone: _nudged(value, rng, where=alone(value))
+                after = _wide(closed, rows, nudge)
+                total += gaps([before[k] for k in chosen], after).size
+        return total
+
+
+def gap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How far each entry of one output is from that of another, 0 where both are NaN."""
+    if a.dtype.kind not in "fc":  # of two large integers the float difference may round to 0
+        size = np.maximum(np.abs(a.astype(np.float64) - b.astype(np.float64)), 1)
+        return np.where(a == b, 0, size)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        size = np.abs(a - b)
+    size = np.where(np.isnan(size), np.inf, size)
+    return np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0, size)
+
+
+def gaps(one: Outputs, two: Outputs) -> Gaps:
+    """Of every input and leaf the largest gap, and how large the entries are that differ."""
+    size, scale = [], []
+    for row in zip(one, two, strict=True):
+        apart = [gap(a, b) for a, b in zip(*row, strict=True)]
+        size.append([leaf.max(initial=0) for leaf in apart])
+        scale.append([_scale(*leaf) for leaf in zip(*row, apart, strict=True)])
+    return Gaps(np.array(size, np.float64), np.array(scale, np.float64))
+
+
+def _scale(a: np.ndarray, b: np.ndarray, apart: np.ndarray) -> float:
+    sizes = np.stack([np.abs(leaf * 1.0) for leaf in (a, b)])
+    return sizes[:, apart > 0].max(initial=0, where=np.isfinite(sizes[:, apart > 0]))
+
+
+def _own(closed: jex.ClosedJaxpr, rows: Sequence[Row]) -> Outputs:
+    return _run(jax.jit(jex.jaxpr_as_fun(closed)), rows)
+
+
+def _wide(
+    closed: jex.ClosedJaxpr,
+    rows: Sequence[Row],
+    constant: Callable[[Any], Any] = lambda c: c,
+    to: Any = np.float64,
+) -> Outputs:
+    with jax.enable_x64(True), np.errstate(over="ignore"):  # a constant too large for float32
+        return _run(jax.jit(widen(closed, to, constant)), rows)
+
+
+def _run(fn: Callable, rows: Sequence[Row]) -> Outputs:
+    return [host(fn(*row)) for row in rows]
+
+
+def host(leaves: Sequence[Array]) -> list[np.ndarray]:
+    """NumPy arrays of the same values, of floats as float64."""
+    return [_as_float64(np.asarray(leaf)) for leaf in leaves]
+
+
+def _as_float64(values: np.ndarray) -> np.ndarray:
+    if not jnp.issubdtype(values.dtype, jnp.inexact):
+        return values
+    return values.astype(np.complex128 if np.iscomplexobj(values) else np.float64)
+
+
+def _rounding(closed, rows: Sequence[Row], own: Outputs, exact: Outputs) -> np.ndarray:
+    """How far a function is from itself in float64, or one of float64 from itself in float32."""
+    if coarsest(closed) == np.float64:
+        own = _wide(closed, rows, to=np.float32)
+    apart = [map(gap, *row) for row in zip(own, exact, strict=True)]
+    finite = [[leaf[np.isfinite(leaf)].max(initial=0) for leaf in row] for row in apart]
+    return np.array(finite, np.float64)
+
+
+def _nudged(
+    value: Any, rng: np.random.Generator, by: float | None = None, where: Any = True
+) -> Any:
+    """`value` in float64, each entry up or down by `by` of its size, by default half an eps."""
+    if is_key(value) or not jnp.issubdtype((values := np.asarray(value)).dtype, jnp.inexact):
+        return value
+    by = float(jnp.finfo(values.dtype).eps) / 2 if by is None else by
+    moves = rng.choice([-by, by], size=values.shape)
+    return _as_float64(values) * (1 + np.where(where & ~_is_exact(values), moves, 0))
+
+
+def _is_exact(values: np.ndarray) -> np.ndarray:
+    """Which numbers were hardly rounded: short ones, as 0.5, and those of an array of integers."""
+    bits = (jnp.finfo(values.dtype).nmant + 1) // 2
+    exact = _as_float64(values)
+    parts = np.stack([np.real(exact), np.imag(exact)])
+    whole = parts == np.round(parts)
+    shifted = np.ldexp(np.frexp(parts)[0], bits)
+    return np.asarray(((shifted == np.round(shifted)) | whole.all()).all(0))
+
+
+def _about_broken(broken: Bool[np.ndarray, "K L"], exact: Runs) -> list[str]:
+    """What float64 says about integers, NaN and infinities that only one of the two has."""
+    alike = broken & ~(exact.gaps.size > exact.limit)
+    notes = []
+    if (alike & exact.discrete).any():
+        notes += [
+            "In float64 both give the same integers: those that differ stand where two scores "
+            "nearly tie, or at a threshold, and rounding decides. Compare what they come from."
+        ]
+    if (alike & ~exact.discrete).any():
+        notes += [
+            "In float64 both are finite alike: one of them overflows in its own precision. Smaller "
+            "scales= keep to inputs like x."
+        ]
+    return notes

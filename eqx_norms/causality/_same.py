@@ -1,0 +1,222 @@
+"""Is this the same function? Two of them on the same inputs, judged as changes of one are."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from .._real import Integer, Real
+from ._compare import Judge, gaps, host
+from ._edits import Edit, TokenValues, make_editor
+from ._inputs import _fixed_leaves, _input_leaf, _named_leaves, _output_leaf, traced
+from ._judge import DIFFERS_FROM_ITSELF
+from ._same_report import SameReport, make_report
+from ._widen import coarsest, same_trace
+
+
+class DifferenceError(AssertionError):
+    """Two functions differ by more than rounding, or nothing can tell; see its `report`."""
+
+    def __init__(self, report: SameReport, err_msg: str = ""):
+        self.report = report
+        super().__init__(f"{err_msg}\n{report}" if err_msg else str(report))
+
+
+def assert_same(
+    one: Callable[[PyTree], PyTree],
+    two: Callable[[PyTree], PyTree],
+    x: PyTree,
+    *,
+    axis: int = 0,
+    inputs: Integer = 7,
+    scales: Sequence[Real] = (0.01, 1.0, 10.0),
+    token_values: TokenValues = None,
+    fixed: str | Iterable[str] = (),
+    noise_ulps: Real = 64,
+    confirm_x64: bool = True,
+    key: PRNGKeyArray | None = None,
+    err_msg: str = "",
+) -> SameReport:
+    """Raises `DifferenceError` if the two functions differ by more than rounding.
+
+    Both run on `x` and on edits of it. Where all values are equal, they are the same. Otherwise
+    both run again with every float in float64, parameters in closures and casts inside included:
+    rounding shrinks there, a difference does not. No tolerance is to be guessed; what rounding
+    can be in float64 is measured. It is for caches, refactorings, `replace_norms`, fused forms.
+
+    ```python
+    import jax
+    from eqx_norms.causality import assert_same
+
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+    print(assert_same(lambda x: (x @ x.T) @ x, lambda x: x @ (x.T @ x), x))
+    ```
+
+    What it cannot see: a difference at inputs of other values or shapes, one below the last bit of
+    outputs that are equal otherwise, and what is below the `limit` in the report.
+
+    **Arguments:**
+
+    - `one`, `two`: functions of one argument that JAX can trace. Parameters, masks and keys go in
+        by closure.
+    - `x`: their input, an array or a pytree of arrays: floats of any dtype, complex numbers,
+        integer tokens, bools. Its values should be typical ones.
+    - `axis`: that of the positions in the outputs. Only for the report, which says from which
+        position on they differ.
+    - `inputs`: how many edits of `x` are tried beside it, each of which replaces all of it. 0 is
+        `x` alone.
+    - `scales`: how large the replaced floats are, in units of the root mean square of `x`. Small
+        ones show what is added under a square root, large ones a mask that is too weak.
+    - `token_values`, `fixed`, `key`: as for [`eqx_norms.causality.assert_causal`][].
+    - `noise_ulps`: how many eps of float64, times the size of the outputs, count as rounding in
+        any case, and how many times as far as outputs move when inputs and constants do by an eps.
+    - `confirm_x64`: whether to ask float64. If not, size decides: what is below `noise_ulps` eps
+        of the least precise dtype in the functions is rounding, what is above a difference.
+    - `err_msg`: a line to begin the error message with.
+
+    **Returns:**
+
+    The [`eqx_norms.causality.SameReport`][]. Floats may be of different dtypes, and integers:
+    values are compared.
+
+    **Raises:**
+
+    - `DifferenceError`, an `AssertionError`, if the status is `"different"` or `"undecided"`; it
+        carries `.report`.
+    - `ValueError` or `TypeError` if the question cannot be answered: outputs of other structures,
+        shapes or kinds of numbers, a function that differs from itself, or a wrong option.
+    """
+    if inputs < 0 or not noise_ulps >= 0:
+        raise ValueError(
+            f"inputs and noise_ulps must be at least 0, got inputs={inputs}, "
+            f"noise_ulps={noise_ulps}"
+        )
+    given = _given(x, fixed)
+    first, second = (_traced(fn, given) for fn in (one, two))
+    _require_alike(first, second, axis)
+    edits = _edits(given, int(inputs), scales, token_values, key) if inputs and given.leaves else []
+    rows = [[*given.leaves.values()], *edits]
+    judge = Judge(first.closed, second.closed, rows, noise_ulps, confirm_x64)
+    verdict = judge.verdict()
+    if verdict.status == "different":
+        for function, before in ((first, verdict.own.one), (second, verdict.own.two)):
+            _require_same_again(function, rows[0], before[0], noise_ulps * judge.eps)
+    dtype = str(coarsest(first.closed, second.closed))
+    report = make_report(verdict, dtype, [given.whole(row) for row in rows], first.names, axis)
+    if report.status in ("different", "undecided"):
+        raise DifferenceError(report, err_msg)
+    return report
+
+
+def check_same(
+    one: Callable[[PyTree], PyTree], two: Callable[[PyTree], PyTree], x: PyTree, **options
+) -> SameReport:
+    """The report of [`eqx_norms.causality.assert_same`][], of any status; the same options."""
+    try:
+        return assert_same(one, two, x, **options)
+    except DifferenceError as error:
+        return error.report
+
+
+class _Given(NamedTuple):
+    """The arrays of an input that edits replace, by path, and how it is made of them."""
+
+    leaves: dict[str, Array]
+    whole: Callable[[Sequence[Any]], PyTree]
+
+
+class _Traced(NamedTuple):
+    """A function of flat leaves, its trace, and its outputs: their tree and their paths."""
+
+    flat: Callable[..., tuple[Array, ...]]
+    closed: jex.ClosedJaxpr
+    tree: Any
+    names: tuple[str, ...]
+
+
+def _given(x: PyTree, fixed: str | Iterable[str]) -> _Given:
+    named, treedef = _named_leaves(x)
+    kept = _fixed_leaves(named, fixed)
+    leaves = {name: _input_leaf(leaf) for name, leaf in named.items() if name not in kept}
+
+    def whole(values: Sequence[Any]) -> PyTree:
+        all_leaves = {**kept, **dict(zip(leaves, values, strict=True))}
+        return jax.tree.unflatten(treedef, [all_leaves[name] for name in named])
+
+    return _Given(leaves, whole)
+
+
+def _traced(fn: Callable, given: _Given) -> _Traced:
+    if not callable(fn):
+        raise TypeError(f"one and two must be functions of one argument, got {type(fn).__name__}")
+    shape = {}
+
+    def flat(*values: Array) -> tuple[Array, ...]:
+        out = fn(given.whole(values))
+        named, shape["tree"] = _named_leaves(out)
+        shape["names"] = tuple(named)
+        return tuple(map(_output_leaf, named.values()))
+
+    closed = traced(flat, [*given.leaves.values()])
+    if not closed.out_avals:
+        raise TypeError("one and two must return an array or a pytree of arrays, got none in it")
+    return _Traced(flat, closed, shape["tree"], shape["names"])
+
+
+def _require_alike(one: _Traced, two: _Traced, axis: int) -> None:
+    if one.tree != two.tree:
+        raise ValueError(
+            f"one and two must return pytrees of the same structure, got {one.tree} and {two.tree}"
+        )
+    for name, a, b in zip(one.names, one.closed.out_avals, two.closed.out_avals, strict=True):
+        what = f"output {name!r}" if name else "the output"
+        if a.shape != b.shape:
+            raise ValueError(
+                f"{what} must have the same shape from one and two, got {a.shape} and {b.shape}"
+            )
+        if _kind(a.dtype) != _kind(b.dtype):
+            raise TypeError(
+                f"{what} must hold the same kind of numbers, got {a.dtype} and {b.dtype}; floats "
+                "of any precision can be compared, and integers of any size"
+            )
+    dims = [aval.ndim for aval in one.closed.out_avals]
+    if not any(-dim <= axis < dim for dim in dims) and any(dims):
+        raise ValueError(f"axis={axis} does not exist in any output, which have {dims} axes")
+
+
+def _kind(dtype: Any) -> str:
+    kinds = {"bool": jnp.bool_, "integer": jnp.integer, "float": jnp.floating}
+    return next((kind for kind, of in kinds.items() if jnp.issubdtype(dtype, of)), "complex")
+
+
+def _edits(given: _Given, count: int, scales, token_values, key) -> Iterator[list[Array]]:
+    """Every leaf replaced as a whole, each time in another way."""
+    flat = [np.asarray(leaf).reshape(-1) for leaf in given.leaves.values()]
+    together = make_editor(flat, [0] * len(flat), scales, token_values, key, [*given.leaves])
+    editors = [dataclasses.replace(together, leaves=(leaf,)) for leaf in together.leaves]
+    for number in range(count):
+        row = []
+        for place, (editor, leaf) in enumerate(zip(editors, given.leaves.values(), strict=True)):
+            where = np.ones(editor.length, bool)
+            edit = Edit(where, number % editor.kinds, seed=3_000_000 + number * len(flat) + place)
+            (new,) = editor.apply(edit)
+            row.append(jax.device_put(new.reshape(leaf.shape), leaf.sharding))
+        yield row
+
+
+def _require_same_again(
+    function: _Traced, row: Sequence[Array], before: Sequence[np.ndarray], eps: Real
+) -> None:
+    """Refuses a function that is another when it is traced again: it draws random numbers."""
+    again = traced(function.flat, row)
+    if same_trace(function.closed, again):
+        return
+    # The text of a trace may also differ by an address. Then only the values can tell.
+    found = gaps([[*before]], [host(jax.jit(jex.jaxpr_as_fun(again))(*row))])
+    if (found.size > eps * found.scale).any():
+        raise ValueError(DIFFERS_FROM_ITSELF)

@@ -1,0 +1,288 @@
+"""What `assert_same` says: where two functions differ, what it cannot decide, and what it refuses.
+
+The oracle is the way a pair is made.
+"""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from draws import seed
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from eqx_norms.causality import DifferenceError, _compare as comparing, assert_same, check_same
+
+T, D = 6, 4
+
+
+def words(report):
+    """The text of a report on one line."""
+    return " ".join(str(report).split())
+
+
+def backwards(x):
+    """The sum of each row, from its end on: another order, so another rounding."""
+    return jax.lax.fori_loop(0, x.shape[1], lambda i, s: s + x[:, -1 - i], 0 * x[:, 0])
+
+
+def rows(getkey, *shape):
+    return jr.normal(getkey(), shape or (T, 50))
+
+
+# Where
+
+
+@pytest.mark.slow
+def test_leaf_index_values_and_position(getkey):
+    one = lambda x: {"a": x.sum(1), "b": (x, x[0, 0])}
+    two = lambda x: {"a": backwards(x), "b": (x.at[3:, 2].multiply(1.0001), x[0, 0])}
+    x = rows(getkey).at[5, 2].set(9.0)
+    with pytest.raises(DifferenceError) as caught:
+        assert_same(one, two, x, err_msg="A test:")
+    report = caught.value.report
+    assert (report.leaf, report.index, report.position) == ("b.0", (5, 2), 3)
+    assert report.values == (9.0, float(np.float32(9) * np.float32(1.0001)))
+    np.testing.assert_allclose(report.exact, (9, 9 * float(np.float32(1.0001))), rtol=1e-15)
+    assert report.seen == tuple(range(8)) and report.inputs == 8
+    np.testing.assert_array_equal(report.x, x)
+    assert str(caught.value) == f"A test:\n{report}"
+    text = words(report)
+    assert text.startswith("different: the two functions differ by more than rounding, tried on x")
+    assert "Output 'b.0'[5, 2] is 9 and 9.0009. The difference is 0.0009; rounding may be" in text
+    assert "The first that differ are at position 3 along axis 0." in text
+    assert "Seen at x and 7 of 7 edits." in text
+
+
+@pytest.mark.slow
+def test_axis_is_that_of_the_report(getkey):
+    off = lambda x: x.at[1, 7:].multiply(2)
+    for axis, position in ((1, 7), (-1, 7), (0, 1)):
+        assert check_same(lambda x: x, off, rows(getkey), axis=axis, inputs=0).position == position
+    total = check_same(lambda x: x.sum(), lambda x: 2 * x.sum(), rows(getkey), inputs=0)
+    assert (total.index, total.position) == ((), None)
+    with pytest.raises(ValueError, match=r"axis=2 does not exist in any output"):
+        assert_same(lambda x: x, off, rows(getkey), axis=2)
+
+
+def test_edits_find_what_x_does_not_show(getkey):
+    one, two = lambda x: x, lambda x: jnp.clip(x, max=4.0)
+    x = jnp.clip(rows(getkey), -2, 2)
+    report = check_same(one, two, x)
+    assert report.status == "different" and 0 not in report.seen
+    assert np.max(report.x) > 4
+    alone = assert_same(one, two, x, inputs=0)
+    assert str(alone) == "same bits: the two functions give equal values, tried on x alone."
+
+
+def test_rounding_is_measured(getkey):
+    report = assert_same(lambda x: jnp.exp(x).sum(1), lambda x: backwards(jnp.exp(x)), rows(getkey))
+    assert report.status == "rounding"
+    # Positive terms, so that each of the 50 additions rounds by at most half an eps of the sum, in
+    # both; and exp may be off by 2.
+    assert 0 < report.ulps <= 54 and 0 < report.ulps64 <= 54
+    assert report.dtype == "float32" and report.values[0] != report.values[1]
+    assert f"Largest difference: {report.ulps:.2g} eps of float32" in words(report)
+
+
+def test_integers_must_be_equal():
+    ids = jnp.arange(8)
+    report = check_same(lambda i: i % 5, lambda i: (i % 5).at[6].add(1), ids, inputs=0)
+    assert (report.status, report.index, report.values) == ("different", (6,), (1, 2))
+    assert (report.ulps, report.exact) == (0, None)  # no floats, so nothing to run in float64
+    assert "Output[6] is 1 and 2." in words(report)
+    large = 2**24 + 1  # that and its successor are one float32
+    near = check_same(lambda i: i + large, lambda i: i + large + 1, ids, inputs=0)
+    assert near.status == "different"
+
+
+def test_forward_passes(getkey, monkeypatch):
+    """Of each function 8, in float64 8 more, and where they differ again as many."""
+    runs, run = [], comparing._run
+    monkeypatch.setattr(comparing, "_run", lambda fn, rows: runs.append(len(rows)) or run(fn, rows))
+    plain, x = lambda x: jnp.exp(x).sum(1), rows(getkey)
+    for two, passes in ((plain, 8), (lambda x: backwards(jnp.exp(x)), 16), (jnp.ravel, 24)):
+        one = (lambda x: 2 * x.ravel()) if two is jnp.ravel else plain
+        runs.clear()
+        check_same(one, two, x)
+        assert sum(runs) == 2 * passes
+
+
+# Rounding that decides
+
+
+@pytest.mark.slow
+def test_an_argmax_that_rounding_flips_is_said_to(getkey):
+    w = rows(getkey, D, 64)
+    fine = lambda x: (x @ w).argmax(1)
+    coarse = lambda x: (x @ w).astype(jnp.bfloat16).argmax(1)
+    # Of 64 scores in bfloat16 the best two are one number in some per cent of 400 rows.
+    report = check_same(fine, coarse, rows(getkey, 400, D))
+    assert report.status == "different"
+    assert "In float64 both give the same integers: those that differ stand where" in words(report)
+    other = check_same(fine, lambda x: (x @ w).argsort(1)[:, -2], rows(getkey, 400, D))
+    assert "In float64" not in words(other)
+
+
+def test_nan_where_the_other_has_none(getkey):
+    def naive(x):
+        e = jnp.exp(60 * x)
+        return e / e.sum(1, keepdims=True)
+
+    x = jnp.clip(rows(getkey), -4, 4).at[2, 0].set(4.0)  # exp(240): too large for float32 alone
+    report = check_same(lambda x: jax.nn.softmax(60 * x), naive, x, inputs=0)
+    assert report.status == "different" and report.index[0] <= 2
+    assert np.isnan(report.values[1]) and np.isfinite(report.values[0])
+    assert "one of them overflows in its own precision" in words(report)
+    both = lambda x: jnp.log(x - 100)
+    assert assert_same(both, lambda x: both(x) * 1, x).status == "same bits"
+
+
+# What nothing can tell
+
+
+@pytest.mark.slow
+def test_behind_a_callback(getkey):
+    def host(x):
+        return jax.pure_callback(
+            lambda v: np.add.accumulate(np.asarray(v)[:, ::-1], 1)[:, -1],
+            jax.ShapeDtypeStruct(x.shape[:1], x.dtype),
+            x,
+        )
+
+    plain, x = lambda x: x.sum(1), rows(getkey)
+    with pytest.raises(DifferenceError, match=r"^undecided: the two functions differ, and nothing"):
+        assert_same(plain, host, x)
+    report = check_same(plain, host, x)
+    assert "not conclusive: pure_callback has no such form" in words(report)
+    assert assert_same(plain, host, x, confirm_x64=False).status == "rounding"
+    assert check_same(lambda x: plain(x) * 1.01, host, x).status == "different"
+
+
+def logistic(steps, step):
+    return lambda x: jax.lax.fori_loop(0, steps, lambda _, v: step(v), jax.nn.sigmoid(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps, status", [(10, "rounding"), (200, "undecided")])
+def test_chaos(steps, status, getkey):
+    # An error grows by a factor of 1.6 a step on average: by 1e2 in 10 steps, by 1e40 in 200.
+    one, two = (
+        logistic(steps, step) for step in (lambda v: 3.9 * v * (1 - v), lambda v: 3.9 * (v - v * v))
+    )
+    report = check_same(one, two, rows(getkey))
+    assert report.status == status
+    assert ("The functions are chaotic: an eps of float64" in words(report)) == (steps == 200)
+
+
+@pytest.mark.slow
+def test_a_table_that_was_computed_in_float32(getkey):
+    # A root is rounded, by 1e-3 when it was multiplied. That is in the table and, in float64, not
+    # in what the function computes. No constant was rounded.
+    table = lambda: jnp.sin(jnp.sqrt(jnp.arange(T, dtype=jnp.float32)[:, None] + 2) * 2**14)
+    given = table()
+    report = check_same(
+        lambda x: (x + table()).sum(1), lambda x: backwards(x + given), rows(getkey)
+    )
+    assert report.status == "undecided"
+    assert "further apart than in their own precision" in words(report)
+
+
+def test_a_failed_re_run(getkey, monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("no such thing in float64")
+
+    monkeypatch.setattr(comparing, "widen", refuse)
+    report = check_same(lambda x: x.sum(1), backwards, rows(getkey))
+    assert report.status == "undecided"
+    assert "The float64 re-run failed (NotImplementedError: no such" in words(report)
+    assert (
+        check_same(lambda x: x.sum(1), lambda x: x.sum(1) * 2, rows(getkey)).status == "different"
+    )
+
+
+# Dtypes, inputs, devices
+
+
+@pytest.mark.slow
+def test_float64(x64, getkey):
+    x = rows(getkey)
+    assert assert_same(lambda x: x.sum(1), backwards, x).status == "rounding"
+    # Of the size of ten thousand eps.
+    assert check_same(lambda x: x, lambda x: x * (1 + 2e-12), x).status == "different"
+
+
+def test_outputs_of_two_dtypes(getkey):
+    coarse = lambda x: x.sum(1).astype(jnp.bfloat16)
+    report = assert_same(lambda x: x.sum(1), coarse, rows(getkey))
+    assert (report.status, report.dtype) == ("rounding", "bfloat16")
+
+
+@pytest.mark.slow
+def test_complex_numbers(getkey):
+    x = jax.lax.complex(rows(getkey), rows(getkey))
+    assert assert_same(lambda x: x.sum(1), backwards, x).status in ("same bits", "rounding")
+    assert check_same(lambda x: x, jnp.conj, x).status == "different"
+
+
+@pytest.mark.slow
+def test_inputs_of_several_arrays(getkey):
+    x = {"ids": jnp.arange(T), "mask": jnp.arange(T) % 2, "h": rows(getkey), "key": jr.key(0)}
+    table = rows(getkey, 30, 1)
+    one = lambda x: table[x["ids"]] * x["h"] + x["mask"].astype(jnp.float32)[:, None]
+    two = lambda x: one(x) + (x["ids"] == 29).astype(jnp.float32)[:, None]
+    with pytest.raises(TypeError, match=r"holds a PRNG key.* or name it in fixed="):
+        assert_same(one, two, x)
+    assert assert_same(one, two, x, fixed="key").status == "same bits"
+    options = {"fixed": "key", "token_values": {"ids": (29,)}}
+    report = check_same(one, two, x, **options)
+    assert report.status == "different" and 0 not in report.seen
+    assert set(np.unique(report.x["mask"])) <= {0, 1} and 29 in report.x["ids"]
+    assert assert_same(one, two, x, fixed=("key", "ids")).status == "same bits"
+
+
+@pytest.mark.slow
+def test_sharded_and_not(getkey):
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.device_put(rows(getkey, 8, 50), NamedSharding(mesh, P("batch")))
+    w = rows(getkey, 50, 50)
+
+    def sharded(x):
+        h = jax.lax.with_sharding_constraint(jnp.tanh(x @ w), NamedSharding(mesh, P(None, "batch")))
+        return h.sum(1)
+
+    plain = lambda x: jnp.tanh(x @ w).sum(1)
+    assert assert_same(plain, sharded, x).status in ("same bits", "rounding")
+    assert check_same(plain, lambda x: sharded(x) * 1.00001, x).status == "different"
+
+
+# What is refused
+
+REFUSED = {
+    "must return pytrees of the same structure": lambda x: (x, x),
+    r"must have the same shape from one and two, got \(6, 50\) and \(50, 6\)": lambda x: x.T,
+    "must hold the same kind of numbers, got float32 and int32": lambda x: x.astype(int),
+    "must be functions of one argument, got int": 3,
+    "must return an array or a pytree of arrays, got none": lambda x: None,
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_cannot_be_compared(text, getkey):
+    one = REFUSED[text] if "none" in text else lambda x: x
+    with pytest.raises((TypeError, ValueError), match=text):
+        assert_same(one, REFUSED[text], rows(getkey))
+
+
+def test_functions_that_draw_random_numbers(getkey):
+    rng = np.random.default_rng(seed(0))
+    noisy = lambda x: x + rng.random(x.shape).astype(np.float32)
+    with pytest.raises(ValueError, match="fn gives different outputs for the same x"):
+        assert_same(lambda x: x, noisy, rows(getkey))
+
+
+def test_options(getkey):
+    with pytest.raises(ValueError, match="must be at least 0, got inputs=-1"):
+        assert_same(jnp.sin, jnp.sin, rows(getkey), inputs=-1)
+    with pytest.raises(ValueError, match=r"scales must be positive and finite, got \(0.0,\)"):
+        assert_same(jnp.sin, jnp.sin, rows(getkey), scales=(0,))
