@@ -122,6 +122,12 @@ def test_activation_stats_do_not_hide_what_is_not_finite():
     assert (stats.mean, stats.rms, stats.absmax) == (-jnp.inf, jnp.inf, jnp.inf)
 
 
+@pytest.mark.parametrize("row", [0, 5, -1])
+def test_a_nan_anywhere_is_in_all(row, getkey):
+    x = jr.normal(getkey(), (32, 8, 16)).at[row].set(jnp.nan)
+    assert all(jnp.isnan(s) for s in activation_stats(x)[:4])
+
+
 def test_percentiles(getkey):
     x = jr.normal(getkey(), (40, 5))
     bands = activation_stats(x, percentiles=(16, 50, 84)).percentiles

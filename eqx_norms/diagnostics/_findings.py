@@ -243,7 +243,7 @@ def _trends(measured: Measured) -> Iterator[Finding]:
 
 
 def families(measured: Measured) -> list[list[Row]]:
-    """Rows of layers that follow one another: of one path up to an index, or of one type.
+    """Rows of layers that follow one another: of one path up to an index, or else of one type.
 
     Steps of a scan are layers if the parameters are stacked; in time, the same layer comes again.
     """
@@ -263,8 +263,10 @@ def families(measured: Measured) -> list[list[Row]]:
         by_path.setdefault((folded(row.path), row.type), []).append(row)
         if owns and row.path:
             by_type.setdefault(row.type, []).append(row)
-    every = [*by_path.values(), *by_type.values()]
-    return [rows for rows in every if len(rows) >= _DEPTH]
+    deep = [rows for rows in by_path.values() if len(rows) >= _DEPTH]
+    done = {rows[0].type for rows in deep}
+    rest = [rows for cls, rows in by_type.items() if cls not in done]
+    return deep + [rows for rows in rest if len(rows) >= _DEPTH]
 
 
 def folded(path: str) -> str:

@@ -66,7 +66,8 @@ def activation_stats(
             "`histogram`."
         )
     x = _wide(x)
-    absmax = jnp.max(jnp.abs(x))
+    # XLA's maximum loses a NaN on CPUs, depending on where it stands.
+    absmax = jnp.where(jnp.isnan(x).any(), jnp.nan, jnp.max(jnp.abs(x)))
     scale = _power_of_two(absmax)
     u = x / scale
     mean = jnp.mean(u)
