@@ -85,8 +85,8 @@ class Watch:
     def measure(self, model: PyTree, *args: Any, opt_state: PyTree = None) -> Look:
         """Looks at the model as it is, and at the step that it is about to take.
 
-        Called once in a while, it costs what a step costs, each time. Called in every step, put it
-        under the same `jax.jit`.
+        It costs a forward and a backward pass, and counting the entries costs more than these on a
+        CPU: call it once in a while.
 
         **Arguments:**
 

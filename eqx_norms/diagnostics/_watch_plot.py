@@ -62,13 +62,13 @@ def draw(look: Look, *, every: int, histograms: bool, layers: int):
     for (at_value, at_grad), course in zip(axes, shown, strict=True):
         draw_one(at_value, steps, course.statistics, BLUE)
         draw_one(at_grad, steps, grads[course.name].statistics, ORANGE)
-        at_value.set_ylabel(course.name or "model", rotation=0, ha="right", va="center")
+        at_value.set_ylabel(course.name or "model", rotation=0, ha="right", va="center", fontsize=8)
     what = "histogram" if histograms else "percentiles 16, 50, 84"
     axes[0, 0].set_title(f"outputs: {what}", loc="left", fontsize=9, weight="bold")
     axes[0, 1].set_title("derivatives there", loc="left", fontsize=9, weight="bold")
     draw_summary(right.subplots(4, 1, sharex=True), steps, look, shown, grads)
     for ax in figure.axes:
-        ax.tick_params(labelsize=7)
+        ax.tick_params(which="both", labelsize=7)
         ax.yaxis.get_offset_text().set_fontsize(7)
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(x=0)
@@ -91,14 +91,16 @@ def draw_bands(ax, steps, statistics, colour) -> None:
 
 
 def draw_histograms(ax, steps, statistics, colour) -> None:
-    """The share of entries a bin, in grey: one scale for all looks, the bins of each its own."""
+    """The share of entries a bin, in blue: one scale for all looks, the bins of each its own."""
     finite = np.isfinite(statistics["largest"])
     largest = np.where(finite, statistics["largest"], np.nan)
     top = np.nanmax(largest, initial=0) or 1.0
     width = steps[1] - steps[0] if len(steps) > 1 else 1
     for step, size, counts in zip(steps, largest, statistics["counts"], strict=True):
         if counts.sum() and size > 0:
-            share = np.sqrt(counts / counts.max())[:, None]  # the root, to see what is rare
+            # Not of the zeros in the middle, which would outshine all; the root, for what is rare.
+            most = np.delete(counts, len(counts) // 2).max(initial=1)
+            share = np.sqrt(np.minimum(counts / most, 1))[:, None]
             edges = np.array([step, step + width])
             ax.pcolormesh(edges, EDGES * size, share, cmap="Blues", vmin=0, vmax=1, rasterized=True)
     ax.set_yscale("symlog", linthresh=top / 100)

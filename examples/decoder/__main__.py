@@ -45,6 +45,7 @@ from .report import legend, outcome, some_names, table
 from .sample import Bigram
 from .settings import PLACEMENTS, QUICK, Settings
 from .train import check, start, train
+from .watching import Watching
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--remat", action="store_true", default=None, help="recompute blocks in the backward")
     add("--mesh", help="devices, as 8 or 4x2: the batch over 4, the features over 2")
     add("--memory", action="store_true", help="print what a training step takes, and end")
+    add("--watch", action="store_true", help="look inside every 100 steps, and draw it")
     add("--quick", action="store_true", help="a small model, seconds")
     add("--out", type=folder_path, default="decoder", help="for checkpoints and the figure")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
@@ -143,7 +145,7 @@ training  {settings.steps} steps of {settings.batch} names""")
         print(f"left out  {data.too_long:,} names of over {longest} letters: see --context")
 
 
-def checked_and_trained(run: Run, data: Data, mesh: Mesh | None) -> Run:
+def checked_and_trained(run: Run, data: Data, mesh: Mesh | None, watch: bool) -> Run:
     print(f"\n{run.settings.norm}")
     began = time.perf_counter()
     report = check(run.settings, run.state.model, data)
@@ -151,10 +153,14 @@ def checked_and_trained(run: Run, data: Data, mesh: Mesh | None) -> Run:
     what = "READS THE FUTURE" if report.leak else "does not read the future"
     how = "proved" if report.status == "proved" else f"by {report.edits} edits"
     print(f"  check     {checked - began:.1f} s: {what}, {how}", flush=True)
-    state = train(run.settings, data, run.state, run.path, mesh=mesh)
+    watching = Watching(run.settings, run.path, run.state.step, mesh) if watch else None
+    look = {} if watching is None else {"look": watching}
+    state = train(run.settings, data, run.state, run.path, mesh=mesh, **look)
     step, loss = state.history[-1]
     seconds = time.perf_counter() - checked
     print(f"  training  {seconds:.1f} s: held-out loss {loss:.4f} at step {step}", flush=True)
+    if watching is not None:
+        print(f"  inside    {watching.draw()}", flush=True)
     return run._replace(state=state, report=report)
 
 
@@ -191,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     describe(runs[0], data)
     for number, run in enumerate(runs):
         try:
-            runs[number] = run = checked_and_trained(run, data, mesh)
+            runs[number] = run = checked_and_trained(run, data, mesh, args.watch)
         except (CausalityError, FloatingPointError) as error:
             print(f"\n{error}")
             return 1

@@ -121,11 +121,13 @@ def train(
     *,
     until: int | None = None,
     mesh: Mesh | None = None,
+    look: Callable[[State, Int[np.ndarray, "batch context"]], None] = lambda *_: None,
 ) -> State:
     """Goes on from `state` to the last step, or to step `until`, with checkpoints at `path`.
 
     These have whole arrays, whatever the mesh. Ctrl-C ends it after the step that is under way;
-    then the state's step says how far it came.
+    then the state's step says how far it came. Before each step `look` sees the state and the
+    names.
     """
     last = settings.steps if until is None else until
     looks = {round(settings.steps * look / LOOKS) for look in range(1, LOOKS + 1)}
@@ -144,6 +146,7 @@ def train(
             state = looked(state, data, mesh)
         bar.unpause()  # its clock, so that compiling counts for no step
         while state.step < last and not stop.is_set():
+            look(state, names(state.step))
             model, opt_state, loss = step(state.model, state.opt_state, batch(state.step))
             state = State(model, opt_state, state.step + 1, state.history)
             bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
