@@ -156,6 +156,7 @@ def test_a_block_of_zeros_passes_on_what_skips_pass_on(skip):
     np.testing.assert_array_equal(out, x if skip else 0)
 
 
+@pytest.mark.slow
 def test_pre_activation_normalises_first():
     network, state = make("LN", skip=False)
     x = 5 + jr.normal(jr.key(seed(1)), (30,))

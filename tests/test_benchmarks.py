@@ -37,6 +37,7 @@ EVERY_RIVAL = [r for r in (*JAX_RIVALS, "torch") if r not in ("keras", "torch") 
 
 
 # The other layers, each of which every rival has to compile, are slow.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layer",
     [pytest.param(n, marks=[] if n == "LayerNorm" else pytest.mark.slow) for n in LAYERS],

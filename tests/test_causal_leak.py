@@ -49,6 +49,7 @@ def test_every_verdict_is_as_expected(quick_run):
     assert "verdicts all as expected" in printed
 
 
+@pytest.mark.slow
 def test_character_map(quick_run):
     _, printed, _ = quick_run
     rows = [re.findall(r"[a-z.] +([oX.]{21})(?: |$)", line) for line in printed.splitlines()]
@@ -63,6 +64,7 @@ def test_character_map(quick_run):
         np.testing.assert_array_equal(cells == "X", forbidden)
 
 
+@pytest.mark.slow
 def test_table_of_the_thread_digit_for_digit(quick_run):
     _, printed, _ = quick_run
     golden = json.loads(GOLDEN.read_text())["input_gradient"]
@@ -82,6 +84,7 @@ def test_random_bits_of_the_thread_are_switched_back(monkeypatch):
     assert jax.config.jax_threefry_partitionable == before
 
 
+@pytest.mark.slow
 def test_figure(quick_run):
     _, printed, out = quick_run
     assert f"figure   {out.resolve()}" in printed

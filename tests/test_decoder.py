@@ -280,7 +280,8 @@ def test_future_hidden(norm, getkey):
 # ---- The check
 
 
-@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("norm", model.NORMS)
 def test_check_sees_every_leaking_pair(norm, bf16):
     chosen = dataclasses.replace(SMALL, norm=norm, bf16=bf16)

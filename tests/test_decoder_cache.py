@@ -72,6 +72,7 @@ def test_a_wrong_cache_is_not_used(wrong, monkeypatch):
         cache.check_cache(decoder(), letters(), SYMBOLS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", model.LEAKING)
 def test_norms_over_tokens_have_no_cache(norm):
     with pytest.raises(ValueError, match="a norm over tokens cannot have one: each new letter"):

@@ -75,6 +75,7 @@ def test_by_hand(which, decoder, names, other):
     np.testing.assert_allclose(found, np.stack(expected), **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_all_heads_are_the_attention(decoder, names, other):
     heads = [PARTS[1, f"head {head + 1}"].masks(other) for head in range(SMALL.heads)]
     assert not any((heads[0][key] & heads[1][key]).any() for key in other)

@@ -70,6 +70,7 @@ def test_every_verdict_is_as_expected(run):
         assert int(found.group(1)) == across
 
 
+@pytest.mark.slow
 def test_figure(run):
     *_, out = run
     image = matplotlib.image.imread(out)[..., :3]

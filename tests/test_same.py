@@ -15,10 +15,7 @@ QUICK = (
     "logarithm_of_softmax",
     "cache_and_full",
     "bfloat16_inside",
-    "batch_norm_folded_into_weights",
-    "prefix_sum_as_total_minus_rest",
     "cache_with_positions_off_by_one",
-    "another_eps",
     "one_weight_off_by_a_ten_thousandth",
     "second_best_expert",
 )

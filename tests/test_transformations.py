@@ -85,9 +85,6 @@ OTHER_CASES = {
 
 NAMES = [*TRANSFORMATIONS, *MODULE_TRANSFORMATIONS]
 
-# For what `test_float32` has seen in all of them.
-SHORT = ["value_and_grad_of_batch"]
-
 # These say themselves what is jitted: they place arrays on a mesh, or serialise a function.
 PLACES_ITSELF = ("sharded_jit", "explicit_sharding", "export")
 
@@ -130,47 +127,37 @@ def check(name, case, dtype, **kwargs):
         assert np.abs(one - other).max() <= ulps * jnp.finfo(dtype).eps * scale
 
 
-# Operation by operation, where the others take seconds.
-SHORT_WITHOUT_JIT = ["filter_vjp"]
-
-
-def slow_unless_in(short):
-    slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
-    names = [name if name in short else slow(name) for name in NAMES]
-    return pytest.mark.parametrize("name", names)
-
-
-def test_short_lists_are_part_of_the_table():
-    assert {*SHORT, *SHORT_WITHOUT_JIT} <= set(NAMES)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_float32(name):
     check(name, CASE, jnp.float32)
 
 
-@slow_unless_in(SHORT)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_float64(name):
     with jax.enable_x64(True):
         check(name, CASE, jnp.float64)
 
 
-@slow_unless_in(SHORT)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", OTHER_CASES.values(), ids=OTHER_CASES)
 def test_float64_of_the_family(name, case):
-    """RMSNorm and GroupNorm go through the same rule; so a short list by default."""
+    """RMSNorm and GroupNorm go through the same rule."""
     with jax.enable_x64(True):
         check(name, case, jnp.float64)
 
 
-@slow_unless_in(SHORT)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_float32_in_64_bit_mode(name):
     """No constant, count or mean turns an array into float64."""
     with jax.enable_x64(True):
         check(name, CASE, jnp.float32)
 
 
-@slow_unless_in(SHORT_WITHOUT_JIT)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_debug_nans(name):
     """No NaN on the way either, such as the 0 * inf of a branch that is masked later.
 
@@ -181,7 +168,8 @@ def test_debug_nans(name):
         check(name, CASE, jnp.float32, jit=False)
 
 
-@slow_unless_in(SHORT_WITHOUT_JIT)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_disable_jit(name):
     expected(name, CASE)
     with jax.disable_jit():

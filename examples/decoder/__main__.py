@@ -154,8 +154,8 @@ def checked_and_trained(run: Run, data: Data, mesh: Mesh | None, watch: bool) ->
     how = "proved" if report.status == "proved" else f"by {report.edits} edits"
     print(f"  check     {checked - began:.1f} s: {what}, {how}", flush=True)
     watching = Watching(run.settings, run.path, run.state.step, mesh) if watch else None
-    look = {} if watching is None else {"look": watching}
-    state = train(run.settings, data, run.state, run.path, mesh=mesh, **look)
+    look = watching or (lambda *_: None)
+    state = train(run.settings, data, run.state, run.path, mesh=mesh, look=look)
     step, loss = state.history[-1]
     seconds = time.perf_counter() - checked
     print(f"  training  {seconds:.1f} s: held-out loss {loss:.4f} at step {step}", flush=True)
