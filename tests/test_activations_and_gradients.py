@@ -201,6 +201,7 @@ def test_update_ratios_are_rate_times_gradient_over_weight():
     np.testing.assert_allclose(ratios, want, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_direction_ratios_are_numpy_s_of_every_linear():
     network, state = make("none")
     batch = first_batch()

@@ -60,9 +60,8 @@ SHARDED = {
     "vmap-4": ft.partial(by_vmap, parts=4),
 }
 WAYS = pytest.mark.parametrize("way", SHARDED.values(), ids=SHARDED)
-# Each norm, with and without a mask: the rest of the product is slow.
+# With a mask; the rest of the product is slow.
 QUICK = {
-    (layer_norm, "shard_map-4", False),
     (rms_norm, "shard_map-4", True),
 }
 CASES = [

@@ -20,12 +20,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from oracles import assert_alike, assert_close, exact_norm, terms
 from test_transformations import (
     NAMES,
-    SHORT,
     check,
     make_case,
     normalize_reference,
     reference_rms_norm,
-    slow_unless_in,
 )
 
 from eqx_norms import LayerNorm, RMSNorm, _batched, _kernels, layer_norm, replace_norms, rms_norm
@@ -45,7 +43,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@slow_unless_in(SHORT)
+@pytest.mark.parametrize("name", NAMES)
 def test_layer_norm_under(name):
     with jax.enable_x64(True):
         check(name, CASES["LayerNorm"], jnp.float64)

@@ -95,6 +95,7 @@ def test_the_writer_is_chosen(norm):
         assert said.startswith("writes without a cache: a norm over tokens cannot have one:")
 
 
+@pytest.mark.slow
 def test_names_are_those_written_without_a_cache(getkey):
     # From the same random numbers. Rounding may decide between two letters that nearly tie: of
     # 120 choices by scores that differ by some 1e-6, one in about ten thousand such tests.

@@ -88,6 +88,7 @@ def test_all_heads_are_the_attention(decoder, names, other):
     assert np.abs(one - layer).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_one_token_reaches_no_letter_before(decoder, names, other):
     nothing = {key: np.zeros(value.shape[1:], bool) for key, value in other.items()}
     clean = patching.patched_nats(decoder, names, other, nothing)

@@ -22,8 +22,6 @@ from eqx_norms.diagnostics import capture_grads, diagnose
 QUICK_SICK = (
     "an_unused_branch",
     "root_of_zero_in_the_backward",
-    "learning_rate_100_times_too_large",
-    "dead_relus",
 )
 QUICK_HEALTHY = ("plain_mlp", "gates_that_start_at_zero")
 
@@ -199,6 +197,7 @@ def test_the_table_fits_a_terminal(depth, getkey):
     assert ("x20" in text) == (depth == 20)
 
 
+@pytest.mark.slow
 def test_scalars_are_flat_and_complete(getkey):
     model, x = Net(getkey()), jr.normal(getkey(), (40, 6))
     found = diagnose(loss_fn, model, x)
