@@ -65,9 +65,9 @@ def make_problem(
     """Checks `fn`, `x` and the axes by tracing `fn` once. It closes over the leaves in `fixed`."""
     if not callable(fn):
         raise TypeError(f"fn must be a function of one argument, got {type(fn).__name__}")
-    named, treedef = _named_leaves(x)
-    kept = _fixed_leaves(named, fixed)
-    edited = {name: _input_leaf(leaf) for name, leaf in named.items() if name not in kept}
+    named, treedef = named_leaves(x)
+    kept = fixed_leaves(named, fixed)
+    edited = {name: input_leaf(leaf) for name, leaf in named.items() if name not in kept}
     if not edited:
         raise ValueError(
             "fixed names every array of x; leave out those that edits are to replace"
@@ -87,7 +87,7 @@ def make_problem(
         leaves = (_split(arg, axes, in_lengths) for arg, axes in zip(args, in_axes, strict=True))
         all_leaves = {**kept, **dict(zip(edited, leaves, strict=True))}
         out = fn(jax.tree.unflatten(treedef, [all_leaves[name] for name in named]))
-        return tuple(_output_leaf(leaf) for leaf in jax.tree.leaves(out))
+        return tuple(output_leaf(leaf) for leaf in jax.tree.leaves(out))
 
     def merged(*args: Array) -> tuple[Array, ...]:
         return tuple(map(_merged, apply(*args), out_axes))
@@ -191,7 +191,7 @@ def perturbed(
         noise = sigma * rng.standard_normal(leaf.shape)
         return leaf + jnp.asarray(noise.astype(leaf.dtype))
 
-    rest, _ = _named_leaves(static, is_leaf=_is_state)
+    rest, _ = named_leaves(static, is_leaf=_is_state)
     holds_floats = lambda node: any(map(eqx.is_inexact_array, jax.tree.leaves(node)))
     skipped = [name for name, node in rest.items() if holds_floats(node)]
     return eqx.combine(jax.tree.map(noisy, params), others, static), skipped
@@ -207,7 +207,7 @@ def _is_state(node: Any) -> bool:
     return isinstance(node, eqx.nn.State | eqx.nn.StateIndex)
 
 
-def _named_leaves(x: PyTree, is_leaf: Callable | None = None) -> tuple[dict[str, Any], Any]:
+def named_leaves(x: PyTree, is_leaf: Callable | None = None) -> tuple[dict[str, Any], Any]:
     """The leaves by their paths, as in `batch.ids` or, in a tuple, `0`."""
     leaves, treedef = jax.tree.flatten_with_path(x, is_leaf)
     named = {jtu.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
@@ -216,7 +216,7 @@ def _named_leaves(x: PyTree, is_leaf: Callable | None = None) -> tuple[dict[str,
     return named, treedef
 
 
-def _fixed_leaves(named: Mapping[str, Any], fixed: str | Iterable[str]) -> dict[str, Any]:
+def fixed_leaves(named: Mapping[str, Any], fixed: str | Iterable[str]) -> dict[str, Any]:
     fixed = {fixed} if isinstance(fixed, str) else {*fixed}
     require_names("fixed", fixed, named, "array")
     # Under `jax.vmap`, JAX takes no NumPy array from outside.
@@ -224,7 +224,7 @@ def _fixed_leaves(named: Mapping[str, Any], fixed: str | Iterable[str]) -> dict[
     return {name: as_jax(leaf) for name, leaf in named.items() if name in fixed}
 
 
-def _input_leaf(leaf: Any) -> Array:
+def input_leaf(leaf: Any) -> Array:
     if not eqx.is_array_like(leaf) or isinstance(leaf, bool | int | float | complex):
         raise TypeError(
             f"x must be an array or a pytree of arrays, got a {type(leaf).__name__} in it; give "
@@ -241,7 +241,7 @@ def _input_leaf(leaf: Any) -> Array:
     return leaf.astype(leaf.dtype)
 
 
-def _output_leaf(leaf: Any) -> Array:
+def output_leaf(leaf: Any) -> Array:
     if not eqx.is_array_like(leaf):
         raise TypeError(
             f"fn must return an array or a pytree of arrays, got a {type(leaf).__name__} in it"

@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from .._real import Integer, Real
 from ._compare import Judge, gaps, host
 from ._edits import Edit, TokenValues, make_editor
-from ._inputs import _fixed_leaves, _input_leaf, _named_leaves, _output_leaf, traced
+from ._inputs import fixed_leaves, input_leaf, named_leaves, output_leaf, traced
 from ._judge import DIFFERS_FROM_ITSELF
 from ._same_report import SameReport, make_report
 from ._widen import coarsest, same_trace
@@ -140,9 +140,9 @@ class _Traced(NamedTuple):
 
 
 def _given(x: PyTree, fixed: str | Iterable[str]) -> _Given:
-    named, treedef = _named_leaves(x)
-    kept = _fixed_leaves(named, fixed)
-    leaves = {name: _input_leaf(leaf) for name, leaf in named.items() if name not in kept}
+    named, treedef = named_leaves(x)
+    kept = fixed_leaves(named, fixed)
+    leaves = {name: input_leaf(leaf) for name, leaf in named.items() if name not in kept}
 
     def whole(values: Sequence[Any]) -> PyTree:
         all_leaves = {**kept, **dict(zip(leaves, values, strict=True))}
@@ -158,9 +158,9 @@ def _traced(fn: Callable, given: _Given) -> _Traced:
 
     def flat(*values: Array) -> tuple[Array, ...]:
         out = fn(given.whole(values))
-        named, shape["tree"] = _named_leaves(out)
+        named, shape["tree"] = named_leaves(out)
         shape["names"] = tuple(named)
-        return tuple(map(_output_leaf, named.values()))
+        return tuple(map(output_leaf, named.values()))
 
     closed = traced(flat, [*given.leaves.values()])
     if not closed.out_avals:

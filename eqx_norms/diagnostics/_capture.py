@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from ._instrument import Watch, Where
+from ._instrument import Observer, Where
 from ._interpret import ArrayType, Edit, Marked, evaluate, marked_types
 from ._plan import Output, make_plan
 from ._replace import Replace, check_called, path_of, replacement
@@ -178,7 +178,7 @@ class _Program:
                 f"return, but it is {replace!r}. Type for instance "
                 "`replace={'layers[0]': jnp.zeros_like}`."
             )
-        watch = Watch(model, where, {path_of(key) for key in replace})
+        watch = Observer(model, where, {path_of(key) for key in replace})
         _check_arrays(model, args)
         jaxpr, self.out, self.static_out = watch.trace(fn, model, args)
         self.plan = make_plan(jaxpr, model, args, watch)

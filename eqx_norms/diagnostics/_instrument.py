@@ -22,7 +22,7 @@ from ._tag import Place, tag
 Where = type | tuple[type, ...] | Callable[[str, eqx.Module], bool]
 
 
-class Watch:
+class Observer:
     """Which modules of `model` to look at, and, while a function is traced, which are called."""
 
     def __init__(self, model: PyTree, where: Where, also: Collection[str] = ()):
@@ -107,7 +107,7 @@ class Watch:
 
 
 # The innermost capture whose function is being traced, in this thread.
-_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+_watch: ContextVar[Observer | None] = ContextVar("watch", default=None)
 # JAX keeps traces of the functions that are jitted inside `fn`. This is part of what it finds them
 # by, so that none with our tags in it is used where nothing is captured, nor the other way round.
 _traces = jax.make_user_context()

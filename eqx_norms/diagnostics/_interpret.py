@@ -237,14 +237,14 @@ def marked_types(plan: Plan) -> list[list[ArrayType]]:
     return [types for eqn, step in pairs if step.outputs for types in _types_in(eqn, step)]
 
 
-def loops_around(plan: Plan) -> list[int]:
-    """How many axes in front of what each tag marks are of loops."""
-    counts = []
+def loops_around(plan: Plan) -> list[tuple[int, ...]]:
+    """For each tag, the lengths of the scans around it, the outermost first."""
+    lengths = []
     for eqn, step in zip(plan.jaxpr.eqns, plan.steps, strict=True):
-        inner = [count for plan in step.inner for count in loops_around(plan)]
-        one_more = eqn.primitive is primitives.scan_p
-        counts += [n + one_more for n in inner] or [0] * len(step.outputs)
-    return counts
+        here = (eqn.params["length"],) if eqn.primitive is primitives.scan_p else ()
+        inner = [(*here, *more) for plan in step.inner for more in loops_around(plan)]
+        lengths += inner or [()] * len(step.outputs)
+    return lengths
 
 
 def _types_in(eqn: Any, step: Step) -> list[list[ArrayType]]:

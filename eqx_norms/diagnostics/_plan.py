@@ -16,7 +16,7 @@ from jax.extend.core import Literal, primitives
 from jaxtyping import PyTree
 
 from .._jaxprs import is_jaxpr, opened, scan_counts
-from ._instrument import Watch, path
+from ._instrument import Observer, path
 from ._tag import Call, tag_p
 
 
@@ -65,7 +65,7 @@ class Plan:
         return last[::-1]
 
 
-def make_plan(jaxpr: Any, model: PyTree, args: tuple, watch: Watch) -> Plan:
+def make_plan(jaxpr: Any, model: PyTree, args: tuple, watch: Observer) -> Plan:
     """The plan of a jaxpr whose operands are the arrays of `model` and of `args`."""
     planner = _Planner(model, watch)
     origins = list(planner.arrays.values())
@@ -83,7 +83,7 @@ def _array_keys(tree: PyTree) -> list[tuple]:
 
 
 class _Planner:
-    def __init__(self, model: PyTree, watch: Watch):
+    def __init__(self, model: PyTree, watch: Observer):
         self.arrays = {keys: 1 << i for i, keys in enumerate(_array_keys(model))}
         self.watch = watch
         self.plans = {}

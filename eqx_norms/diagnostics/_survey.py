@@ -21,8 +21,8 @@ from jaxtyping import Array, PyTree
 
 from ._activations import Activation, activation_of, recognised
 from ._capture import _check_arrays, _Program, _zero_shift
-from ._instrument import Watch, Where, path
-from ._interpret import Marked, marked_types, supported
+from ._instrument import Observer, Where, path
+from ._interpret import Marked, loops_around, marked_types, supported
 from ._plan import Output, Plan, Step, make_plan
 from ._tag import Call, Place, tag_p
 
@@ -93,8 +93,8 @@ class Applied(NamedTuple):
     activation: Activation
 
 
-class _Witness(Watch):
-    """A `Watch` that tags inputs too. Where it cannot be told which module is called, none is."""
+class _Witness(Observer):
+    """Tags inputs too. Where it cannot be told which module is called, none is."""
 
     def __init__(self, model: PyTree, where: Where):
         super().__init__(model, where)
@@ -184,7 +184,7 @@ def _calls(
 ) -> tuple[list[Seen], list[Seen]]:
     """In the order in which they begin, and those of submodules in the order they return."""
     calls, returned, open_, numbers = [], [], [], Counter()
-    for i, (output, loops) in enumerate(zip(plan.outputs, _loops(plan), strict=True)):
+    for i, (output, loops) in enumerate(zip(plan.outputs, loops_around(plan), strict=True)):
         [where] = output.paths
         if isinstance(output.call, Applied):
             _add_activation(calls, open_, i, output.call.activation, loops, types)
@@ -236,18 +236,3 @@ def _add_activation(
     while (at, number, activation.name) in taken:
         number += 1
     calls.append(Seen(at, activation.name, loops, number, applied=i, activation=activation))
-
-
-def _loops(plan: Plan) -> list[tuple[int, ...]]:
-    """For each output, the lengths of the scans around it, the outermost first."""
-    pairs = zip(plan.jaxpr.eqns, plan.steps, strict=True)
-    return [lengths for eqn, step in pairs if step.outputs for lengths in _loops_in(eqn, step)]
-
-
-def _loops_in(eqn: Any, step: Step) -> list[tuple[int, ...]]:
-    if not step.inner:
-        return [()]
-    inner = [lengths for plan in step.inner for lengths in _loops(plan)]
-    if eqn.primitive is primitives.scan_p:
-        return [(eqn.params["length"], *lengths) for lengths in inner]
-    return inner

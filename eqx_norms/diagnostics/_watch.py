@@ -189,13 +189,15 @@ _SIZES = 2.0 ** (np.arange(-_BINS_A_DOUBLING * _DOUBLINGS, 1) / _BINS_A_DOUBLING
 EDGES = np.concatenate([-_SIZES[::-1], _SIZES])
 
 
-def _by_name(fn: Callable, found: dict[str, PyTree], loops: dict[str, int]) -> Statistics:
+def _by_name(
+    fn: Callable, found: dict[str, PyTree], loops: dict[str, tuple[int, ...]]
+) -> Statistics:
     """Of each floating-point array, by the key of its call, and its place in what that returned."""
     statistics = OrderedDict()
     for key, value in found.items():
         for place, x in jtu.tree_flatten_with_path(value)[0]:
             if _is_floating(x):
-                each_step = ft.reduce(lambda f, _: jax.vmap(f), range(loops[key]), fn)
+                each_step = ft.reduce(lambda f, _: jax.vmap(f), loops[key], fn)
                 statistics[key + jtu.keystr(place)] = each_step(x)
     return statistics
 
