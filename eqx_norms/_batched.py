@@ -18,7 +18,7 @@ each. What is evaluated, compiled where there is no kernel, and differentiated o
 import functools as ft
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class Form(NamedTuple):
         left = iter(params)
         return tuple(next(left) if there else None for there in (self.weight, self.bias))
 
-    def rows(self, x: Batch) -> tuple[int, int]:
+    def rows(self, x: Any) -> tuple[int, int]:
         """How many examples, and of how many entries."""
         axis = x.ndim - self.rank
         return math.prod(x.shape[:axis]), math.prod(x.shape[axis:])

@@ -5,7 +5,7 @@ backward takes them again from the x it has read, so the forward keeps nothing. 
 that of `_normalize.py`, and stands once, for both platforms, at the top.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +154,7 @@ def _forward_on_tpu(form: Form, x: Rows, params, interpret: bool) -> Rows:
     )(x, *params)
 
 
-def _backward_on_tpu(form: Form, g: Rows, x: Rows, weight, interpret: bool) -> list[Array]:
+def _backward_on_tpu(form: Form, g: Rows, x: Rows, weight, interpret: bool) -> Sequence[Array]:
     rows, n = x.shape
     block, many, one = _tpu_blocks(rows, n)
 
@@ -247,7 +247,7 @@ def _forward_on_gpu(form: Form, x: Rows, params, interpret: bool) -> Rows:
     )(x, *params)
 
 
-def _backward_on_gpu(form: Form, g: Rows, x: Rows, weight, interpret: bool) -> list[Array]:
+def _backward_on_gpu(form: Form, g: Rows, x: Rows, weight, interpret: bool) -> Sequence[Array]:
     rows, n = x.shape
     block = height, width = _gpu_block(rows, n)
     steps = max(pl.cdiv(rows, _GPU_PROGRAMS * height), pl.cdiv(_GPU_ROWS, height))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from draws import seed
 from jax.sharding import NamedSharding, PartitionSpec as P
+from refused import refused
 
 from eqx_norms.causality import DifferenceError, _compare as comparing, assert_same, check_same
 
@@ -270,7 +271,7 @@ REFUSED = {
 @pytest.mark.parametrize("text", REFUSED)
 def test_what_cannot_be_compared(text, getkey):
     one = REFUSED[text] if "none" in text else lambda x: x
-    with pytest.raises((TypeError, ValueError), match=text):
+    with refused((TypeError, ValueError), text):
         assert_same(one, REFUSED[text], rows(getkey))
 
 

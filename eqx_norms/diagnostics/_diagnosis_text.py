@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from .._real import Real
+
 WIDTH = 100
 _FOLD = 24  # So many rows are shown one by one.
 _COLUMNS = {
@@ -38,7 +40,7 @@ def as_text(diagnosis: Any) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def number(x: float | None) -> str:
+def number(x: Real | None) -> str:
     """Two digits, in six characters or fewer, one more for a minus."""
     if x is None:
         return ""

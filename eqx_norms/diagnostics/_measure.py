@@ -2,6 +2,7 @@
 
 import functools as ft
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -344,7 +345,7 @@ def _rows(call: Seen, parts: list[dict], survey: Survey) -> list[Row]:
 
 
 def _missing(name: str, number: float) -> bool:
-    return name == "effective_rank" and np.isnan(number)
+    return name == "effective_rank" and math.isnan(number)
 
 
 def _taken(row: Row) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from .._real import Real
 from ._watch import EDGES, Look, Statistics
 
 BANDS = 16, 50, 84
@@ -34,7 +35,7 @@ def courses(measured: Statistics) -> list[Course]:
 
 
 def percentiles(
-    counts: Int[np.ndarray, "looks bins"], largest: Float[np.ndarray, " looks"], q: Sequence[float]
+    counts: Int[np.ndarray, "looks bins"], largest: Float[np.ndarray, " looks"], q: Sequence[Real]
 ) -> Float[np.ndarray, "percentiles looks"]:
     """Of the entries in the histograms, as if they were spread evenly in each bin; NaN for none."""
     found = np.full((len(q), len(counts)), np.nan)
