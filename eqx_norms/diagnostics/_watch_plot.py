@@ -42,7 +42,7 @@ def percentiles(
     for look, (here, size) in enumerate(zip(counts, largest, strict=True)):
         if here.any():
             below = np.concatenate([[0], np.cumsum(here)])
-            found[:, look] = np.interp(np.multiply(q, below[-1] / 100), below, EDGES * size)
+            found[:, look] = np.interp([float(p) * below[-1] / 100 for p in q], below, EDGES * size)
     return found
 
 
