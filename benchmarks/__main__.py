@@ -8,7 +8,6 @@ python -m benchmarks --page one.json other.json     # ... these results, of seve
 """
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -31,6 +30,7 @@ from ._cases import (
 )
 from ._child import child
 from ._environment import environment
+from ._page import dumps, fill, keep
 from ._report import machine, report
 
 ROOT = Path(__file__).parent.parent
@@ -169,34 +169,18 @@ def write(results: dict, out: Path) -> None:
     plot(results, out / "speed.png")
 
 
-def dumps(results: dict) -> str:
-    return json.dumps(results, indent=1, allow_nan=False) + "\n"
-
-
 def write_page(files: list[Path]) -> None:
     """Puts the runs into docs/benchmarks.md, each in the place of one on the same processor."""
     from ._plot import plot
 
-    PAGE_FILES.mkdir(parents=True, exist_ok=True)
-    for results in [json.loads(path.read_text()) for path in files]:
-        name = re.sub(r"\W+", "_", machine(results).lower())
-        (PAGE_FILES / f"{name}.json").write_text(dumps(results))
-        plot(results, PAGE_FILES / f"{name}.png")
+    keep(files, PAGE_FILES, lambda results: machine(results).lower(), plot)
     PAGE.write_text(filled(PAGE.read_text()))
     print(f"Wrote {PAGE} and {PAGE_FILES}")
 
 
 def filled(page: str) -> str:
-    """The page with what stands between its two marks written anew, from the files beside it."""
-    runs = {path.stem: json.loads(path.read_text()) for path in sorted(PAGE_FILES.glob("*.json"))}
-    figures = [
-        f"![Our time over theirs on {machine(results)}, a dot for each library]"
-        f"({PAGE_FILES.relative_to(PAGE.parent)}/{name}.png)"
-        for name, results in runs.items()
-    ]
-    before, rest = page.split(BEGIN)
-    body = "\n\n".join([*figures, report(*runs.values())])
-    return f"{before}{BEGIN}\n\n{body}\n{END}{rest.split(END)[1]}"
+    caption = lambda results: f"Our time over theirs on {machine(results)}, a dot for each library"
+    return fill(page, (BEGIN, END), PAGE_FILES, PAGE.parent, caption, report)
 
 
 if __name__ == "__main__":

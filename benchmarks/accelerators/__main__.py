@@ -12,7 +12,6 @@ No device is needed, and nothing is timed. The packages: `pip install -e ".[acce
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -21,10 +20,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..__main__ import ROOT, dumps, one_or_more, shapes
+from ..__main__ import ROOT, one_or_more, shapes
 from .._cases import LAYERS
 from .._child import children
 from .._environment import cores, environment
+from .._page import dumps, fill, keep
 from ._cases import (
     DTYPES,
     LAYER_ROWS,
@@ -179,26 +179,14 @@ def write_page(files: list[Path]) -> None:
     """Puts the runs into docs/accelerators.md, each in the place of one with the same jax."""
     from ._plot import plot
 
-    PAGE_FILES.mkdir(parents=True, exist_ok=True)
-    for results in [json.loads(path.read_text()) for path in files]:
-        stem = re.sub(r"\W+", "_", name(results))
-        (PAGE_FILES / f"{stem}.json").write_text(dumps(results))
-        plot(results, PAGE_FILES / f"{stem}.png")
+    keep(files, PAGE_FILES, name, plot)
     PAGE.write_text(filled(PAGE.read_text()))
     print(f"Wrote {PAGE} and {PAGE_FILES}")
 
 
 def filled(page: str) -> str:
-    """The page with what stands between its two marks written anew, from the files beside it."""
-    runs = {path.stem: json.loads(path.read_text()) for path in sorted(PAGE_FILES.glob("*.json"))}
-    figures = [
-        f"![Our cost over eqx.nn's, {name(results)}]"
-        f"({PAGE_FILES.relative_to(PAGE.parent)}/{stem}.png)"
-        for stem, results in runs.items()
-    ]
-    before, rest = page.split(BEGIN)
-    body = "\n\n".join([*figures, report(*runs.values())])
-    return f"{before}{BEGIN}\n\n{body}\n{END}{rest.split(END)[1]}"
+    caption = lambda results: f"Our cost over eqx.nn's, {name(results)}"
+    return fill(page, (BEGIN, END), PAGE_FILES, PAGE.parent, caption, report)
 
 
 if __name__ == "__main__":
