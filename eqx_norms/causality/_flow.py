@@ -660,7 +660,7 @@ def _dot_general(context, eqn, a, b):
     (ca, cb), (ba, bb) = eqn.params["dimension_numbers"]
     aval = eqn.outvars[0].aval
     left, right = _matrices(a, ca, ba), _matrices(b, cb, bb)
-    reads = either(_half(*left, right[1]), _half(*right, left[1], turned=True))
+    reads = either(_half(left[0], right[1]), _half(right[0], left[1], turned=True))
     if reads is not None:
         batch = tuple(a.shape[i] for i in ba)
         rows = tuple(n for i, n in enumerate(a.shape) if i not in (*ca, *ba))
@@ -683,7 +683,7 @@ def _matrices(x: Known, contracted, batched):
     return x.reads.transpose(*order, len(order)).reshape(*shape, -1), zero
 
 
-def _half(reads, own_zero, other_zero, turned=False):
+def _half(reads, other_zero, turned=False):
     """What the result reads of one operand, as (batch, rows, columns, words), some of them 1."""
     if reads is None:
         return None

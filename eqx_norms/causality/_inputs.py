@@ -65,34 +65,31 @@ def make_problem(
     """Checks `fn`, `x` and the axes by tracing `fn` once. It closes over the leaves in `fixed`."""
     if not callable(fn):
         raise TypeError(f"fn must be a function of one argument, got {type(fn).__name__}")
-    named, treedef = named_leaves(x)
-    kept = fixed_leaves(named, fixed)
-    edited = {name: input_leaf(leaf) for name, leaf in named.items() if name not in kept}
-    if not edited:
+    given = split_input(x, fixed)
+    if not given.leaves:
         raise ValueError(
             "fixed names every array of x; leave out those that edits are to replace"
-            if kept
+            if given.fixed
             else "x holds no array; pass the input of fn, an array or a pytree of arrays"
         )
-    given = tuple(edited.values())
-    in_axes = _axes(given, axis, "axis", "x")
-    in_lengths = _lengths(given[0], in_axes[0])
+    edited = tuple(given.leaves.values())
+    in_axes = _axes(edited, axis, "axis", "x")
+    in_lengths = _lengths(edited[0], in_axes[0])
     if math.prod(in_lengths) < 2:
         raise ValueError(
             "x must have at least 2 positions along axis "
-            f"{axis}, got shape {given[0].shape}; is axis= the sequence axis?"
+            f"{axis}, got shape {edited[0].shape}; is axis= the sequence axis?"
         )
 
     def apply(*args: Array) -> tuple[Array, ...]:
-        leaves = (_split(arg, axes, in_lengths) for arg, axes in zip(args, in_axes, strict=True))
-        all_leaves = {**kept, **dict(zip(edited, leaves, strict=True))}
-        out = fn(jax.tree.unflatten(treedef, [all_leaves[name] for name in named]))
+        leaves = [_split(arg, axes, in_lengths) for arg, axes in zip(args, in_axes, strict=True)]
+        out = fn(given.whole(leaves))
         return tuple(output_leaf(leaf) for leaf in jax.tree.leaves(out))
 
     def merged(*args: Array) -> tuple[Array, ...]:
         return tuple(map(_merged, apply(*args), out_axes))
 
-    leaves = tuple(map(_merged, given, in_axes))
+    leaves = tuple(map(_merged, edited, in_axes))
     closed = traced(apply, leaves)
     outs = _shapes(closed)
     if not outs:
@@ -109,10 +106,31 @@ def make_problem(
         tuple(map(_merged_axis, out_axes)),
         closed,
         _shapes(closed),
-        tuple(edited),
+        tuple(given.leaves),
         in_lengths,
         out_lengths,
     )
+
+
+class Given(NamedTuple):
+    """An input: the arrays that edits replace and those that are `fixed`, by their paths."""
+
+    leaves: dict[str, Array]
+    fixed: dict[str, Any]
+    whole: Callable[[Sequence[Any]], PyTree]  # of others in the place of `leaves`
+
+
+def split_input(x: PyTree, fixed: str | Iterable[str]) -> Given:
+    """Checks that what edits replace can be edited."""
+    named, treedef = named_leaves(x)
+    kept = _fixed_leaves(named, fixed)
+    leaves = {name: _input_leaf(leaf) for name, leaf in named.items() if name not in kept}
+
+    def whole(values: Sequence[Any]) -> PyTree:
+        all_leaves = {**kept, **dict(zip(leaves, values, strict=True))}
+        return jax.tree.unflatten(treedef, [all_leaves[name] for name in named])
+
+    return Given(leaves, kept, whole)
 
 
 def _shapes(closed: jex.ClosedJaxpr) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -216,7 +234,7 @@ def named_leaves(x: PyTree, is_leaf: Callable | None = None) -> tuple[dict[str, 
     return named, treedef
 
 
-def fixed_leaves(named: Mapping[str, Any], fixed: str | Iterable[str]) -> dict[str, Any]:
+def _fixed_leaves(named: Mapping[str, Any], fixed: str | Iterable[str]) -> dict[str, Any]:
     fixed = {fixed} if isinstance(fixed, str) else {*fixed}
     require_names("fixed", fixed, named, "array")
     # Under `jax.vmap`, JAX takes no NumPy array from outside.
@@ -224,7 +242,7 @@ def fixed_leaves(named: Mapping[str, Any], fixed: str | Iterable[str]) -> dict[s
     return {name: as_jax(leaf) for name, leaf in named.items() if name in fixed}
 
 
-def input_leaf(leaf: Any) -> Array:
+def _input_leaf(leaf: Any) -> Array:
     if not eqx.is_array_like(leaf) or isinstance(leaf, bool | int | float | complex):
         raise TypeError(
             f"x must be an array or a pytree of arrays, got a {type(leaf).__name__} in it; give "

@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from .._real import Integer, Real
 from ._compare import Judge, gaps, host
 from ._edits import Edit, TokenValues, make_editor
-from ._inputs import fixed_leaves, input_leaf, named_leaves, output_leaf, traced
+from ._inputs import Given, named_leaves, output_leaf, split_input, traced
 from ._judge import DIFFERS_FROM_ITSELF
 from ._same_report import SameReport, make_report
 from ._widen import coarsest, same_trace
@@ -96,7 +96,7 @@ def assert_same(
             f"inputs and noise_ulps must be at least 0, got inputs={inputs}, "
             f"noise_ulps={noise_ulps}"
         )
-    given = _given(x, fixed)
+    given = split_input(x, fixed)
     first, second = (_traced(fn, given) for fn in (one, two))
     _require_alike(first, second, axis)
     edits = _edits(given, int(inputs), scales, token_values, key) if inputs and given.leaves else []
@@ -123,13 +123,6 @@ def check_same(
         return error.report
 
 
-class _Given(NamedTuple):
-    """The arrays of an input that edits replace, by path, and how it is made of them."""
-
-    leaves: dict[str, Array]
-    whole: Callable[[Sequence[Any]], PyTree]
-
-
 class _Traced(NamedTuple):
     """A function of flat leaves, its trace, and its outputs: their tree and their paths."""
 
@@ -139,19 +132,7 @@ class _Traced(NamedTuple):
     names: tuple[str, ...]
 
 
-def _given(x: PyTree, fixed: str | Iterable[str]) -> _Given:
-    named, treedef = named_leaves(x)
-    kept = fixed_leaves(named, fixed)
-    leaves = {name: input_leaf(leaf) for name, leaf in named.items() if name not in kept}
-
-    def whole(values: Sequence[Any]) -> PyTree:
-        all_leaves = {**kept, **dict(zip(leaves, values, strict=True))}
-        return jax.tree.unflatten(treedef, [all_leaves[name] for name in named])
-
-    return _Given(leaves, whole)
-
-
-def _traced(fn: Callable, given: _Given) -> _Traced:
+def _traced(fn: Callable, given: Given) -> _Traced:
     if not callable(fn):
         raise TypeError(f"one and two must be functions of one argument, got {type(fn).__name__}")
     shape = {}
@@ -194,7 +175,7 @@ def _kind(dtype: Any) -> str:
     return next((kind for kind, of in kinds.items() if jnp.issubdtype(dtype, of)), "complex")
 
 
-def _edits(given: _Given, count: int, scales, token_values, key) -> Iterator[list[Array]]:
+def _edits(given: Given, count: int, scales, token_values, key) -> Iterator[list[Array]]:
     """Every leaf replaced as a whole, each time in another way."""
     flat = [np.asarray(leaf).reshape(-1) for leaf in given.leaves.values()]
     together = make_editor(flat, [0] * len(flat), scales, token_values, key, [*given.leaves])
