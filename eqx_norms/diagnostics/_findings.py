@@ -182,11 +182,7 @@ def _prefixes(path: str) -> list[str]:
 
 def _dead(rows: Sequence[Row]) -> Iterator[Finding]:
     limit = THRESHOLDS["dead"]
-    found = {}
-    for row in rows:
-        dead = row.statistics.get("dead", 0)
-        if _examples(row) >= _EXAMPLES and dead > limit:
-            found[row.path] = max(dead, found.get(row.path, 0))
+    found = _largest([row for row in rows if _examples(row) >= _EXAMPLES], "dead", limit)
     for where, dead in found.items():
         advice = (
             "So many units are silent in the whole batch, and get no gradient to wake up by. Look "
@@ -208,18 +204,23 @@ def _dead(rows: Sequence[Row]) -> Iterator[Finding]:
 _LINEAR = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 
 
+def _largest(rows: Sequence[Row], name: str, limit: float) -> dict[str, float]:
+    """By path, the largest of a statistic over the calls and steps, where it is above `limit`."""
+    found = {}
+    for row in rows:
+        share = row.statistics.get(name, 0)
+        if share > limit:
+            found[row.path] = max(share, found.get(row.path, 0))
+    return found
+
+
 def _examples(row: Row) -> int:
     return math.prod(row.shape[:-1])
 
 
 def _saturated(rows: Sequence[Row]) -> Iterator[Finding]:
     limit = THRESHOLDS["saturated"]
-    found = {}
-    for row in rows:
-        share = row.statistics.get("saturated", 0)
-        if share > limit and share > found.get(row.path, 0):
-            found[row.path] = share
-    for where, share in found.items():
+    for where, share in _largest(rows, "saturated", limit).items():
         advice = (
             "So many entries are where the activation function is flat: less than a tenth of its "
             "largest slope. Look at the gain of the weights and the scale of the inputs."
@@ -396,19 +397,16 @@ def _updates(parameters: Sequence[Parameter]) -> Iterator[Finding]:
         return
     large, small = THRESHOLDS["large update"], THRESHOLDS["small update"]
     middle = float(np.median(typical))
-    worst = weights[ratios.index(max(typical) if middle > large else min(typical))]
-    if middle > large:
-        advice = (
-            f"The rms of a step over that of the weight, of the median weight; here it is "
-            f"{worst.statistics['update_ratio']:.2g}. About 1e-3 is usual: lower the learning rate."
-        )
-        yield Finding("update ratio", worst.path, middle, large, advice)
-    elif middle < small:
-        advice = (
-            f"The rms of a step over that of the weight, of the median weight; here it is "
-            f"{worst.statistics['update_ratio']:.2g}. About 1e-3 is usual: raise the learning rate."
-        )
-        yield Finding("update ratio", worst.path, middle, small, advice)
+    if small <= middle <= large:
+        return
+    worst, limit, cure = (
+        (max(typical), large, "lower") if middle > large else (min(typical), small, "raise")
+    )
+    advice = (
+        f"The rms of a step over that of the weight, of the median weight; here it is {worst:.2g}. "
+        f"About 1e-3 is usual: {cure} the learning rate."
+    )
+    yield Finding("update ratio", weights[ratios.index(worst)].path, middle, limit, advice)
 
 
 def _tied(parameters: Sequence[Parameter]) -> Iterator[Finding]:

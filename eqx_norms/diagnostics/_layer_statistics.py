@@ -4,6 +4,12 @@ Each takes one array and returns scalars under fixed names, under `jax.jit` and 
 `diagnose` shows once can be measured at every step.
 """
 
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -60,6 +66,16 @@ def non_finite(x: Float[Array, "*shape"]) -> Float[Array, ""]:
     """The share of entries that are infinite or NaN."""
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     return jnp.mean(~jnp.isfinite(x), dtype=dtype)
+
+
+def is_floating(x: Any) -> bool:
+    """Whether `x` is an array of floats that has entries: what these statistics can be taken of."""
+    return eqx.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) and x.size > 0
+
+
+def each_step(loops: tuple[int, ...], fn: Callable) -> Callable:
+    """`fn` of every step, of arrays with an axis in front for each of the loops around."""
+    return ft.reduce(lambda f, _: jax.vmap(f), loops, fn)
 
 
 def as_examples(x: Float[Array, "*shape"], unit_axis: int = -1) -> Float[Array, "examples units"]:

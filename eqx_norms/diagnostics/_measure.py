@@ -17,7 +17,14 @@ from jaxtyping import Array, PyTree
 from ._activations import Activation
 from ._instrument import path
 from ._interpret import Marked
-from ._layer_statistics import as_examples, derivative_statistics, layer_statistics, non_finite
+from ._layer_statistics import (
+    as_examples,
+    derivative_statistics,
+    each_step,
+    is_floating,
+    layer_statistics,
+    non_finite,
+)
 from ._statistics import activation_stats, dead_unit_fraction, saturation_fraction
 from ._survey import Seen, Survey
 
@@ -145,10 +152,10 @@ def _not_finite_inputs(call: Seen, marked: Marked, grads: Marked) -> dict[str, A
     """Whether any input is not finite, and any derivative there, for each step."""
     if call.given is None:
         return {}
-    each_step = ft.partial(_each_step, call.loops)
+    any_non_finite = each_step(call.loops, _any_non_finite)
     return {
-        "input_non_finite": each_step(_any_non_finite)(_floats(marked[call.given])),
-        "grad_input_non_finite": each_step(_any_non_finite)(_floats(grads[call.given])),
+        "input_non_finite": any_non_finite(_floats(marked[call.given])),
+        "grad_input_non_finite": any_non_finite(_floats(grads[call.given])),
     }
 
 
@@ -169,18 +176,14 @@ def _of_call(
     values, grads = output
     if call.applied is not None:
         x, y = values
-        return [_of_activation(x, y, call.activation, axis, call.loops) if _is_float(y) else {}]
+        return [_of_activation(x, y, call.activation, axis, call.loops) if is_floating(y) else {}]
     parts = [
-        _of_output(value, grad, axis, call.loops) | ends if _is_float(value) else {}
+        _of_output(value, grad, axis, call.loops) | ends if is_floating(value) else {}
         for value, grad in zip(values, grads, strict=True)
     ]
     if x is not None and parts[0]:
         parts[0] |= _dead_and_saturated(x, values[0], call.activation, axis, call.loops)
     return parts
-
-
-def _each_step(loops: tuple[int, ...], fn: Callable) -> Callable:
-    return ft.reduce(lambda f, _: jax.vmap(f), loops, fn)
 
 
 # Jitted one by one: a deep model has many layers, but few shapes, and one program of all their
@@ -192,14 +195,14 @@ def _of_output(value: Array, grad: Array, axis: int, loops: tuple[int, ...]) -> 
         found = {f"grad_{name}": number for name, number in derivative.items()}
         return layer_statistics(value, axis) | found | {"tiny": _tiny(grad)}
 
-    return _each_step(loops, one)(value, grad)
+    return each_step(loops, one)(value, grad)
 
 
 @ft.partial(jax.jit, static_argnums=(2, 3, 4))
 def _of_activation(
     x: Array, y: Array, activation: Activation, axis: int, loops: tuple[int, ...]
 ) -> dict[str, Array]:
-    found = _each_step(loops, ft.partial(layer_statistics, unit_axis=axis))(y)
+    found = each_step(loops, ft.partial(layer_statistics, unit_axis=axis))(y)
     return found | _dead_and_saturated(x, y, activation, axis, loops)
 
 
@@ -216,7 +219,7 @@ def _dead_and_saturated(
             found["saturated"] = saturation_fraction(activation.fn, x, activation.flat)
         return found
 
-    return _each_step(loops, one)(x, y)
+    return each_step(loops, one)(x, y)
 
 
 def _of_parameters(
@@ -225,7 +228,7 @@ def _of_parameters(
     params = eqx.filter(model, eqx.is_inexact_array)
     leaves = jtu.tree_leaves(params)
     found = [
-        _of_parameter(param, grad) if _is_float(param) else {}
+        _of_parameter(param, grad) if is_floating(param) else {}
         for param, grad in zip(leaves, jtu.tree_leaves(grads), strict=True)
     ]
     if optimiser is not None:
@@ -282,11 +285,7 @@ def _any_non_finite(arrays: list[Array]) -> Array:
 
 
 def _floats(arrays: list[Any]) -> list[Array]:
-    return [x for x in arrays if _is_float(x)]
-
-
-def _is_float(x: Any) -> bool:
-    return x is not None and jnp.issubdtype(x.dtype, jnp.floating) and x.size > 0
+    return [x for x in arrays if is_floating(x)]
 
 
 def _reached_from_elsewhere(loss_fn: Callable, model: PyTree, args: tuple) -> dict[str, bool]:

@@ -1,12 +1,10 @@
 """What goes on inside a model, over the steps of its training."""
 
-import functools as ft
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -15,7 +13,13 @@ from jaxtyping import Array, Float, Int, PyTree
 from ._capture import _Program
 from ._instrument import Where, path
 from ._interpret import loops_around
-from ._layer_statistics import as_examples, derivative_statistics, layer_statistics
+from ._layer_statistics import (
+    as_examples,
+    derivative_statistics,
+    each_step,
+    is_floating,
+    layer_statistics,
+)
 from ._statistics import activation_stats, dead_unit_fraction, histogram, update_ratio
 
 Statistics = OrderedDict[str, dict[str, Any]]  # which jit does not sort
@@ -196,14 +200,9 @@ def _by_name(
     statistics = OrderedDict()
     for key, value in found.items():
         for place, x in jtu.tree_flatten_with_path(value)[0]:
-            if _is_floating(x):
-                each_step = ft.reduce(lambda f, _: jax.vmap(f), loops[key], fn)
-                statistics[key + jtu.keystr(place)] = each_step(x)
+            if is_floating(x):
+                statistics[key + jtu.keystr(place)] = each_step(loops[key], fn)(x)
     return statistics
-
-
-def _is_floating(x: Any) -> bool:
-    return eqx.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) and x.size > 0
 
 
 def _of_value(x: Float[Array, "*shape"]) -> dict[str, Array]:
@@ -228,7 +227,7 @@ def _of_params(params: PyTree, grads: PyTree, updates: PyTree | None) -> Statist
     grads_by_path = dict(jtu.tree_flatten_with_path(grads)[0])
     ratios_by_path = dict(jtu.tree_flatten_with_path(ratios)[0])
     for keys, param in jtu.tree_flatten_with_path(params)[0]:
-        if _is_floating(param):
+        if is_floating(param):
             found = {"rms": rms(param), "grad_rms": rms(grads_by_path[keys])}
             if ratios is not None:
                 found["update_ratio"] = ratios_by_path[keys]
