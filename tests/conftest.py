@@ -32,3 +32,10 @@ def x64():
     """Float64 by default: arrays, keys and modules that the test makes."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def optax_promotes():
+    """Its Adam takes a Python float to the power of an integer array."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

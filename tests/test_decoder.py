@@ -27,6 +27,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from draws import seed
+from made_up_names import NAMES
 from oracles import ulps
 
 from eqx_norms.causality import CausalityError, assert_same as assert_same_function
@@ -42,23 +43,17 @@ from examples.decoder import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 ROOT = Path(__file__).parent.parent
 
 
 Settings, State = settings.Settings, checkpoint.State
 
-NAMES = [a + b for a in ("an", "ber", "ca", "do", "el") for b in ("son", "ley", "ton", "man", "s")]
 SMALL = Settings(width=8, layers=1, heads=2, context=10, steps=12, batch=8, rate=0.01, seed=seed())
 DATA = data.split(NAMES, SMALL.context)
 SYMBOLS = len(DATA.vocabulary)
 EPS = 2.0**-23
-
-
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    """Its Adam takes a Python float to the power of an integer array."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def begin(settings):

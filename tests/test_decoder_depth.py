@@ -17,21 +17,17 @@ import matplotlib.image
 import numpy as np
 import pytest
 from draws import seed
+from made_up_names import NAMES
 
 from eqx_norms import is_norm
 from examples.decoder import __main__ as cli, data, depth, memory, train
 from examples.decoder.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 # More than ten: "blocks[10]" sorts before "blocks[2]".
 DEEP = Settings(width=4, layers=11, heads=2, context=10, steps=3, batch=8, seed=seed())
-NAMES = [a + b for a in ("an", "ber", "ca", "do", "el") for b in ("son", "ley", "ton", "man", "s")]
 DATA = data.split(NAMES, DEEP.context)
-
-
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.mark.slow

@@ -22,6 +22,8 @@ from draws import seed
 from examples.decoder import __main__ as cli, checkpoint, data, mesh as meshes, model, train
 from examples.decoder.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 ROOT = Path(__file__).parent.parent
 SMALL = Settings(
     width=16, layers=2, heads=2, context=10, steps=50, batch=16, rate=0.01, seed=seed()
@@ -32,12 +34,6 @@ SYMBOLS = len(DATA.vocabulary)  # 13: what is split over two devices leaves them
 
 
 assert len(jax.devices()) == 8  # from here on, whatever a test asks for
-
-
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def batch_at(step):

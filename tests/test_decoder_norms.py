@@ -20,6 +20,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from draws import seed
+from made_up_names import NAMES
 
 from eqx_norms import is_norm
 from eqx_norms.causality import CausalityError
@@ -35,16 +36,11 @@ from examples.decoder import (
 )
 from examples.decoder.settings import PLACEMENTS, Settings
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 SMALL = Settings(width=4, layers=2, heads=2, context=8, steps=5, batch=8, seed=seed())
-NAMES = [a + b for a in ("an", "ber", "ca", "do", "el") for b in ("son", "ley", "ton", "man", "s")]
 DATA = data.split(NAMES, SMALL.context)
 SYMBOLS = len(DATA.vocabulary)
-
-
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def shapes_of(**options):

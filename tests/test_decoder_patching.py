@@ -10,22 +10,18 @@ import matplotlib.image
 import numpy as np
 import pytest
 from draws import seed
+from made_up_names import NAMES
 
 from examples.decoder import data, patching, train
 from examples.decoder.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 SMALL = Settings(width=8, layers=2, heads=2, context=10, steps=3, batch=8, seed=seed())
-NAMES = [a + b for a in ("an", "ber", "ca", "do", "el") for b in ("son", "ley", "ton", "man", "s")]
 DATA = data.split(NAMES, SMALL.context)
 PARTS = {(part.block, part.name): part for part in patching.parts_of(SMALL)}
 # Some hundred roundings of numbers of order one, which norms of eight entries may magnify.
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
-
-
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

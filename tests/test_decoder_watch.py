@@ -9,19 +9,15 @@ import jax
 import numpy as np
 import pytest
 from draws import seed
+from made_up_names import NAMES
 
 from examples.decoder import checkpoint, data, train, watching
 from examples.decoder.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 SMALL = Settings(width=4, layers=1, heads=2, context=10, steps=6, batch=8, seed=seed())
-NAMES = [a + b for a in ("an", "ber", "ca", "do", "el") for b in ("son", "ley", "ton", "man", "s")]
 DATA = data.split(NAMES, SMALL.context)
-
-
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def test_what_is_kept_of_a_file(tmp_path):

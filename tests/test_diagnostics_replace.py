@@ -5,6 +5,8 @@ Tolerances: the two run the same operations on numbers of order one, in float64,
 XLA may fuse differently: a millionfold of its rounding is allowed.
 """
 
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,18 +15,14 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 from refused import refused
+from trees import assert_trees_close
 
 from eqx_norms.diagnostics import capture, capture_grads
 
 LINEAR = eqx.nn.Linear
 
 
-def assert_close(a, b):
-    a, b = eqx.filter(a, eqx.is_array), eqx.filter(b, eqx.is_array)
-    assert jtu.tree_structure(a) == jtu.tree_structure(b)
-    for x, y in zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True):
-        assert x.shape == y.shape and x.dtype == y.dtype
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-9)
+assert_close = ft.partial(assert_trees_close, rtol=0, atol=1e-9)
 
 
 class Net(eqx.Module):

@@ -5,6 +5,7 @@ in programs that XLA may fuse differently.
 """
 
 import contextlib
+import functools as ft
 import threading
 
 import equinox as eqx
@@ -15,6 +16,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
+from trees import assert_trees_close
 
 import eqx_norms
 from eqx_norms.diagnostics import capture, capture_grads
@@ -22,12 +24,7 @@ from eqx_norms.diagnostics import capture, capture_grads
 LINEAR = eqx.nn.Linear
 
 
-def assert_close(a, b):
-    a, b = eqx.filter(a, eqx.is_array), eqx.filter(b, eqx.is_array)
-    assert jtu.tree_structure(a) == jtu.tree_structure(b)
-    for x, y in zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True):
-        assert x.shape == y.shape and x.dtype == y.dtype
-        np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-6)
+assert_close = ft.partial(assert_trees_close, rtol=2e-6, atol=2e-6)
 
 
 class Net(eqx.Module):
