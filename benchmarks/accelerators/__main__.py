@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {"environment": environment(PACKAGES), "minutes": 0}
     results |= {section: [] for section in SECTIONS}
     if to.resume:
-        results |= _left(to.out / "results.json", results["environment"]["versions"])
+        results |= _left(to.out / "results.json", results["environment"])
     results |= {"interrupted": True, "failed": []}  # until it has come to its end
     before = results["minutes"]
     to.out.mkdir(parents=True, exist_ok=True)
@@ -116,14 +116,14 @@ def options(argv):
     return to
 
 
-def _left(path: Path, versions: dict) -> dict:
+def _left(path: Path, environment: dict) -> dict:
     """What an earlier run has written, with the same packages."""
     if not path.exists():
         return {}
     results = json.loads(path.read_text())
-    if (theirs := results["environment"]["versions"]) != versions:
+    if (theirs := results["environment"]["versions"]) != environment["versions"]:
         sys.exit(f"{path} is of other versions, {theirs}: take another --out, or no --resume.")
-    return results
+    return results | {"environment": environment}
 
 
 # ---- Compiling.

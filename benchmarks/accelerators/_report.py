@@ -10,6 +10,7 @@ from ._cases import (
     LIBRARY_NAMES,
     MODELS,
     NO_NORM,
+    PALLAS,
     PLATFORMS,
     SPLIT_OVER,
     SPLIT_ROWS,
@@ -77,17 +78,19 @@ def _layer(row: dict | None, scale: int) -> str:
 def _costs(found: dict[Case, dict], platform: str) -> str:
     """Bytes or cycles of the models, and ours over those of the others."""
     scale, unit = _unit(platform)
-    others = _others(found)
+    libraries = _libraries(found, platform)
+    pairs = [("ours", other) for other in libraries[1:] if other != PALLAS]
+    pairs += [(PALLAS, "eqx")] if {PALLAS, "eqx"} < set(libraries) else []
     lines = [
         [
             *_head(row),
-            *(_model(found, row, library, "cost", scale) for library in ("ours", *others)),
-            *(_ratio(found, row, library) for library in others),
+            *(_model(found, row, library, "cost", scale) for library in libraries),
+            *(_ratio(found, row._replace(library=one), other) for one, other in pairs),
         ]
         for row in _rows(found, platform, MODELS)
     ]
-    names = [LIBRARY_NAMES[library] for library in others]
-    head = ["", "", "dtype", LIBRARY_NAMES["ours"], *names, *(f"ours / {n}" for n in names)]
+    ratios = [f"{one} / {LIBRARY_NAMES[other]}" for one, other in pairs]
+    head = ["", "", "dtype", *(LIBRARY_NAMES[library] for library in libraries), *ratios]
     return _titled(
         f"{PLATFORMS[platform]}, models: {unit} and layer (the norm's part)", head, lines
     )
@@ -95,7 +98,7 @@ def _costs(found: dict[Case, dict], platform: str) -> str:
 
 def _sizes(found: dict[Case, dict], platform: str) -> str:
     """Temporaries and kernels of the models."""
-    libraries = ("ours", *_others(found))
+    libraries = _libraries(found, platform)
     lines = [
         [
             *_head(row),
@@ -114,8 +117,9 @@ def _titled(title: str, head: list[str], lines: list[list[str]]) -> str:
     return f"## {title}\n\n{table(head, lines)}" if lines else ""
 
 
-def _others(found: dict[Case, dict]) -> list[str]:
-    return [library for library in LIBRARIES[1:] if any(c.library == library for c in found)]
+def _libraries(found: dict[Case, dict], platform: str) -> list[str]:
+    there = {c.library for c in found if c.platform == platform}
+    return [library for library in LIBRARIES if library in there | {"ours"}]
 
 
 def _head(row: Case) -> list[str]:

@@ -1,12 +1,18 @@
 """What each figure should come to, and whether it does. Written before the figures were."""
 
+import math
+
 from .._targets import Outcome
-from ._cases import LAYER_WORKS, MODELS, NO_NORM, PLATFORMS, Case
+from ._cases import LAYER_WORKS, MODELS, NO_NORM, PALLAS, PLATFORMS, Case
 
 COST = {"h100": "bytes"}  # elsewhere cycles
 WHOLE = 1.02  # of eqx.nn's bytes or cycles, at most
 NARROW = 0.97  # ... of a model with LayerNorm in bfloat16, on the H100
 SCAN = {"float32": 0.75, "bfloat16": 0.5}  # of the temporaries of eqx.nn's
+# Of the kernels on the H100: bytes an element, of which x, y, x, g and dx are 20 or 10; and the
+# norm's part of the bytes of MLP blocks, of eqx.nn's.
+KERNELS = {"float32": 22, "bfloat16": 12}
+KERNELS_IN_MLP = {"float32": 0.95, "bfloat16": 0.6}
 
 
 def by_case(rows: list[dict]) -> dict[Case, dict]:
@@ -32,6 +38,8 @@ def outcomes(results: dict) -> list[Outcome]:
     for case in found:
         if case.library == "ours":
             judged += [_cost(found, case), _temporaries(found, case)]
+        elif case.library == PALLAS:
+            judged += [_kernels(found, case), _kernels_in_mlp(found, case)]
     return [outcome for outcome in judged if outcome is not None]
 
 
@@ -60,6 +68,23 @@ def _temporaries(found, case):
         theirs = found[case._replace(library="eqx")]["temporaries"]
         where += f" (without norms {without['temporaries'] / theirs:.2f})"
     return Outcome(name, where, value, limit, limit)
+
+
+def _kernels(found, case):
+    if case.work != "backward":
+        return None
+    name = f"{PLATFORMS[case.platform]}, bytes an element of one layer, kernels, {case.dtype}"
+    limit = KERNELS[case.dtype]
+    return Outcome(name, _where(case), found[case]["cost"] / math.prod(case.shape), limit, limit)
+
+
+def _kernels_in_mlp(found, case):
+    value = ratio(found, case, "cost", part=True)
+    if value is None or case.work != "mlp":
+        return None
+    name = f"{PLATFORMS[case.platform]}, bytes of the norms in a model, kernels, over eqx.nn's"
+    limit = KERNELS_IN_MLP[case.dtype]
+    return Outcome(f"{name}, {case.dtype}", _where(case), value, limit, limit)
 
 
 def _where(case: Case) -> str:
