@@ -1,5 +1,8 @@
 """Every test runs under the strictest settings that a user may have switched on."""
 
+import os
+import tempfile
+
 import jax
 
 # Eight host devices, for the sharding tests; before the backend starts.
@@ -18,6 +21,26 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     draws.shift = config.getoption("--draw")
+    compile_once(config)
+
+
+def compile_once(config):
+    """Programs that are the same, in whatever test or process, are compiled once in a run.
+
+    By JAX's own cache, in a directory of this run alone: a seventh of the time. The workers of
+    pytest-xdist and the scripts that tests start find it in the environment.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    directory = tempfile.TemporaryDirectory(prefix="eqx_norms_tests_")
+    config.add_cleanup(directory.cleanup)
+    for name, value in {
+        "jax_compilation_cache_dir": directory.name,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 @pytest.fixture
