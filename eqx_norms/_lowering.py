@@ -79,6 +79,53 @@ def again(a: Array, dtype=None, alone: bool = False) -> Array:
     return _again_p.bind(a, dtype=jnp.dtype(dtype or a.dtype))
 
 
+def _middle_of_three(x: Array, mean: Array, *, rank: int) -> Array:
+    """Of the first three entries that stand in a row; the mean, where there are none.
+
+    Or where a mesh with explicit sharding has examples in parts, of which no slice can be taken.
+    """
+    first = x.ndim - rank
+    shape, splits = x.shape[first:], jax.typeof(x).sharding.spec[first:]
+    axis = next((i for i, n in enumerate(shape) if n >= 3), None)
+    if axis is None or any(split is not None for split in splits):
+        return mean
+    sizes = [3 if i == axis else 1 for i in range(rank)]
+    ends = (*x.shape[:first], *sizes)
+    three = jax.lax.slice(x, (0,) * x.ndim, ends).reshape(*mean.shape, 3)
+    a, b, c = jnp.moveaxis(three.astype(mean.dtype), -1, 0)
+    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+
+
+def _map_near(arrays, axes, *, rank: int):
+    (size,) = {a.shape[axis] for a, axis in zip(arrays, axes, strict=True) if axis is not None}
+    x, mean = (
+        jnp.broadcast_to(a, (size, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
+        for a, axis in zip(arrays, axes, strict=True)
+    )
+    return _near_p.bind(x, mean, rank=rank), 0
+
+
+_near_p = Primitive("eqx_norms_near")
+_near_p.def_impl(lambda x, mean, **how: mean)
+_near_p.def_abstract_eval(lambda x, mean, **how: mean)
+mlir.register_lowering(_near_p, lambda context, x, mean, **how: [mean])
+mlir.register_lowering(
+    _near_p, mlir.lower_fun(_middle_of_three, multiple_results=False), platform="tpu"
+)
+batching.primitive_batchers[_near_p] = _map_near
+
+
+def near(x: Example, mean: Array) -> Array:
+    """A number near the entries of x, from which they are counted; the mean, or what costs less.
+
+    XLA for TPU makes a pass over x of each sum, and none of a few entries: compiled for a v5e, 4096 x
+    768 in float32, a forward takes .95 of eqx.nn's cycles, and 1.29 with the mean; forward and
+    backward .83 and 1.00. The middle of three, for a single entry may be an outlier, whose
+    distance from all others is rounded. y is the same for any origin, so it has no derivative.
+    """
+    return _near_p.bind(*map(jax.lax.stop_gradient, (x, mean)), rank=x.ndim)
+
+
 # One barrier around all: one for each would be as the forward's, and merged with them.
 def _barrier_around_all(*arrays: Array, **how) -> list[Array]:
     return list(_barrier(arrays))

@@ -4,8 +4,8 @@
 
 with mean and variance over all entries of one example: those under a mask left out, those on
 other devices counted in. In the order of the file: the statistics, the forward, the backward, the
-way from the backward to forward mode, the plain reference, the entry. `again`, `apart` and
-`settled` change no value: `_lowering.py` says what they are for.
+way from the backward to forward mode, the plain reference, the entry. `again`, `apart`,
+`near` and `settled` change no y: `_lowering.py` says what they are for.
 """
 
 import functools as ft
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from ._lowering import again, apart, settled
+from ._lowering import again, apart, near, settled
 from ._real import Real
 
 Example = Float[Array, "*shape"]
@@ -118,6 +118,8 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
         # y is the same for any origin, so the origin has no derivative; d has the mean's.
         xc = _centred(read, where, None, None)
         origin = jax.lax.stop_gradient(_mean(spec, xc, where, settle=kept))
+        if where is None and spec.axis_name is None:
+            origin = near(x, origin)
         read, origin = next_pass(read, origin)
         d = _mean(spec, _centred(read, where, origin, None), where, settle=kept)
         read, origin, d = next_pass(read, origin, d)

@@ -89,7 +89,9 @@ def _is_to_be_had(platform: str, library: str, layer: str) -> bool:
 
 
 def split_cases(platforms, libraries) -> list[Split]:
-    libraries = [library for library in libraries if library != PALLAS]  # there it is the plain path
+    libraries = [
+        library for library in libraries if library != PALLAS
+    ]  # there it is the plain path
     cases = [Split(*parts) for parts in itertools.product(platforms, libraries, SPLITS)]
     if "ours" in libraries:
         cases += [Split(platform, AXIS_NAME, "features") for platform in platforms]
