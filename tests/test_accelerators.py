@@ -55,9 +55,12 @@ def test_models_meet_their_targets(call, platform, layer, dtype, work):
 def test_split_norms_exchange_sums_alone(call, platform, library, split):
     case = Split(platform, library, split)
     collectives = call("accelerators._compile.collectives_of", case)["collectives"]
+    rows, n = case.shape
+    if (platform, library, split) == ("v5e", "ours", "features"):
+        # The first entries of each row, from which a TPU counts, one device has: it sends them.
+        assert collectives.pop("collective-permute")[1] <= 4 * 4 * rows
     assert list(collectives) == ["all-reduce"]
     # In float32: of a split batch dweight and dbias, of split features a sum of each row for the
     # mean, in two parts, for the variance, for mean(gw) and for mean(gw * xc).
-    rows, n = case.shape
     _, size = collectives["all-reduce"]
     assert size == 4 * (2 * n if split == "batch" else 5 * rows)

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from draws import seed
+from jax.interpreters import mlir
+from oracles import assert_close, exact_norm, terms
 
-from eqx_norms import group_norm, layer_norm, rms_norm
+from eqx_norms import _lowering, group_norm, layer_norm, rms_norm
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -69,3 +71,67 @@ def test_one_export_for_all_platforms(dtype):
         largest = np.abs(np.float64(want)).max()
         eps = float(jnp.finfo(want.dtype).eps)
         assert np.abs(np.float64(got) - np.float64(want)).max() <= 4 * eps * largest
+
+
+# ---- What entries are counted from on a TPU: the middle of three, in place of a mean
+
+
+def middle_of_three(f, *args):
+    """What `f` is on a TPU, computed here: there it is, and here it is not, in the program."""
+    rule = mlir.lower_fun(_lowering._middle_of_three, multiple_results=False)
+    mlir.register_lowering(_lowering._near_p, rule, platform="cpu")
+    try:
+        return jax.jit(f)(*args)
+    finally:
+        mlir.register_lowering(_lowering._near_p, _lowering._mean_of_all, platform="cpu")
+
+
+def slices(f, *args, platform):
+    text = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    return text.count("stablehlo.slice") + text.count("stablehlo.minimum")
+
+
+def test_on_a_tpu_no_pass_is_made_for_the_origin():
+    f, args = gradient(layer_norm), arrays(jnp.float32)
+    assert slices(f, *args, platform="tpu") > 0
+    assert slices(f, *args, platform="cpu") == slices(f, *args, platform="cuda") == 0
+
+
+def of_rows(x, weight, bias, g):
+    y, vjp = jax.vjp(jax.vmap(layer_norm, (0, None, None)), x, weight, bias)
+    return y, *vjp(g)
+
+
+def of_columns(x, weight, bias, g):
+    """The same rows as columns, which are mapped along the last axis."""
+    y, vjp = jax.vjp(jax.vmap(layer_norm, (1, None, None), 1), x.T, weight, bias)
+    dx, dweight, dbias = vjp(g.T)
+    return y.T, dx.T, dweight, dbias
+
+
+@pytest.mark.parametrize("f", (of_rows, pytest.param(of_columns, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("n", (1, 2, 3, 17, 768))
+@pytest.mark.parametrize("offset", (0, 1e6, 1e9))
+@pytest.mark.parametrize("rows", ("normal", "constant", "first entry far away"))
+def test_the_origin_of_a_tpu_is_as_exact(rows, offset, n, f):
+    rng = np.random.default_rng(seed(7))
+    x, g = rng.normal(size=(2, 8, n))
+    weight, bias = rng.normal(size=(2, n)) + 1
+    if rows == "constant":
+        x = np.broadcast_to(x[:, :1], x.shape)
+    elif rows != "normal":
+        x[:, 0] += 1e4
+    args = [a.astype(np.float32) for a in (x + offset, weight, bias, g)]
+    got = middle_of_three(f, *args)
+    assert_close(got, exact_norm(*args), terms(*args), n)
+
+
+def test_where_examples_are_in_parts_the_origin_is_the_mean():
+    """A slice of them cannot be taken: of sharded features, of masked and of named ones."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(arrays(jnp.float32)[0], jax.P(None, "d"))
+        assert slices(jax.vmap(layer_norm), x, platform="tpu") == 0
+        assert slices(jax.vmap(layer_norm), x.T, platform="tpu") > 0
+    masked = lambda x: layer_norm(x, where=x > 0)
+    assert slices(jax.vmap(masked), np.asarray(x), platform="tpu") == 0
