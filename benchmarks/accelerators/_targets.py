@@ -22,13 +22,14 @@ def by_case(rows: list[dict]) -> dict[Case, dict]:
 def ratio(found: dict[Case, dict], case: Case, key: str, library="eqx", part=False) -> float | None:
     """Ours, of which `case` is, over theirs; if asked, of the norm's `part` alone.
 
-    None if one of them is missing, or theirs costs nothing.
+    None if one of them is missing, or theirs costs nothing: as a part, no hundredth of the whole.
     """
     without = found.get(case._replace(library=NO_NORM, layer="")) if part else {key: 0}
     ours, theirs = found.get(case), found.get(case._replace(library=library))
-    if ours is None or theirs is None or without is None or theirs[key] <= without[key]:
+    if ours is None or theirs is None or without is None:
         return None
-    return (ours[key] - without[key]) / (theirs[key] - without[key])
+    share = theirs[key] - without[key]
+    return None if share <= 0.01 * theirs[key] else (ours[key] - without[key]) / share
 
 
 def outcomes(results: dict) -> list[Outcome]:
