@@ -234,7 +234,8 @@ def look_at_parameters(network, state, batch, optimiser):
     return network.embedding.weight, [lin.weight for lin in linears], batch
 
 
-@pytest.mark.parametrize("norm", [pytest.param("none", marks=pytest.mark.slow), "LN"])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["none", "LN"])
 def test_a_step_is_the_oracle_s(norm):
     runs = common.train(
         common.Architecture(2, norm),

@@ -110,8 +110,8 @@ def of_columns(x, weight, bias, g):
 
 
 @pytest.mark.parametrize("f", (of_rows, pytest.param(of_columns, marks=pytest.mark.slow)))
-@pytest.mark.parametrize("n", (1, 2, 3, 17, 768))
-@pytest.mark.parametrize("offset", (0, 1e6, 1e9))
+@pytest.mark.parametrize("n", (1, 2, 3, 768))
+@pytest.mark.parametrize("offset", (0, 1e6))
 @pytest.mark.parametrize("rows", ("normal", "constant", "first entry far away"))
 def test_the_origin_of_a_tpu_is_as_exact(rows, offset, n, f):
     rng = np.random.default_rng(seed(7))
