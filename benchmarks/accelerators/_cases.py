@@ -89,9 +89,7 @@ def _is_to_be_had(platform: str, library: str, layer: str) -> bool:
 
 
 def split_cases(platforms, libraries) -> list[Split]:
-    libraries = [
-        library for library in libraries if library != PALLAS
-    ]  # there it is the plain path
+    libraries = [name for name in libraries if name != PALLAS]  # which takes the plain path there
     cases = [Split(*parts) for parts in itertools.product(platforms, libraries, SPLITS)]
     if "ours" in libraries:
         cases += [Split(platform, AXIS_NAME, "features") for platform in platforms]
