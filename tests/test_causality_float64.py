@@ -58,7 +58,13 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+# The others, which take longer to compile, are slow.
+QUICK = ("jit", "custom_jvp", "while", "cond", "scatter", "vmap", "gradient")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FUNCTIONS]
+)
 def test_float64_form_equals_the_function_at_float64(name):
     fn = FUNCTIONS[name]
     x = jr.normal(jr.key(seed(0)), (4, 3))

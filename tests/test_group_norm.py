@@ -143,7 +143,7 @@ CURES = [
 ]
 
 
-@pytest.mark.parametrize("affine", (True, False))
+@pytest.mark.parametrize("affine", (True, pytest.param(False, marks=pytest.mark.slow)))
 @pytest.mark.parametrize("shape, cure", CURES)
 def test_error_ends_in_the_call_that_works(shape, cure, affine):
     norm, x = GroupNorm(3, 6, channelwise_affine=affine), jr.normal(jr.key(seed(0)), shape)

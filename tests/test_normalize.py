@@ -54,7 +54,9 @@ def check_float32(norm, x, *rest):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(
+    "n", [n if n in (1, 17, 768) else pytest.param(n, marks=pytest.mark.slow) for n in SIZES]
+)
 class TestFloat32:
     @pytest.mark.parametrize("offset", OFFSETS)
     def test_offsets(self, n, norm, offset):
@@ -98,7 +100,7 @@ def xla_casts_to(dtype):
     return True
 
 
-@pytest.mark.parametrize("n", (17, 768, 4096))
+@pytest.mark.parametrize("n", (17, pytest.param(768, marks=pytest.mark.slow), 4096))
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
 @pytest.mark.parametrize("offset", (0, 10, 1000))
 @pytest.mark.parametrize("norm", NORMS)

@@ -55,7 +55,10 @@ def check(x, weight, bias, g, *, platform, centre, eps=1e-5):
     assert_close(got, want, size, max(x.shape))
 
 
-each_kernel = pytest.mark.parametrize("platform", PLATFORMS)
+both_kernels = pytest.mark.parametrize("platform", PLATFORMS)
+each_kernel = pytest.mark.parametrize(
+    "platform", [pytest.param(p, marks=pytest.mark.slow) if p == "tpu" else p for p in PLATFORMS]
+)
 each_norm = pytest.mark.parametrize("centre", (True, False), ids=("LayerNorm", "RMSNorm"))
 
 
@@ -71,7 +74,7 @@ def each_row(values):
     return np.resize(values, ROWS)[:, None]
 
 
-@each_kernel
+@both_kernels
 @each_norm
 def test_offsets(centre, platform):
     x, *others = draw(ROWS, N)

@@ -187,6 +187,7 @@ def test_causal_is_one_rule_among_others(x):
     assert one.splits == two.splits and np.array_equal(one.matrix, two.matrix)
 
 
+@pytest.mark.slow
 def test_rows_that_are_the_same_are_one_edit():
     x = jr.normal(jr.key(seed(4)), (200, 1))
     segments = rules.segments(np.arange(200) // 50)
@@ -302,6 +303,7 @@ def test_a_rule_that_forbids_nothing_can_still_require(x):
     assert pairs(report.unread()) == where(~CAUSAL)
 
 
+@pytest.mark.slow
 def test_128_of_many_inputs_are_edited_alone():
     x = jr.normal(jr.key(seed(4)), (200, 1))
     report = check_causal(lambda x: jnp.cumsum(x, 0).at[150].set(x[150]), x, complete=True)
@@ -414,6 +416,7 @@ def test_pixels_in_raster_order():
     assert report.leak and ((0, 0), (2, 0)) in pairs(report.pairs())
 
 
+@pytest.mark.slow
 def test_lengths_that_differ_along_several_axes():
     image = jr.normal(jr.key(seed(6)), (4, 6, 2))
     pooled = lambda image: image.reshape(2, 2, 3, 2, 2).mean((1, 3)).reshape(6, 2)
