@@ -213,6 +213,7 @@ def test_tokens_are_edited_by_special_ids_and_by_others(tokens):
 # The judge
 
 
+@pytest.mark.slow
 def test_noise_is_called_noise(x):
     report = assert_causal(zoo.prefix_sum_as_total_minus_suffix, x)
     assert report.status == "clear (float noise)"
@@ -256,6 +257,7 @@ def test_an_operation_without_a_float64_form_is_reported(x):
     assert report.status == "clear (float noise)"
 
 
+@pytest.mark.slow
 def test_an_overflow_behind_a_mask_is_no_leak():
     # At 100 times the input the float16 scores overflow, and 0 * inf is NaN in the past as well.
     x = floats("float16", T, D)
@@ -325,11 +327,13 @@ def test_dict_of_floats_and_tokens_with_two_outputs(x, tokens):
         assert check_causal(leaky, batch).leak, name
 
 
+@pytest.mark.slow
 def test_only_the_second_output_leaks(x):
     report = check_causal(lambda x: (zoo.rnn_scan(x), zoo.later(x)), x)
     assert {pair.input - pair.output for pair in report.pairs()} == {1}
 
 
+@pytest.mark.slow
 def test_a_small_output_is_judged_by_its_own_scale(x):
     # One thousandth of the noise level of the large output, a hundred thousand times its own.
     report = check_causal(lambda x: (zoo.rnn_scan(x) * 1e9, zoo.later(x)), x)
@@ -396,6 +400,7 @@ def test_all_splits_up_to_128_and_64_chosen_above():
     assert "Tried 64 of 128 splits" in str(many)
 
 
+@pytest.mark.slow
 def test_a_single_pair_of_a_long_sequence_is_located():
     pair = lambda x: x.at[100].add(x[257])
     report = check_causal(pair, floats("float32", 300, 1))
@@ -412,6 +417,7 @@ def test_splits_can_be_named(x):
     assert np.isnan(report.matrix[2, 5]) and report.matrix[1, 5] == 0
 
 
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_report_legacy_keys_too(x):
     fn = zoo.norm_over_sequence_and_features
     one, two = (check_causal(fn, x, key=key) for key in (jr.key(seed(5)), jr.PRNGKey(seed(5))))
@@ -420,6 +426,7 @@ def test_the_same_key_gives_the_same_report_legacy_keys_too(x):
     assert not np.array_equal(one.matrix, other.matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [3, SLOW(1), SLOW(200)])
 def test_batch_size_does_not_matter(x, batch_size):
     fn = zoo.norm_over_sequence_and_features

@@ -52,7 +52,7 @@ CALLS = [
 ]
 
 
-@EACH_LAYER
+@pytest.mark.parametrize("layer", (LayerNorm, pytest.param(RMSNorm, marks=pytest.mark.slow)))
 @pytest.mark.parametrize("shape, got, axes, call", CALLS)
 def test_missing_vmap_error_ends_in_the_call_that_works(layer, shape, got, axes, call):
     module, x = layer(shape), jr.normal(jr.key(seed(0)), got)

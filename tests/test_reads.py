@@ -119,6 +119,7 @@ def test_what_keeps_the_rule_passes_and_one_pair_more_is_located(name, x):
         assert_reads(attend(more), x, allowed)
 
 
+@pytest.mark.slow
 def test_a_mask_that_was_forgotten_leaks_every_pair_that_it_forbade(x):
     report = check_reads(attend(CAUSAL), x, PACKED)
     assert pairs(report.pairs()) == where(CAUSAL & ~PACKED)
@@ -375,6 +376,7 @@ def test_a_rule_of_other_lengths_is_proved(x):
 # Several axes
 
 
+@pytest.mark.slow
 def test_positions_of_several_axes_are_tuples_in_c_order():
     x = jr.normal(jr.key(seed(6)), (2, D, 3))
     leak = lambda x: x.at[0, :, 1].add(x[1, :, 2])
@@ -514,6 +516,7 @@ def test_rows_that_forbid_nothing_are_said_not_to_be_tested(x):
     assert not any("not tested" in note for note in check_causal(attend(CAUSAL), x).notes)
 
 
+@pytest.mark.slow
 def test_outputs_that_mix_nothing_are_remarked_upon(x):
     text = words(check_causal(attend(np.eye(T, dtype=bool)), x))
     assert "7 of 8 outputs react to no input but their own" in text and "complete=True" in text
