@@ -16,6 +16,7 @@ each. What is evaluated, compiled where there is no kernel, and differentiated o
 """
 
 import functools as ft
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float
 
+from ._lowering import mapped_first
 from ._normalize import compute_dtype, normalize, together
 
 Batch = Float[Array, "*batch_and_shape"]
@@ -118,18 +120,13 @@ def _primitive(name: str, formula: Callable, batch: Callable, several: bool = Fa
 
 
 def _batch(primitive: Primitive, formula: Callable, batch: Callable, args, axes, *, form: Form):
-    (size,) = {a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None}
     has_batch = batch(len(args))
     extends = all(axis is None or has for axis, has in zip(axes, has_batch, strict=True))
     if primitive is backward_p or not extends:
         out = jax.vmap(ft.partial(formula, form=form), axes)(*args)
         return out, [0] * len(out) if primitive.multiple_results else 0
-    front = lambda a, axis: (
-        jnp.broadcast_to(a, (size, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
-    )
-    args = [
-        front(a, axis) if has else a for a, axis, has in zip(args, axes, has_batch, strict=True)
-    ]
+    first = iter(mapped_first(*(itertools.compress(each, has_batch) for each in (args, axes))))
+    args = [next(first) if has else a for a, has in zip(args, has_batch, strict=True)]
     return primitive.bind(*args, form=form), 0
 
 

@@ -12,7 +12,7 @@ it is compiled for. Tangents pass them untouched, in the dtype of the array; wha
 its cotangent is asked again when it is transposed twice, as reverse mode does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -96,13 +96,18 @@ def _middle_of_three(x: Array, mean: Array, *, rank: int) -> Array:
     return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
 
 
-def _map_near(arrays, axes, *, rank: int):
-    (size,) = {a.shape[axis] for a, axis in zip(arrays, axes, strict=True) if axis is not None}
-    x, mean = (
+def mapped_first(arrays: Iterable[Array], axes: Iterable[int | None]) -> list[Array]:
+    """For a batching rule: the mapped axis in front, in those too that are not mapped."""
+    pairs = list(zip(arrays, axes, strict=True))
+    (size,) = {a.shape[axis] for a, axis in pairs if axis is not None}
+    return [
         jnp.broadcast_to(a, (size, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
-        for a, axis in zip(arrays, axes, strict=True)
-    )
-    return _near_p.bind(x, mean, rank=rank), 0
+        for a, axis in pairs
+    ]
+
+
+def _map_near(arrays, axes, *, rank: int):
+    return _near_p.bind(*mapped_first(arrays, axes), rank=rank), 0
 
 
 def _mean_of_all(context, x, mean, **how):
