@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from draws import seed
 from refused import refused
+from slow import slow
 
 from eqx_norms.causality import (
     CausalityError,
@@ -40,9 +41,6 @@ DTYPES = ("float32", "bfloat16", "float64")
 OTHERS = DTYPES[1:]
 # In bfloat16 these change not one bit of the output: there is nothing to see.
 BELOW_BFLOAT16 = ("one_millionth", "one_millionth_through_float32")
-
-
-SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def cases(functions, dtypes=DTYPES, slow=()):
@@ -342,7 +340,7 @@ def test_a_small_output_is_judged_by_its_own_scale(x):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "axis, out_axis", [(1, None), *(SLOW(*axes) for axes in [(-2, None), (1, 0), (-2, -3)])]
+    "axis, out_axis", [(1, None), *(slow(*axes) for axes in [(-2, None), (1, 0), (-2, -3)])]
 )
 def test_axes(axis, out_axis):
     x = floats("float32", 2, T, D)
@@ -427,7 +425,7 @@ def test_the_same_key_gives_the_same_report_legacy_keys_too(x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [3, SLOW(1), SLOW(200)])
+@pytest.mark.parametrize("batch_size", [3, slow(1), slow(200)])
 def test_batch_size_does_not_matter(x, batch_size):
     fn = zoo.norm_over_sequence_and_features
     one, two = check_causal(fn, x), check_causal(fn, x, batch_size=batch_size)

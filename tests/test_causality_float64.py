@@ -11,6 +11,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from draws import seed
+from slow import few
 
 from eqx_norms.causality import _widen as widening
 
@@ -62,9 +63,7 @@ FUNCTIONS = {
 QUICK = ("jit", "custom_jvp", "while", "cond", "scatter", "vmap", "gradient")
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FUNCTIONS]
-)
+@pytest.mark.parametrize("name", few(FUNCTIONS, QUICK))
 def test_float64_form_equals_the_function_at_float64(name):
     fn = FUNCTIONS[name]
     x = jr.normal(jr.key(seed(0)), (4, 3))

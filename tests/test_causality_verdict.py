@@ -5,7 +5,6 @@ for a leak, the way it is made.
 """
 
 import dataclasses
-import functools
 
 import causality_zoo as zoo
 import equinox as eqx
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from slow import slow
 
 from eqx_norms.causality import (
     CausalityError,
@@ -49,9 +49,6 @@ def chunked_linear_attention_then_norm(x):
     inside = jnp.tril(jnp.einsum("ctk,csk->cts", q, k))
     mixed = jnp.einsum("cts,csv->ctv", inside, v) + jnp.einsum("ctk,ckv->ctv", q, before)
     return zoo.norm(mixed.reshape(-1, D), 1)
-
-
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.slow

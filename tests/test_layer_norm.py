@@ -18,6 +18,7 @@ import pytest
 from draws import seed
 from oracles import assert_alike
 from refused import refused
+from slow import few
 
 from eqx_norms import LayerNorm, RMSNorm, layer_norm, rms_norm
 
@@ -52,7 +53,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("layer", (LayerNorm, pytest.param(RMSNorm, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("layer", few(LAYERS, (LayerNorm,)))
 @pytest.mark.parametrize("shape, got, axes, call", CALLS)
 def test_missing_vmap_error_ends_in_the_call_that_works(layer, shape, got, axes, call):
     module, x = layer(shape), jr.normal(jr.key(seed(0)), got)

@@ -11,6 +11,7 @@ import pytest
 from draws import seed
 from jax.interpreters import mlir
 from oracles import assert_close, exact_norm, terms
+from slow import few
 
 from eqx_norms import _lowering, group_norm, layer_norm, rms_norm
 
@@ -109,7 +110,7 @@ def of_columns(x, weight, bias, g):
     return y.T, dx.T, dweight, dbias
 
 
-@pytest.mark.parametrize("f", (of_rows, pytest.param(of_columns, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("f", few((of_rows, of_columns), (of_rows,)))
 @pytest.mark.parametrize("n", (1, 2, 3, 768))
 @pytest.mark.parametrize("offset", (0, 1e6))
 @pytest.mark.parametrize("rows", ("normal", "constant", "first entry far away"))

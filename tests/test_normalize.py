@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from draws import seed
 from oracles import assert_close, assert_rounded_once, exact_norm, terms, ulps
+from slow import few
 
 from eqx_norms import LayerNorm, group_norm, layer_norm, normalize_reference, rms_norm
 
@@ -54,9 +55,7 @@ def check_float32(norm, x, *rest):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(
-    "n", [n if n in (1, 17, 768) else pytest.param(n, marks=pytest.mark.slow) for n in SIZES]
-)
+@pytest.mark.parametrize("n", few(SIZES, (1, 17, 768)))
 class TestFloat32:
     @pytest.mark.parametrize("offset", OFFSETS)
     def test_offsets(self, n, norm, offset):
@@ -100,7 +99,7 @@ def xla_casts_to(dtype):
     return True
 
 
-@pytest.mark.parametrize("n", (17, pytest.param(768, marks=pytest.mark.slow), 4096))
+@pytest.mark.parametrize("n", few((17, 768, 4096), (17, 4096)))
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
 @pytest.mark.parametrize("offset", (0, 10, 1000))
 @pytest.mark.parametrize("norm", NORMS)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from draws import seed
 from oracles import assert_close, assert_rounded_once, exact_norm, terms, ulps
+from slow import few
 
 from eqx_norms._batched import Form
 from eqx_norms._kernels import backward, forward
@@ -56,9 +57,7 @@ def check(x, weight, bias, g, *, platform, centre, eps=1e-5):
 
 
 both_kernels = pytest.mark.parametrize("platform", PLATFORMS)
-each_kernel = pytest.mark.parametrize(
-    "platform", [pytest.param(p, marks=pytest.mark.slow) if p == "tpu" else p for p in PLATFORMS]
-)
+each_kernel = pytest.mark.parametrize("platform", few(PLATFORMS, ("cuda",)))
 each_norm = pytest.mark.parametrize("centre", (True, False), ids=("LayerNorm", "RMSNorm"))
 
 

@@ -19,6 +19,7 @@ import random_programs
 from draws import seed
 from random_programs import STEPS, D, T
 from refused import refused
+from slow import few
 
 from eqx_norms import GroupNorm, LayerNorm, RMSNorm
 from eqx_norms.causality import (
@@ -33,6 +34,7 @@ from eqx_norms.causality._widen import trace
 
 LENGTH = 12
 CAUSAL = np.tri(LENGTH, dtype=bool)
+RIGHT, WRONG = [*zoo.CAUSAL, *zoo.CAUSAL_TOKENS], [*zoo.LEAKY, *zoo.LEAKY_TOKENS]
 # Causal in exact arithmetic only, or through values, which a structure does not know; and
 # `padding_masked_by_position`, of which only this check finds that it is not causal.
 NOT_PROVED = {
@@ -56,19 +58,12 @@ def floats(dtype="float32", *shape):
     return jnp.asarray(rng.normal(size=shape or (LENGTH, 4)), dtype)
 
 
-def a_third(names):
-    """All of them, of which two of three are slow."""
-    return [
-        n if i % 3 == 0 else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(names)
-    ]
-
-
 def tokens():
     return jnp.asarray(np.random.default_rng(seed(0)).integers(0, 16, LENGTH), jnp.int32)
 
 
 @pytest.mark.parametrize("dtype", ("float32", pytest.param("bfloat16", marks=pytest.mark.slow)))
-@pytest.mark.parametrize("name", a_third([*zoo.CAUSAL, *zoo.CAUSAL_TOKENS]))
+@pytest.mark.parametrize("name", few(RIGHT, RIGHT[::3]))
 def test_what_is_causal_is_proved(name, dtype):
     fn = (zoo.CAUSAL | zoo.CAUSAL_TOKENS)[name]
     found = proof(fn, floats(dtype) if name in zoo.CAUSAL else tokens(), CAUSAL)
@@ -80,7 +75,7 @@ def test_what_is_causal_is_proved(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", ("float32", pytest.param("bfloat16", marks=pytest.mark.slow)))
-@pytest.mark.parametrize("name", a_third([*zoo.LEAKY, *zoo.LEAKY_TOKENS]))
+@pytest.mark.parametrize("name", few(WRONG, WRONG[::3]))
 def test_no_leak_is_proved_causal(name, dtype):
     fn = (zoo.LEAKY | zoo.LEAKY_TOKENS)[name]
     found = proof(fn, floats(dtype) if name in zoo.LEAKY else tokens(), CAUSAL)

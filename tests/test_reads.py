@@ -4,7 +4,6 @@ The oracle is the mask: `attend(mask)` reads the pairs of `mask`, all of them an
 """
 
 import dataclasses
-import functools
 import re
 
 import causality_zoo as zoo
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from draws import seed
 from refused import refused
+from slow import few, slow
 
 from eqx_norms.causality import (
     CausalityError,
@@ -40,14 +40,6 @@ T, D = 8, 4
 DOCUMENTS = np.array([0, 0, 0, 1, 1, 1, 1, 1])
 PACKED = rules.causal(T) & rules.segments(DOCUMENTS)
 CAUSAL = rules.causal(T)
-
-
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-
-
-def few(names, quick):
-    """All of the names, those that are not `quick` marked slow."""
-    return [name if name in quick else slow(name) for name in names]
 
 
 def words(report):

@@ -3,10 +3,9 @@
 The oracle is how a pair is made; see tests/same_zoo.py.
 """
 
-import functools
-
 import pytest
 import same_zoo as zoo
+from slow import slow
 
 from eqx_norms.causality import DifferenceError, assert_same, check_same
 
@@ -24,7 +23,6 @@ SAME_IN_BFLOAT16 = ("decay_of_another_power", "gelu_by_tanh")
 
 def pairs(names):
     """The quick ones, and in the slow run all of them in two dtypes."""
-    slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     cases = [(name, dtype) for dtype in ("float32", "bfloat16") for name in names]
     quick = lambda name, dtype: name in QUICK and dtype == "float32"
     return [case if quick(*case) else slow(*case) for case in cases]

@@ -127,9 +127,7 @@ def check(name, case, dtype, **kwargs):
         assert np.abs(one - other).max() <= ulps * jnp.finfo(dtype).eps * scale
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "odeint_grad" else n for n in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_float32(name):
     check(name, CASE, jnp.float32)
 
