@@ -19,7 +19,7 @@ from benchmarks.accelerators.__main__ import (
     options,
     tasks,
 )
-from benchmarks.accelerators._cases import NO_NORM, Case
+from benchmarks.accelerators._cases import NO_NORM, PALLAS, Case
 from benchmarks.accelerators._hlo import Cost, Program, nbytes
 from benchmarks.accelerators._report import report
 from benchmarks.accelerators._targets import by_case, outcomes, ratio
@@ -192,6 +192,14 @@ def test_the_part_of_the_norm_is_what_it_adds():
     assert ratio(found, ours, "temporaries") is None  # 0 of 0
 
 
+@pytest.mark.parametrize("without, want", [(9.8, (9.9 - 9.8) / (10 - 9.8)), (9.95, None)])
+def test_a_part_that_is_next_to_nothing_has_no_ratio(without, want):
+    found = by_case([row("ours", 9.9), row("eqx", 10.0), row(NO_NORM, without)])
+    ours = next(case for case in found if case.library == "ours")
+    assert ratio(found, ours, "cost", part=True) == want
+    assert ratio(found, ours, "cost") == 0.99
+
+
 @pytest.mark.parametrize(
     "changes, cost, verdict",
     [
@@ -207,6 +215,44 @@ def test_targets(changes, cost, verdict):
     rows = row("ours", cost, **changes), row("eqx", 1.0, **changes)
     (outcome,) = outcomes(run_of(*rows))
     assert outcome.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    "work, dtype, limit",
+    [
+        ("backward", "float32", 22),
+        ("backward", "bfloat16", 12),
+        ("mlp", "float32", 0.95),
+        ("mlp", "bfloat16", 0.6),
+    ],
+)
+def test_targets_of_kernels(work, dtype, limit):
+    """Bytes an element of one layer, and in a model what the norms move, of eqx.nn's."""
+    changes = {"work": work, "dtype": dtype}
+    if work == "mlp":
+        beside = [row("eqx", 100, **changes), row(NO_NORM, 90, **changes)]
+        cost = lambda share: 90 + 10 * share
+    else:
+        beside, cost = [], lambda share: 8192 * 1024 * share
+    for share, verdict in ((limit - 0.01, "met"), (limit + 0.01, "missed")):
+        (outcome,) = outcomes(run_of(row(PALLAS, cost(share), **changes), *beside))
+        assert outcome.verdict == verdict and "kernels" in outcome.target
+
+
+def test_kernels_stand_beside_the_plain_path():
+    size = 8192 * 1024 * 6
+    models = [row("ours", 20 * size), row("eqx", 25 * size), row(PALLAS, 15 * size)]
+    text = report(run_of(*models, row(NO_NORM, 5 * size)))
+    assert "| eqx_norms / eqx.nn | eqx_norms, pallas / eqx.nn |" in text
+    assert "| 20.0 (15.0) | 25.0 (20.0) | 15.0 (10.0) | 0.80 (0.75) | 0.60 (0.50) |" in text
+    cases = [case for section, _, case in tasks(options([])) if section != "collectives"]
+    kernels = [case for case in cases if case.library == PALLAS]
+    assert {(case.platform, case.layer) for case in kernels} == {
+        ("h100", "LayerNorm"),
+        ("h100", "RMSNorm"),
+    }
+    splits = [case for section, _, case in tasks(options([])) if section == "collectives"]
+    assert splits and all(case.library != PALLAS for case in splits)
 
 
 def test_a_scan_that_misses_says_what_is_there_without_norms():

@@ -127,6 +127,22 @@ def test_the_origin_of_a_tpu_is_as_exact(rows, offset, n, f):
     assert_close(got, exact_norm(*args), terms(*args), n)
 
 
+@pytest.mark.parametrize("n", (768, 16384))
+def test_two_far_entries_of_the_first_three_cost_digits(n):
+    """The origin is then D spreads from all others, at most sqrt(n / 2), and y off by ulps of D.
+
+    x - origin, d and what is left of both are rounded by an ulp of D each, and so is the sum of n
+    such roundings that are alike.
+    """
+    x = np.random.default_rng(seed(8)).normal(size=(64, n))
+    x[:, :2] += 1e4
+    args = x.astype(np.float32), np.ones(n), np.zeros(n), np.ones((64, n))
+    args = [np.float32(a) for a in args]
+    error = np.abs(np.float64(middle_of_three(of_rows, *args)[0]) - exact_norm(*args).y)
+    far, eps = (n / 2) ** 0.5, np.finfo(np.float32).eps
+    assert error[:, 2:].max() <= 4 * far * eps
+
+
 def test_where_examples_are_in_parts_the_origin_is_the_mean():
     """A slice of them cannot be taken: of sharded features, of masked and of named ones."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
@@ -135,4 +151,6 @@ def test_where_examples_are_in_parts_the_origin_is_the_mean():
         assert slices(jax.vmap(layer_norm), x, platform="tpu") == 0
         assert slices(jax.vmap(layer_norm), x.T, platform="tpu") > 0
     masked = lambda x: layer_norm(x, where=x > 0)
+    named = lambda x: layer_norm(x, axis_name="d")
     assert slices(jax.vmap(masked), np.asarray(x), platform="tpu") == 0
+    assert slices(jax.vmap(named, axis_name="d"), np.asarray(x), platform="tpu") == 0
