@@ -65,8 +65,9 @@ def environment(results: dict) -> str:
     env = results["environment"]
     cpu = ", ".join(filter(None, (env["cpu"], env.get("vectors"))))
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    cores = f"{env['cores']} core{'s' if env['cores'] > 1 else ''}"
     return (
-        f"{env['date']}, {env['cores']} cores ({cpu}), Python {env['python']}, {versions}. "
+        f"{env['date']}, {cores} ({cpu}), Python {env['python']}, {versions}. "
         f"The run took {results['minutes']:.0f} minutes."
         + (" It was interrupted: what follows is not all." if results["interrupted"] else "")
     )

@@ -1,11 +1,12 @@
-"""What the op asks of a compiler: identities, lowered as each platform needs them.
+"""What the op asks of a compiler, lowered as each platform needs it: identities, and an origin.
 
 Forward and backward are some passes over x. What two of them share, a cast or x - origin, XLA for
 CPU computes once and stores in float32, unless it is kept from seeing it. The figures are from
 jax 0.10.2 and two cores; `python -m benchmarks` has them all. XLA for GPU and TPU fuse passes of
-their own accord: nothing of this is done there, but for one barrier in `apart`. (With barriers a
-gradient of [LayerNorm, matmul, tanh] layers takes 1.13 of eqx.nn's cycles on a TPU v5e in float32,
-1.38 in bfloat16, by the compiler's estimate; without, 1.00. `benchmarks/NOTES.md` has more.)
+their own accord: nothing of this is done there, but for one barrier in `apart`, and `near`, which
+spares a TPU a pass. (With barriers a gradient of [LayerNorm, matmul, tanh] layers takes 1.13 of
+eqx.nn's cycles on a TPU v5e in float32, 1.38 in bfloat16, by the compiler's estimate; without, 1.00.
+`benchmarks/NOTES.md` has more.)
 
 They are primitives because a function in `jax.numpy` is traced before anybody knows which platform
 it is compiled for. Tangents pass them untouched, in the dtype of the array; what a backward asks of
@@ -128,9 +129,10 @@ def near(x: Example, mean: Array) -> Array:
     """A number near the entries of x, from which they are counted; the mean, or what costs less.
 
     XLA for TPU makes a pass over x of each sum, and none of a few entries: compiled for a v5e,
-    4096 x 768 in float32, a forward takes .95 of eqx.nn's cycles, and 1.29 with the mean; forward
-    and backward .83 and 1.00. The middle of three, for a single entry may be an outlier, whose
-    distance from all others is rounded. y is the same for any origin, so it has no derivative.
+    4096 x 768 in float32, a forward takes .98 of eqx.nn's cycles, and 1.29 with the mean; forward
+    and backward .85 and 1.00. The middle of three, for a single entry may be an outlier, whose
+    distance from all others is rounded; two of the three cost digits (`docs/precision.md` has how
+    many). y is the same for any origin, so it has no derivative.
     """
     return _near_p.bind(*map(jax.lax.stop_gradient, (x, mean)), rank=x.ndim)
 

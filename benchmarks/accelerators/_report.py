@@ -80,7 +80,7 @@ def _costs(found: dict[Case, dict], platform: str) -> str:
     scale, unit = _unit(platform)
     libraries = _libraries(found, platform)
     pairs = [("ours", other) for other in libraries[1:] if other != PALLAS]
-    pairs += [(PALLAS, "eqx")] if {PALLAS, "eqx"} < set(libraries) else []
+    pairs += [(PALLAS, "eqx")] if {PALLAS, "eqx"} <= set(libraries) else []
     lines = [
         [
             *_head(row),
@@ -89,7 +89,7 @@ def _costs(found: dict[Case, dict], platform: str) -> str:
         ]
         for row in _rows(found, platform, MODELS)
     ]
-    ratios = [f"{one} / {LIBRARY_NAMES[other]}" for one, other in pairs]
+    ratios = [f"{LIBRARY_NAMES[one]} / {LIBRARY_NAMES[other]}" for one, other in pairs]
     head = ["", "", "dtype", *(LIBRARY_NAMES[library] for library in libraries), *ratios]
     return _titled(
         f"{PLATFORMS[platform]}, models: {unit} and layer (the norm's part)", head, lines
