@@ -5,8 +5,8 @@ CPU computes once and stores in float32, unless it is kept from seeing it. The f
 jax 0.10.2 and two cores; `python -m benchmarks` has them all. XLA for GPU and TPU fuse passes of
 their own accord: nothing of this is done there, but for one barrier in `apart`, and `near`, which
 spares a TPU a pass. (With barriers a gradient of [LayerNorm, matmul, tanh] layers takes 1.13 of
-eqx.nn's cycles on a TPU v5e in float32, 1.38 in bfloat16, by the compiler's estimate; without, 1.00.
-`benchmarks/NOTES.md` has more.)
+eqx.nn's cycles on a TPU v5e in float32, 1.38 in bfloat16, by the compiler's estimate; without,
+1.00. `benchmarks/NOTES.md` has more.)
 
 They are primitives because a function in `jax.numpy` is traced before anybody knows which platform
 it is compiled for. Tangents pass them untouched, in the dtype of the array; what a backward asks of
