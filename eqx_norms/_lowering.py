@@ -97,7 +97,7 @@ def _middle_of_three(x: Array, mean: Array, *, rank: int) -> Array:
     return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
 
 
-def mapped_first(arrays: Iterable[Array], axes: Iterable[int | None]) -> list[Array]:
+def mapped_first(arrays: Iterable, axes: Iterable[int | None]) -> list[Array]:
     """For a batching rule: the mapped axis in front, in those too that are not mapped."""
     pairs = list(zip(arrays, axes, strict=True))
     (size,) = {a.shape[axis] for a, axis in pairs if axis is not None}
