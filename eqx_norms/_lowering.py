@@ -1,4 +1,4 @@
-"""What the op asks of a compiler, lowered as each platform needs it: identities, and an origin.
+"""What the op asks of a compiler, lowered as each platform needs it: identities, and one pass less.
 
 Forward and backward are some passes over x. What two of them share, a cast or x - origin, XLA for
 CPU computes once and stores in float32, unless it is kept from seeing it. The figures are from
@@ -80,23 +80,6 @@ def again(a: Array, dtype=None, alone: bool = False) -> Array:
     return _again_p.bind(a, dtype=jnp.dtype(dtype or a.dtype))
 
 
-def _middle_of_three(x: Array, mean: Array, *, rank: int) -> Array:
-    """Of the first three entries that stand in a row; the mean, where there are none.
-
-    Or where a mesh with explicit sharding has examples in parts, of which no slice can be taken.
-    """
-    first = x.ndim - rank
-    shape, splits = x.shape[first:], jax.typeof(x).sharding.spec[first:]
-    axis = next((i for i, n in enumerate(shape) if n >= 3), None)
-    if axis is None or any(split is not None for split in splits):
-        return mean
-    sizes = [3 if i == axis else 1 for i in range(rank)]
-    ends = (*x.shape[:first], *sizes)
-    three = jax.lax.slice(x, (0,) * x.ndim, ends).reshape(*mean.shape, 3)
-    a, b, c = jnp.moveaxis(three.astype(mean.dtype), -1, 0)
-    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
-
-
 def mapped_first(arrays: Iterable, axes: Iterable[int | None]) -> list[Array]:
     """For a batching rule: the mapped axis in front, in those too that are not mapped."""
     pairs = list(zip(arrays, axes, strict=True))
@@ -107,34 +90,87 @@ def mapped_first(arrays: Iterable, axes: Iterable[int | None]) -> list[Array]:
     ]
 
 
-def _map_near(arrays, axes, *, rank: int):
-    return _near_p.bind(*mapped_first(arrays, axes), rank=rank), 0
+def _as_they_came(x: Array, origin: Array, d: Array, var: Array, *weight: Array, **how):
+    return [origin, d, var]
 
 
-def _mean_of_all(context, x, mean, **how):
-    return [mean]
+def _in_one_pass(x: Array, origin: Array, *others: Array, rank: int, **how) -> list[Array]:
+    """Of examples that are the last `rank` axes of x."""
+    first, dtype = x.ndim - rank, origin.dtype
+    shape, splits = x.shape[first:], jax.typeof(x).sharding.spec[first:]
+    # Of what a mesh with explicit sharding has in parts no entry can be taken.
+    if 0 in shape or any(split is not None for split in splits):
+        return _as_they_came(x, origin, *others)
+    origin = _middle_of_three(x, shape).astype(dtype)
+    axes = tuple(range(first, x.ndim))
+    xo = x.astype(dtype) - jnp.expand_dims(origin, axes)
+    d, square = jnp.mean(xo, axes), jnp.mean(jnp.square(xo), axes)
+    return [origin, d, jnp.maximum(square - jnp.square(d), 0)]
 
 
-_near_p = Primitive("eqx_norms_near")
-_near_p.def_impl(lambda x, mean, **how: mean)
-_near_p.def_abstract_eval(lambda x, mean, **how: mean)
-mlir.register_lowering(_near_p, _mean_of_all)
-mlir.register_lowering(
-    _near_p, mlir.lower_fun(_middle_of_three, multiple_results=False), platform="tpu"
+def _middle_of_three(x: Array, shape: tuple[int, ...]) -> Array:
+    """Of the entries at a quarter, a half and three quarters of each axis of `shape`."""
+    batch = x.shape[: x.ndim - len(shape)]
+
+    def entry(quarter: int) -> Array:
+        at = [n * quarter // 4 for n in shape]
+        ends = [0] * len(batch) + at, [*batch, *(i + 1 for i in at)]
+        return jax.lax.slice(x, *ends).reshape(batch)
+
+    a, b, c = map(entry, (1, 2, 3))
+    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+
+
+def _in_one_pass_on_cuda(x: Array, *others: Array, kept: bool, own: bool, rank: int):
+    better = x.dtype.itemsize == 2 and not own if kept else own and rank > 1
+    return (_in_one_pass if better else _as_they_came)(x, *others, rank=rank)
+
+
+def _map_moments(arrays, axes, *, own: bool, **how):
+    """The weight, if there is one, is the last: here only to tell whether it is mapped with x."""
+    own |= any(axis is not None for axis in axes[4:])
+    arrays, axes = arrays[:4], axes[:4]
+    mapped = any(axis is not None for axis in axes)
+    arrays = mapped_first(arrays, axes) if mapped else arrays
+    return _moments_p.bind(*arrays, own=own, **how), [0 if mapped else None] * 3
+
+
+_moments_p = Primitive("eqx_norms_moments")
+_moments_p.multiple_results = True
+_moments_p.def_impl(_as_they_came)
+_moments_p.def_abstract_eval(_as_they_came)
+mlir.register_lowering(_moments_p, lambda context, *arrays, **how: _as_they_came(*arrays))
+for _platform, _rule in {"tpu": _in_one_pass, "cuda": _in_one_pass_on_cuda}.items():
+    _rule = mlir.lower_fun(_rule, multiple_results=True)
+    mlir.register_lowering(_moments_p, _rule, platform=_platform)
+batching.primitive_batchers[_moments_p] = _map_moments
+# Those of `moments` have the right derivatives: the same functions of x.
+ad.primitive_jvps[_moments_p] = lambda arrays, tangents, **how: (
+    _moments_p.bind(*arrays, **how),
+    tangents[1:4],
 )
-batching.primitive_batchers[_near_p] = _map_near
 
 
-def near(x: Example, mean: Array) -> Array:
-    """A number near the entries of x, from which they are counted; the mean, or what costs less.
+def in_one_pass(x: Example, *moments: Array, weight: Array | None, kept: bool) -> list[Array]:
+    """`origin, d, var` as they came, or from one pass over x; the mean is `origin + d` in both.
 
-    XLA for TPU makes a pass over x of each sum, and none of a few entries: compiled for a v5e,
-    4096 x 768 in float32, a forward takes .98 of eqx.nn's cycles, and 1.29 with the mean; forward
-    and backward .85 and 1.00. The middle of three, for a single entry may be an outlier, whose
-    distance from all others is rounded; two of the three cost digits (`docs/precision.md` has how
-    many). y is the same for any origin, so it has no derivative.
+    XLA for TPU makes a pass over x of each sum that waits for another, and none of a few entries.
+    About one of these no sum waits: var = mean((x - origin)^2) - d^2. Compiled for a v5e, 4096 x
+    768 in float32, a forward takes .67 of eqx.nn's cycles, and 1.29 by the sums that came; forward
+    and backward .69 and 1.00.
+
+    On an H100 a kernel of rows makes all sums of a forward by itself, and would not about an entry
+    (1.5 of eqx.nn's bytes for 1.00), but not those of groups with several axes (.75 for 1.25). In a
+    gradient, six layers of [norm, matmul, tanh], it is .85 for .95 in bfloat16, but in float32 1.07
+    for 1.00, and with weights of each example's own, as of groups, 1.13 for 1.00.
+
+    A constant row has var = 0 exactly, for the origin is an entry. Elsewhere var is rounded as a
+    number 1 + (d / sigma)^2 times its size: hence the middle of three, as one may be an outlier. If
+    two of them are, digits are lost (`docs/precision.md` has how many).
     """
-    return _near_p.bind(*map(jax.lax.stop_gradient, (x, mean)), rank=x.ndim)
+    weights = [] if weight is None else [weight]
+    how = {"rank": x.ndim, "kept": kept, "own": False}
+    return _moments_p.bind(x, *moments, *weights, **how)
 
 
 # One barrier around all: one for each would be as the forward's, and merged with them.

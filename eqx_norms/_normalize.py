@@ -5,7 +5,7 @@
 with mean and variance over all entries of one example: those under a mask left out, those on
 other devices counted in. In the order of the file: the statistics, the forward, the backward, the
 way from the backward to forward mode, the plain reference, the entry. `again`, `apart`,
-`near` and `settled` change no y: `_lowering.py` says what they are for.
+`in_one_pass` and `settled` change no y: `_lowering.py` says what they are for.
 """
 
 import functools as ft
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from ._lowering import again, apart, near, settled
+from ._lowering import again, apart, in_one_pass, settled
 from ._real import Real
 
 Example = Float[Array, "*shape"]
@@ -105,7 +105,8 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
     A mean is off by an ulp of the largest entry, which at an offset of 1e6 is a tenth of the
     spread. So it only serves as the origin, and the mean of what is left, `d`, says by how much
     it missed. (mean(xc^2) - d^2 would save a pass and is wrong on constant rows, where it is the
-    difference of two roundings: dx off by 2e-5 at 1e6, y NaN at 1e9.)
+    difference of two roundings: dx off by 2e-5 at 1e6, y NaN at 1e9. About an entry of x it is
+    not: `in_one_pass`.)
     """
 
     def next_pass(x_wide, *scalars):
@@ -118,12 +119,12 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
         # y is the same for any origin, so the origin has no derivative; d has the mean's.
         xc = _centred(read, where, None, None)
         origin = jax.lax.stop_gradient(_mean(spec, xc, where, settle=kept))
-        if where is None and spec.axis_name is None:
-            origin = near(x, origin)
         read, origin = next_pass(read, origin)
         d = _mean(spec, _centred(read, where, origin, None), where, settle=kept)
         read, origin, d = next_pass(read, origin, d)
     var = _mean(spec, jnp.square(_centred(read, where, origin, d)), where, settle=kept)
+    if spec.centre and where is None and spec.axis_name is None:
+        origin, d, var = in_one_pass(x, origin, d, var, weight=weight, kept=kept)
     rstd = jax.lax.rsqrt(var + spec.eps)
 
     residuals = _Residuals(x, weight, where, origin, d, rstd)

@@ -27,11 +27,14 @@ def call():
     [
         ("h100", "LayerNorm", "float32", "tanh"),  # 1.20 with the barrier that the next one has
         ("h100", "LayerNorm", "bfloat16", "tanh"),  # 1.04 without it
+        ("h100", "LayerNorm", "bfloat16", "mlp"),  # .99 with statistics in three passes
         ("h100", "RMSNorm", "float32", "tanh"),
         ("h100", "RMSNorm", "bfloat16", "mlp"),
         ("h100", "LayerNorm", "float32", "tanh scan"),
         ("h100", "LayerNorm", "bfloat16", "tanh scan"),
         ("v5e", "RMSNorm", "bfloat16", "tanh"),  # 1.62 with the barriers of a CPU
+        ("v5e", "GroupNorm", "bfloat16", "tanh"),
+        ("v6e", "LayerNorm", "float32", "mlp"),  # 1.03 likewise
         ("v5e", "LayerNorm", "float32", "tanh scan"),
         ("v5e", "LayerNorm", "bfloat16", "tanh scan"),
         ("v6e", "LayerNorm", "bfloat16", "tanh scan"),
@@ -57,8 +60,8 @@ def test_split_norms_exchange_sums_alone(call, platform, library, split):
     collectives = call("accelerators._compile.collectives_of", case)["collectives"]
     rows, n = case.shape
     if (platform, library, split) == ("v5e", "ours", "features"):
-        # The first entries of each row, from which a TPU counts, one device has: it sends them.
-        assert collectives.pop("collective-permute")[1] <= 4 * 4 * rows
+        # Of each row, the three entries in the middle of which a TPU counts from.
+        assert collectives.pop("collective-permute")[1] <= 3 * 4 * rows
     assert list(collectives) == ["all-reduce"]
     # In float32: of a split batch dweight and dbias, of split features a sum of each row for the
     # mean, in two parts, for the variance, for mean(gw) and for mean(gw * xc).

@@ -114,10 +114,11 @@ def _each(context, eqn, *operands):
     return list(operands)
 
 
-@rule("eqx_norms_near")
-def _near(context, eqn, x, mean):
-    """An entry of x, or the mean of all of them."""
-    return [known(eqn.outvars[0].aval, mean.reads)]
+@rule("eqx_norms_moments")
+def _moments(context, eqn, x, origin, d, var, *weight):
+    """Of all of x: an entry or the mean, the distance from there to the mean, and the variance."""
+    origin, d = (known(m, m.reads) for m in (origin, d))
+    return [origin, d, var]
 
 
 @rule("mul")
