@@ -139,9 +139,12 @@ _moments_p = Primitive("eqx_norms_moments")
 _moments_p.multiple_results = True
 _moments_p.def_impl(_as_they_came)
 _moments_p.def_abstract_eval(_as_they_came)
-mlir.register_lowering(_moments_p, lambda context, *arrays, **how: _as_they_came(*arrays))
-for _platform, _rule in {"tpu": _in_one_pass, "cuda": _in_one_pass_on_cuda}.items():
-    _rule = mlir.lower_fun(_rule, multiple_results=True)
+for _platform, _function in (
+    (None, _as_they_came),
+    ("tpu", _in_one_pass),
+    ("cuda", _in_one_pass_on_cuda),
+):
+    _rule = mlir.lower_fun(_function, multiple_results=True)
     mlir.register_lowering(_moments_p, _rule, platform=_platform)
 batching.primitive_batchers[_moments_p] = _map_moments
 # Those of `moments` have the right derivatives: the same functions of x.
@@ -151,7 +154,7 @@ ad.primitive_jvps[_moments_p] = lambda arrays, tangents, **how: (
 )
 
 
-def in_one_pass(x: Example, *moments: Array, weight: Array | None, kept: bool) -> list[Array]:
+def in_one_pass(x: Example, *moments: Array | None, weight: Array | None, kept: bool) -> list:
     """`origin, d, var` as they came, or from one pass over x; the mean is `origin + d` in both.
 
     XLA for TPU makes a pass over x of each sum that waits for another, and none of a few entries.

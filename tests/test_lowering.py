@@ -79,9 +79,11 @@ def test_one_export_for_all_platforms(dtype):
 
 def in_one_pass(f, *args):
     """What `f` is on a TPU, computed here: there it is, and here it is not, in the program."""
-    rule = mlir.lower_fun(_lowering._in_one_pass, multiple_results=True)
-    here = lambda context, *arrays, **how: _lowering._as_they_came(*arrays)
-    mlir.register_lowering(_lowering._moments_p, rule, platform="cpu")
+    there, here = (
+        mlir.lower_fun(function, multiple_results=True)
+        for function in (_lowering._in_one_pass, _lowering._as_they_came)
+    )
+    mlir.register_lowering(_lowering._moments_p, there, platform="cpu")
     try:
         return jax.jit(lambda *args: f(*args))(*args)
     finally:
