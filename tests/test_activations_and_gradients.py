@@ -17,7 +17,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from draws import seed
+from draws import normal, seed
 
 from eqx_norms.diagnostics import activation_stats
 from examples.activations_and_gradients import (
@@ -151,7 +151,7 @@ def test_batch_norm_is_over_the_batch():
 def test_a_block_of_zeros_passes_on_what_skips_pass_on(skip):
     network, state = make("LN", skip=skip)
     block = eqx.tree_at(lambda b: b.linear.weight, network.blocks[0], jnp.zeros((30, 30)))
-    x = jr.normal(jr.key(seed(1)), (30,))
+    x = normal(jr.key(seed(1)), (30,))
     out, _ = block(x, state)
     np.testing.assert_array_equal(out, x if skip else 0)
 
@@ -159,7 +159,7 @@ def test_a_block_of_zeros_passes_on_what_skips_pass_on(skip):
 @pytest.mark.slow
 def test_pre_activation_normalises_first():
     network, state = make("LN", skip=False)
-    x = 5 + jr.normal(jr.key(seed(1)), (30,))
+    x = 5 + normal(jr.key(seed(1)), (30,))
     out, _ = network.blocks[0](x, state)
     h, _ = norm_forward(np.float64(x)[None], True)
     want = np.maximum(h, 0) @ np.float64(network.blocks[0].linear.weight).T
@@ -213,7 +213,7 @@ def test_direction_ratios_are_numpy_s_of_every_linear():
 
 @pytest.mark.slow
 def test_percentiles_histograms_and_dead_units_over_time(getkey):
-    x = np.array(jr.normal(getkey(), (3, 40, 8)))
+    x = np.array(normal(getkey(), (3, 40, 8)))
     x[1, 2:, 3] = 0  # 38 of 40 is 95%: not dead yet
     x[2, 1:, 3] = 0
     bands = plots.percentile_bands(x)

@@ -3,9 +3,9 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
+from draws import normal
 from oracles import assert_alike, ulps
 from refused import refused
 
@@ -36,17 +36,17 @@ def assert_same(a, b):
 @pytest.mark.slow
 def test_starts_as_a_layer_norm_whatever_the_condition(getkey):
     layer = AdaLayerNorm(SHAPE, COND, key=getkey())
-    x = jr.normal(getkey(), SHAPE)
+    x = normal(getkey(), SHAPE)
     for _ in range(2):
-        assert_alike(layer(x, jr.normal(getkey(), (COND,))), layer_norm(x), x.size)
+        assert_alike(layer(x, normal(getkey(), (COND,))), layer_norm(x), x.size)
     # Zero, but not stuck at zero: the first step moves weight and bias of the linear map.
     grads = eqx.filter_grad(lambda m: jnp.sum(m(x, jnp.ones(COND)) * jnp.cos(x)))(layer)
     assert jnp.abs(grads.linear.weight).min() > 0 and jnp.abs(grads.linear.bias).min() > 0
 
 
 def test_value_and_gradients(trained, getkey):
-    x, g = jr.normal(getkey(), (2, *SHAPE))
-    args = trained, x, jr.normal(getkey(), (COND,))
+    x, g = normal(getkey(), (2, *SHAPE))
+    args = trained, x, normal(getkey(), (COND,))
     loss = lambda f: lambda args: jnp.sum(g * f(*args))
     run = lambda f: eqx.filter_jit(eqx.filter_value_and_grad(loss(f)))(args)
     ours, theirs = run(lambda layer, x, cond: layer(x, cond)), run(reference)
@@ -60,9 +60,9 @@ def test_value_and_gradients(trained, getkey):
 )
 def test_vmap_over_examples_and_conditions(trained, getkey, in_axes):
     """Weight and bias depend on the example: mapped with x, without x, x without them."""
-    batch = lambda shape, axis: jr.normal(getkey(), shape if axis is None else (7, *shape))
+    batch = lambda shape, axis: normal(getkey(), shape if axis is None else (7, *shape))
     x, cond = batch(SHAPE, in_axes[0]), batch((COND,), in_axes[1])
-    g = jr.normal(getkey(), (7, *SHAPE))
+    g = normal(getkey(), (7, *SHAPE))
 
     def run(f):
         mapped = lambda m, x, cond: jax.vmap(lambda x, cond: f(m, x, cond), in_axes)(x, cond)
@@ -80,7 +80,7 @@ def test_vmap_over_examples_and_conditions(trained, getkey, in_axes):
 def test_bfloat16_activations_with_a_float32_condition(getkey):
     layer = AdaLayerNorm(SHAPE, COND, key=getkey())
     layer = eqx.tree_at(lambda m: m.linear, layer, eqx.nn.Linear(COND, 24, key=getkey()))
-    x, cond = jr.normal(getkey(), SHAPE).astype(jnp.bfloat16), jr.normal(getkey(), (COND,))
+    x, cond = normal(getkey(), SHAPE).astype(jnp.bfloat16), normal(getkey(), (COND,))
     y = layer(x, cond)
     want = reference(layer, x.astype(jnp.float32), cond)
     assert y.dtype == jnp.bfloat16

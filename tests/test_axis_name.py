@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 from jax.sharding import AxisType, PartitionSpec as P
 from oracles import assert_alike, assert_close, exact_norm, terms
 
@@ -93,7 +93,7 @@ def derivatives(f, args, tangents, g, where):
 @pytest.mark.parametrize("norm, way, masked", CASES)
 def test_equals_the_whole_example(norm, way, masked, getkey):
     with jax.enable_x64(True):
-        draw = lambda *shape: jr.normal(getkey(), shape)
+        draw = lambda *shape: normal(getkey(), shape)
         args = draw(ROWS, N), draw(N), draw(N)
         tangents = draw(ROWS, N), draw(N), draw(N)
         g = draw(ROWS, N)
@@ -140,7 +140,7 @@ def test_float32_at_an_offset(way, norm):
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", (LayerNorm, RMSNorm))
 def test_the_layers_take_it_as_an_option(layer, getkey):
-    x, weight, bias = jr.normal(getkey(), (3, 2, 4))
+    x, weight, bias = normal(getkey(), (3, 2, 4))
     local = eqx.tree_at(
         lambda m: (m.weight, m.bias), layer(4, axis_name="features"), (weight, bias)
     )
@@ -184,7 +184,7 @@ def test_a_named_vmap_inside_other_transformations(outside, norm, getkey):
         return jax.vmap(one, axis_name="features")(*split).ravel()
 
     with jax.enable_x64(True):
-        draw = lambda *shape: jr.normal(getkey(), shape)
+        draw = lambda *shape: normal(getkey(), shape)
         args = draw(ROWS, N), draw(N), draw(N)
         tangents = draw(ROWS, N), draw(N), draw(N)
         g = draw(ROWS, N)

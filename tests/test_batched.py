@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from draws import normal
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from oracles import assert_alike, assert_close, exact_norm, terms
@@ -111,7 +112,7 @@ def test_in_a_shard_map_over_some_axes_the_plain_path_is_taken(getkey):
     f = over_batch(pallas_layer_norm)
     specs = P("d"), P(), P()
     f = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("d"), axis_names={"d"})
-    args = jr.normal(getkey(), (8, 40)), *jr.normal(getkey(), (2, 40))
+    args = normal(getkey(), (8, 40)), *normal(getkey(), (2, 40))
     assert not kernels(gradient(f), *args)
     got, want = (jax.jit(gradient(g))(*args) for g in (f, over_batch(layer_norm)))
     for a, b in zip(got, want, strict=True):
@@ -164,7 +165,7 @@ def test_for_a_gpu_that_jax_does_not_know_the_plain_path_is_lowered():
 
 def test_one_export_for_all_platforms():
     f = jax.jit(gradient(over_batch(pallas_layer_norm)))
-    args = jr.normal(jr.key(0), (8, 40)), *arrays()[1:]
+    args = normal(jr.key(0), (8, 40)), *arrays()[1:]
     exported = jax.export.export(f, platforms=("cpu", "cuda", "tpu"))(*args)
     loaded = jax.export.deserialize(exported.serialize())
     # JAX does not promise that a Triton kernel can be read back.
@@ -191,9 +192,9 @@ def interpreted(request):
 @pytest.mark.parametrize("unit_offset", (False, True))
 def test_a_layer_by_its_kernels(interpreted, getkey, unit_offset):
     """Two maps around a layer of two axes; `unit_offset` adds one to the weight."""
-    x, g = jr.normal(getkey(), (2, 3, 5, 4, 6))
+    x, g = normal(getkey(), (2, 3, 5, 4, 6))
     layer = LayerNorm((4, 6), unit_offset=unit_offset, implementation="pallas")
-    params = jr.normal(getkey(), (2, 4, 6))
+    params = normal(getkey(), (2, 4, 6))
     layer = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, tuple(params))
 
     @eqx.filter_jit

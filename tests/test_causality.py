@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 from refused import refused
 from slow import slow
 
@@ -57,7 +57,7 @@ def words(report):
 
 
 def floats(dtype, *shape):
-    return jr.normal(jr.key(seed(1)), shape, jnp.float32).astype(dtype)
+    return normal(jr.key(seed(1)), shape, jnp.float32).astype(dtype)
 
 
 @pytest.fixture
@@ -711,7 +711,7 @@ def check_that_a_random_dependency_is_located(data):
     output = data.draw(st.integers(0, T - 2), "output")
     source = data.draw(st.integers(output + 1, T - 1), "input")
     link = LINKS[data.draw(st.sampled_from(sorted(LINKS)), "link")]
-    x = jr.normal(jr.key(seed(data.draw(st.integers(0, 1000), "x"))), (T, D))
+    x = normal(jr.key(seed(data.draw(st.integers(0, 1000), "x"))), (T, D))
 
     assert not check_causal(model, x).leak
     leaky = lambda x: model(x).at[output].add(link(x[source]))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 from slow import few
 
 from eqx_norms.causality import _widen as widening
@@ -66,7 +66,7 @@ QUICK = ("jit", "custom_jvp", "while", "cond", "scatter", "vmap", "gradient")
 @pytest.mark.parametrize("name", few(FUNCTIONS, QUICK))
 def test_float64_form_equals_the_function_at_float64(name):
     fn = FUNCTIONS[name]
-    x = jr.normal(jr.key(seed(0)), (4, 3))
+    x = normal(jr.key(seed(0)), (4, 3))
     closed = widening.trace(lambda x: jax.tree.leaves(fn(x)), [x])
     with jax.enable_x64(True):
         exact = x.astype(jnp.float64)
@@ -81,7 +81,7 @@ def test_float64_form_equals_the_function_at_float64(name):
 
 
 def test_casts_inside_are_widened():
-    x = jr.normal(jr.key(seed(0)), (4, 3))
+    x = normal(jr.key(seed(0)), (4, 3))
     casts = lambda x: [x.astype(jnp.bfloat16).astype(jnp.float32) - x]
     closed = widening.trace(casts, [x])
     assert widening.float_dtypes(closed) == {np.dtype(jnp.bfloat16), np.dtype(jnp.float32)}
@@ -219,7 +219,7 @@ def test_coarse_reduce_precision_is_kept(bits, kept):
 
 def test_a_float64_function_in_float32():
     with jax.enable_x64(True):
-        x = jr.normal(jr.key(0), (4, 3), jnp.float64)
+        x = normal(jr.key(0), (4, 3), jnp.float64)
         closed = widening.trace(lambda x: [jnp.sin(x), jax.lax.complex(x, x)], [x])
         got = jax.jit(widening.widen(closed, np.float32))(x.astype(jnp.float32))
     assert [out.dtype for out in got] == [jnp.float32, jnp.complex64]

@@ -12,7 +12,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from eqx_norms.causality import check_causal, dependency_matrix, rules
@@ -204,7 +204,7 @@ class LinearAttention(eqx.Module):
 
 @pytest.fixture
 def x():
-    return jr.normal(jr.key(seed(2)), (T, D))
+    return normal(jr.key(seed(2)), (T, D))
 
 
 @pytest.mark.slow
@@ -299,7 +299,7 @@ def test_two_inputs_that_leak_only_together_still_do(x):
 
 @pytest.mark.slow
 def test_long_sequences_say_how_many_inputs_were_tried_alone():
-    x = jr.normal(jr.key(seed(3)), (600, 1))
+    x = normal(jr.key(seed(3)), (600, 1))
     old = np.asarray(x)
     both = lambda x: x.at[1].add((x != jnp.asarray(old))[-2:].all().astype(x.dtype))
     report = check_causal(both, x, splits=[2])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 
 from eqx_norms.causality import check_causal, check_independent, dependency_matrix
 
@@ -21,7 +21,7 @@ T, D = 8, 4
 
 @pytest.fixture
 def x():
-    return jr.normal(jr.key(seed(1)), (T, D))
+    return normal(jr.key(seed(1)), (T, D))
 
 
 def assert_verdicts(causal, leaky, x):
@@ -71,7 +71,7 @@ def test_equinox_layer_norm_without_its_vmap(x):
 @pytest.mark.slow
 def test_equinox_batch_norm_in_training():
     norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(D, "batch", mode="batch")
-    x = jr.normal(jr.key(seed(1)), (6, D))
+    x = normal(jr.key(seed(1)), (6, D))
 
     def run(x, inference):
         mapped = jax.vmap(

@@ -8,7 +8,7 @@ import jax.random as jr
 import matplotlib
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 
 from eqx_norms.causality import check_causal, check_independent
 
@@ -24,7 +24,7 @@ def axes():
 
 @pytest.mark.slow
 def test_plot_shows_the_leak_in_red_and_what_is_allowed_in_blue(axes):
-    report = check_causal(zoo.bidirectional_rnn, jr.normal(jr.key(seed(0)), (6, 3)))
+    report = check_causal(zoo.bidirectional_rnn, normal(jr.key(seed(0)), (6, 3)))
     assert report.plot(axes) is axes
     images = {image.get_cmap().name: image.get_array() for image in axes.images}
     assert np.array_equal(~np.ma.getmaskarray(images["Reds"]), ~report.allowed)
@@ -37,7 +37,7 @@ def test_plot_shows_the_leak_in_red_and_what_is_allowed_in_blue(axes):
 
 
 def test_outline_runs_between_allowed_and_forbidden(axes):
-    check_causal(zoo.running_max, jr.normal(jr.key(seed(0)), (3, 2))).plot(axes)
+    check_causal(zoo.running_max, normal(jr.key(seed(0)), (3, 2))).plot(axes)
     segments = {tuple(map(tuple, line.get_xydata().tolist())) for line in axes.lines}
     steps = {((0.5, -0.5), (0.5, 0.5)), ((1.5, 0.5), (1.5, 1.5))}
     assert segments == steps | {((0.5, 0.5), (1.5, 0.5)), ((1.5, 1.5), (2.5, 1.5))}
@@ -46,7 +46,7 @@ def test_outline_runs_between_allowed_and_forbidden(axes):
 @pytest.mark.slow
 def test_a_single_pair_of_a_long_sequence_can_be_seen(axes):
     leaky = lambda x: x.at[3].add(x[150])
-    report = check_causal(leaky, jr.normal(jr.key(seed(0)), (200, 1)))
+    report = check_causal(leaky, normal(jr.key(seed(0)), (200, 1)))
     report.plot(axes)
     reds = next(image for image in axes.images if image.get_cmap().name == "Reds")
     shown = np.argwhere(~np.ma.getmaskarray(reds.get_array()))
@@ -56,7 +56,7 @@ def test_a_single_pair_of_a_long_sequence_can_be_seen(axes):
 
 def test_infinite_changes_and_examples_and_a_new_figure():
     poison = lambda x: x.at[0].set(jnp.where(x[3] > 5, jnp.nan, x[0]))
-    report = check_independent(poison, jr.normal(jr.key(seed(0)), (5, 1)))
+    report = check_independent(poison, normal(jr.key(seed(0)), (5, 1)))
     assert report.worst == np.inf
     axes = report.plot()
     assert axes.get_xlabel() == "input example read"
@@ -65,7 +65,7 @@ def test_infinite_changes_and_examples_and_a_new_figure():
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
-    report = check_causal(zoo.running_max, jr.normal(jr.key(seed(0)), (3, 2)))
+    report = check_causal(zoo.running_max, normal(jr.key(seed(0)), (3, 2)))
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r'pip install "eqx-norms\[plot\]"'):
         report.plot()
@@ -76,5 +76,5 @@ def test_a_short_check_prints_nothing(installed, monkeypatch, capfd):
     monkeypatch.delenv("PYTEST_CURRENT_TEST")
     if not installed:
         monkeypatch.setitem(sys.modules, "tqdm", None)
-    check_causal(zoo.running_max, jr.normal(jr.key(seed(0)), (3, 2)))
+    check_causal(zoo.running_max, normal(jr.key(seed(0)), (3, 2)))
     assert capfd.readouterr() == ("", "")

@@ -10,9 +10,9 @@ import causality_zoo as zoo
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
+from draws import normal
 from slow import slow
 
 from eqx_norms.causality import (
@@ -63,7 +63,7 @@ def chunked_linear_attention_then_norm(x):
 )
 def test_rounding_that_a_norm_enlarges_is_no_leak(fn, dtype, getkey):
     with jax.enable_x64(dtype == "float64"):
-        report = check_causal(fn, jr.normal(getkey(), (T, D), dtype))
+        report = check_causal(fn, normal(getkey(), (T, D), dtype))
     assert report.status == "clear (float noise)", str(report)
     assert "does not shrink" not in words(report)
 
@@ -102,7 +102,7 @@ def printed_in_a_loop(x):
     "watch", [printed, checked, slow(measured_on_the_host), slow(printed_in_a_loop)]
 )
 def test_what_cannot_reach_the_output_leaves_the_verdict_alone(watch, getkey):
-    x = jr.normal(getkey(), (T, D), jnp.bfloat16)
+    x = normal(getkey(), (T, D), jnp.bfloat16)
     assert check_causal(lambda x: leaky_mean(watch(x)), x).leak
     noisy = lambda x: zoo.noisy_sum_in_float32_inside(watch(x))
     assert check_causal(noisy, x).status.startswith("clear")
@@ -119,14 +119,14 @@ def quantised(x, axis):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", slow("float32")])
 def test_dynamic_quantisation_over_time_is_a_leak(dtype, getkey):
-    x = jr.normal(getkey(), (T, D), dtype)
+    x = normal(getkey(), (T, D), dtype)
     assert check_causal(lambda x: quantised(x, (0, 1)), x).leak
     assert check_causal(lambda x: quantised(x, 1), x).status == "clear"
 
 
 @pytest.mark.slow
 def test_dynamic_quantisation_over_a_batch_is_a_leak(getkey):
-    x = jr.normal(getkey(), (4, T, D))
+    x = normal(getkey(), (4, T, D))
     assert check_independent(lambda x: quantised(x, (0, 2)), x).leak
     assert check_independent(lambda x: quantised(x, (1, 2)), x).status == "clear"
 
@@ -144,7 +144,7 @@ def on_the_host(x):
 
 
 def test_rounding_behind_a_callback_is_undecided(getkey):
-    x = jr.normal(getkey(), (T, D))
+    x = normal(getkey(), (T, D))
     with pytest.raises(CausalityError, match=r"^undecided: .* nothing tells which\.") as caught:
         assert_causal(on_the_host, x)
     report = caught.value.report
@@ -160,13 +160,13 @@ def test_rounding_behind_a_callback_is_undecided(getkey):
 
 
 def test_a_large_leak_behind_a_callback_is_a_leak(getkey):
-    x = jr.normal(getkey(), (T, D))
+    x = normal(getkey(), (T, D))
     assert check_causal(lambda x: leaky_mean(on_the_host(x)), x).leak
 
 
 def test_a_leak_behind_a_callback_in_bfloat16_does_not_pass(getkey):
     # The very change that may be a leak: below half of the output, which is 64 ulps of bfloat16.
-    x = jr.normal(getkey(), (T, D), jnp.bfloat16)
+    x = normal(getkey(), (T, D), jnp.bfloat16)
     faint = lambda x: x + 0.01 * jnp.tanh(on_the_host(x).mean(0, keepdims=True))
     with pytest.raises(CausalityError):
         assert_causal(faint, x)
@@ -177,7 +177,7 @@ def test_a_failed_re_run_is_undecided(getkey, monkeypatch):
         raise NotImplementedError("no such thing in float64")
 
     monkeypatch.setattr(judging, "widen", refuse)
-    x = jr.normal(getkey(), (T, D))
+    x = normal(getkey(), (T, D))
     report = check_causal(zoo.prefix_sum_as_total_minus_suffix, x)
     assert report.status == "undecided"
     told = "The float64 re-run failed (NotImplementedError: no such thing in float64)."
@@ -188,7 +188,7 @@ def test_a_failed_re_run_is_undecided(getkey, monkeypatch):
 @pytest.mark.slow
 def test_a_float64_function_that_overflows_in_float32_is_undecided(getkey):
     with jax.enable_x64(True):
-        x = jr.normal(getkey(), (T, D), jnp.float64)
+        x = normal(getkey(), (T, D), jnp.float64)
         huge = lambda x: fft_convolution_then_norm(x) + 1e300 * jnp.tanh(x) * 1e-300
         report = check_causal(huge, x)
     assert report.status == "undecided", str(report)
@@ -198,7 +198,7 @@ def test_a_float64_function_that_overflows_in_float32_is_undecided(getkey):
 def test_rounding_of_large_edits_is_judged_by_their_size(getkey):
     # Without float64 nothing tells the rounding of edits of size 100 from a leak, but it is known
     # not to be larger than 100 times the noise level: neither "leak" nor "clear".
-    x = jr.normal(getkey(), (T, D))
+    x = normal(getkey(), (T, D))
     report = check_causal(fft_convolution_then_norm, x, confirm_x64=False)
     assert report.status == "undecided"
     one = check_causal(fft_convolution_then_norm, x, confirm_x64=False, scales=(1.0,))
@@ -211,7 +211,7 @@ def test_rounding_of_large_edits_is_judged_by_their_size(getkey):
 @pytest.mark.slow
 def test_a_rank_that_rounding_changes_is_no_leak(getkey):
     # The sum of all features of a norm is 0 but for rounding, in one precision or the other.
-    x = jr.normal(getkey(), (T, D))
+    x = normal(getkey(), (T, D))
     best = lambda x: fft_convolution_then_norm(x).argmax(1)
     assert not check_causal(best, x).leak
     assert check_causal(lambda x: fft_convolution_then_norm(leaky_mean(x)).argmax(1), x).leak
@@ -224,7 +224,7 @@ def test_a_rank_that_rounding_changes_is_no_leak(getkey):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_dependency_matrix_draws_no_rounding(dtype, getkey):
     with jax.enable_x64(dtype == "float64"):
-        x = jr.normal(getkey(), (T, D), dtype)
+        x = normal(getkey(), (T, D), dtype)
         report = check_causal(fft_convolution_then_norm, x)
         matrix = dependency_matrix(fft_convolution_then_norm, x)
     assert (matrix[~report.allowed] == 0).all()
@@ -236,20 +236,20 @@ def test_dependency_matrix_draws_no_rounding(dtype, getkey):
 def test_dependency_matrix_keeps_what_is_small_but_read(getkey):
     # One hundred millionth of an input 4 back, far below one eps of the output's size.
     fn = lambda x: x + jnp.where(jnp.abs(x) < 1e-3, 1e-8 * jnp.tanh(jnp.roll(x, 4, 0)), 0)
-    x = jr.normal(getkey(), (T, 1)).at[9].set(0.0)
+    x = normal(getkey(), (T, 1)).at[9].set(0.0)
     matrix = dependency_matrix(fn, x)
     assert matrix[9, 5] > 0
     assert matrix[9, :5].max() == 0 == matrix[9, 6:9].max()
 
 
 def test_dependency_matrix_keeps_what_it_cannot_judge(getkey):
-    x = jr.normal(getkey(), (T, D))
+    x = normal(getkey(), (T, D))
     matrix = dependency_matrix(on_the_host, x)
     assert (matrix[np.tri(T, dtype=bool)] > 0).all()
 
 
 def test_dependency_matrix_refuses_a_function_that_is_not_finite(getkey):
-    x = jr.normal(getkey(), (T, D))
+    x = normal(getkey(), (T, D))
     with pytest.raises(ValueError, match=r"must return finite numbers .* output 2 holds NaN"):
         dependency_matrix(lambda x: x.at[2].set(jnp.nan), x)
 
@@ -258,7 +258,7 @@ def test_dependency_matrix_refuses_a_function_that_is_not_finite(getkey):
 
 
 def test_a_leak_of_the_own_input_is_not_called_off_by_0(getkey):
-    text = words(check_causal(lambda x: x, jr.normal(getkey(), (T, D)), strict=True))
+    text = words(check_causal(lambda x: x, normal(getkey(), (T, D)), strict=True))
     assert "off by" not in text
     assert "Every leak is of the output's own input: look for inputs that are not shifted" in text
 
@@ -270,7 +270,7 @@ def test_a_leak_between_neighbours_in_a_batch_is_named(step, where, getkey):
         earlier = jnp.concatenate([jnp.zeros_like(x), x])[len(x) - step :][: len(x)]
         return x + (later if step < 0 else earlier)
 
-    text = words(check_independent(shifted, jr.normal(getkey(), (8, D))))
+    text = words(check_independent(shifted, normal(getkey(), (8, D))))
     assert "off by" not in text
     assert f"Every leak reaches the example {where}: look for a roll or a shift" in text
 
@@ -325,7 +325,7 @@ def transformer(open_head, watch):
 @pytest.mark.slow
 @pytest.mark.parametrize("watch", [checked, printed, lambda x: x])
 def test_one_open_head_in_bfloat16_is_found(watch, getkey):
-    x = jr.normal(getkey(), (T, 32), jnp.bfloat16)
+    x = normal(getkey(), (T, 32), jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"):
         assert check_causal(transformer(True, watch), x).leak
         assert check_causal(transformer(False, watch), x).status.startswith("clear")

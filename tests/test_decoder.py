@@ -21,12 +21,11 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 from made_up_names import NAMES
 from oracles import ulps
 
@@ -157,7 +156,7 @@ def oracle(decoder, letters):
 def test_decoder_against_numpy(getkey):
     decoder = model.Decoder(dataclasses.replace(SMALL, layers=2), SYMBOLS, key=getkey())
     params, static = eqx.partition(decoder, eqx.is_array)
-    params = jax.tree.map(lambda leaf: leaf + 0.1 * jr.normal(getkey(), leaf.shape), params)
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * normal(getkey(), leaf.shape), params)
     letters = DATA.train[0]
     found = eqx.filter_jit(eqx.combine(params, static))(letters)
     wide = eqx.combine(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params), static)
@@ -535,7 +534,7 @@ def test_errors_of_resuming(tmp_path):
     wider = dataclasses.replace(SMALL, width=16, seed=seed(1))
     difference = f"a run with width 8, seed {seed()}, and this one has width 16, seed {seed(1)}"
     with pytest.raises(ValueError, match=difference):
-        checkpoint.load(path, begin(wider), wider, DATA)
+        checkpoint.load(path, state, wider, DATA)
     others = data.split(NAMES[1:], SMALL.context)
     with pytest.raises(ValueError, match="trained on other names; give the same --data"):
         checkpoint.load(path, state, SMALL, others)

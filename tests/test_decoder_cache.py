@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 
 from eqx_norms.causality import DifferenceError
 from examples.decoder import cache, model
@@ -29,7 +29,7 @@ def decoder(**options):
     made = model.Decoder(dataclasses.replace(SMALL, **options), SYMBOLS, key=jr.key(seed(0)))
     params, static = eqx.partition(made, eqx.is_inexact_array)
     keys = iter(jr.split(jr.key(seed(1)), 100))
-    moved = jax.tree.map(lambda leaf: leaf + 0.1 * jr.normal(next(keys), leaf.shape), params)
+    moved = jax.tree.map(lambda leaf: leaf + 0.1 * normal(next(keys), leaf.shape), params)
     return eqx.combine(moved, static)
 
 

@@ -19,7 +19,7 @@ import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 from made_up_names import NAMES
 
 from eqx_norms import is_norm
@@ -138,7 +138,7 @@ def test_errors():
 
 
 def test_modules_instead_of_a_norm_against_numpy(getkey):
-    x, weight, bias = np.asarray(jr.normal(getkey(), (3, 6)))
+    x, weight, bias = np.asarray(normal(getkey(), (3, 6)))
     alpha, shift = 0.7, -0.3
     change = lambda layer, **fields: eqx.tree_at(
         lambda layer: [getattr(layer, name) for name in fields],

@@ -17,6 +17,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from draws import normal
 from refused import refused
 
 from eqx_norms.diagnostics import capture, capture_grads
@@ -375,10 +376,10 @@ def test_values_and_gradients_eagerly(name, net, getkey):
 
 def _check(case, transform, net, getkey):
     fn, by_hand, shape, shapes = case
-    x = jr.normal(getkey(), shape)
+    x = normal(getkey(), shape)
     zeros = {key: jnp.zeros(shape) for key, shape in shapes.items()}
     outs = jtu.tree_leaves(eqx.filter_eval_shape(fn, net, x))
-    weights = [jr.normal(getkey(), out.shape) for out in outs]
+    weights = [normal(getkey(), out.shape) for out in outs]
     loss = _loss_of(fn, weights)
     where = _where(shapes)
 
@@ -403,7 +404,7 @@ LINEAR = eqx.nn.Linear
 
 
 def test_one_forward_and_one_backward_pass(net, getkey):
-    x = jr.normal(getkey(), (5, 4))
+    x = normal(getkey(), (5, 4))
     loss = lambda net, x: jnp.mean(jax.vmap(ft.partial(_forward, net))(x) ** 2)
     plain = jax.make_jaxpr(lambda x: eqx.filter_value_and_grad(loss)(net, x)[0])(x)
     ours = jax.make_jaxpr(lambda x: capture_grads(loss, net, x, where=LINEAR)[0])(x)
@@ -413,7 +414,7 @@ def test_one_forward_and_one_backward_pass(net, getkey):
 
 @pytest.mark.slow
 def test_under_vmap_and_grad_from_outside(net, getkey):
-    xs = jr.normal(getkey(), (5, 4))
+    xs = normal(getkey(), (5, 4))
     one = lambda x: capture(_forward, net, x, where=LINEAR)[1]["linear"]
     assert_close(jax.vmap(one)(xs), jax.vmap(net.linear)(xs))
     through = jax.grad(lambda x: jnp.sum(jnp.sin(one(x))))(xs[0])
@@ -429,7 +430,7 @@ def test_under_vmap_and_grad_from_outside(net, getkey):
 @pytest.mark.slow
 def test_the_batch_comes_first_with_the_vmap_outside(net, getkey):
     fn = CASES["time_comes_first_in_a_vmap_of_a_scan"].fn
-    xs = jr.normal(getkey(), (5, 6, 4))
+    xs = normal(getkey(), (5, 6, 4))
     one = lambda x: capture(fn, net, x[None], where=LINEAR)[1]["linear"][:, 0]
     inside = capture(fn, net, xs, where=LINEAR)[1]["linear"]
     assert_close(jax.vmap(one)(xs), jnp.swapaxes(inside, 0, 1))
@@ -437,7 +438,7 @@ def test_the_batch_comes_first_with_the_vmap_outside(net, getkey):
 
 def test_an_output_that_does_not_depend_on_the_mapped_input_has_no_batch_axis(net, getkey):
     fn = lambda net, x: jax.vmap(lambda x: x * net.linear(jnp.ones(4)))(x)
-    _, values = capture(fn, net, jr.normal(getkey(), (5, 4)), where=LINEAR)
+    _, values = capture(fn, net, normal(getkey(), (5, 4)), where=LINEAR)
     assert_close(values["linear"], net.linear(jnp.ones(4)))
 
 
@@ -446,7 +447,7 @@ def test_cond_gives_nan_for_the_branch_not_taken(net, getkey):
         other = lambda x: net.norm(net.linear(2 * x))
         return jax.lax.cond(x[0] > 0, lambda x: net.linear(x), other, x)
 
-    x = jnp.abs(jr.normal(getkey(), (4,)))
+    x = jnp.abs(normal(getkey(), (4,)))
     missing = jnp.full(4, jnp.nan)
     # `lax.cond` holds the branch for False first.
     for sign, expected in ((1, (missing, missing, net.linear(x))), (-1, None)):
@@ -473,7 +474,7 @@ def test_switch_in_a_scan(net, getkey):
         d = net.linear(jnp.tanh(c)) + shift["linear#1"]
         return jnp.sum(d), {"norm": b, "linear": c, "linear#1": d}
 
-    x = jr.normal(getkey(), (4,))
+    x = normal(getkey(), (4,))
     step_of = {"norm": 1, "linear": 2, "linear#1": 2}
     (_, expected_values), expected_grads = jax.value_and_grad(by_hand, has_aux=True)(
         {key: jnp.zeros(4) for key in step_of}, x
@@ -501,7 +502,7 @@ DERIVATIVES = {
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_a_derivative_in_the_function_is_no_second_call(name, net, getkey):
     fn = lambda net, x: DERIVATIVES[name](lambda x: jnp.tanh(net.linear(x)), x)
-    x = jr.normal(getkey(), (4,))
+    x = normal(getkey(), (4,))
     out, values = capture(fn, net, x, where=LINEAR)
     assert_close(values, {"linear": net.linear(x)})
     assert_close(out, fn(net, x))
@@ -511,7 +512,7 @@ def test_a_derivative_in_the_function_is_no_second_call(name, net, getkey):
 def test_explicitly_sharded_arrays(net, getkey):
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Explicit,))
     loss = lambda net, x: jnp.sum(jax.vmap(ft.partial(_forward, net))(x) ** 2)
-    x = jr.normal(getkey(), (8, 4))
+    x = normal(getkey(), (8, 4))
     ours = eqx.filter_jit(lambda x: capture_grads(loss, net, x, where=LINEAR)[:3])
     expected = ours(x)
     with jax.set_mesh(mesh):
@@ -533,7 +534,7 @@ def test_adding_zero_keeps_the_sign_of_zero():
 @pytest.mark.slow
 def test_bfloat16(getkey):
     net = jax.tree.map(lambda x: x.astype(jnp.bfloat16), Net(getkey()), is_leaf=eqx.is_array)
-    x = jr.normal(getkey(), (5, 4), jnp.bfloat16)
+    x = normal(getkey(), (5, 4), jnp.bfloat16)
     loss = lambda net, x: jnp.sum(jax.vmap(net.linear)(x) * x).astype(jnp.float32)
     _, values, grads, model_grads = capture_grads(loss, net, x, where=LINEAR)
     assert values["linear"].dtype == grads["linear"].dtype == jnp.bfloat16
@@ -595,7 +596,7 @@ def test_integers_and_what_is_no_array():
 @pytest.mark.slow
 def test_a_stateful_layer_gives_its_output_without_the_state(getkey):
     norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, axis_name="batch", mode="batch")
-    x = jr.normal(getkey(), (5, 3))
+    x = normal(getkey(), (5, 3))
     run = lambda norm, state, x: jax.vmap(
         norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None)
     )(x, state)
@@ -872,7 +873,7 @@ def test_a_capture_in_a_capture(net, getkey):
         loss, values, grads, _ = capture_grads(loss, net, y, where=eqx.nn.LayerNorm)
         return loss, values, grads
 
-    x = jr.normal(getkey(), (4,))
+    x = normal(getkey(), (4,))
     where = (LINEAR, eqx.nn.LayerNorm)
     out, values = capture(inner, net, x, where=where)
     a = net.linear(x)

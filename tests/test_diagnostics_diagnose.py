@@ -14,15 +14,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
+from draws import normal
 from refused import refused
 
 from eqx_norms.diagnostics import capture_grads, diagnose
 
 # One for each kind of finding that costs no second compilation of much.
-QUICK_SICK = (
-    "an_unused_branch",
-    "root_of_zero_in_the_backward",
-)
+QUICK_SICK = ("an_unused_branch",)  # and one more in `test_under_debug_nans`
 QUICK_HEALTHY = ("plain_mlp", "gates_that_start_at_zero")
 
 
@@ -96,7 +94,7 @@ def loss_fn(model, x):
 
 @pytest.mark.slow
 def test_rows_are_what_capture_grads_gives(getkey):
-    model, x = Net(getkey()), jr.normal(getkey(), (40, 6))
+    model, x = Net(getkey()), normal(getkey(), (40, 6))
     optim = optax.sgd(0.5)
     found = diagnose(loss_fn, model, x, optimiser=(optim, optim.init(model)))
     loss, values, grads, model_grads = capture_grads(
@@ -167,7 +165,7 @@ class Loops(eqx.Module):
 @pytest.mark.slow
 def test_what_is_refused_is_listed_and_the_rest_is_there(getkey):
     layers = [eqx.nn.Linear(4, 4, key=getkey()) for _ in range(3)]
-    found = diagnose(loss_fn, Loops(*layers), jr.normal(getkey(), (20, 4)))
+    found = diagnose(loss_fn, Loops(*layers), normal(getkey(), (20, 4)))
     assert found.not_looked_at == {
         "inside": "it is called inside `while`",
         "unused": "it is never called",
@@ -188,7 +186,7 @@ def test_a_branch_that_is_not_taken_is_not_nan(getkey):
         one, two = (jax.vmap(layer) for layer in layers)
         return jnp.mean(jax.lax.cond(first, one, two, x) ** 2)
 
-    x = jr.normal(getkey(), (20, 4))
+    x = normal(getkey(), (20, 4))
     found = diagnose(branches, layers, x, jnp.asarray(True))
     assert found.not_looked_at == {"[1]": "its branch was not taken"}
     assert [row.name for row in found.calls] == ["[0]"]
@@ -200,7 +198,7 @@ def test_the_table_fits_a_terminal(depth, getkey):
     layers = [eqx.nn.Linear(4, 4, key=getkey()) for _ in range(depth)]
     model = {"a_path_that_is_longer_than_its_column_has_room_for": eqx.nn.Sequential(layers)}
     loss = lambda model, x: jnp.mean(jax.vmap(*model.values())(x) ** 2)
-    found = diagnose(loss, model, jr.normal(getkey(), (20, 4)))
+    found = diagnose(loss, model, normal(getkey(), (20, 4)))
     text = str(found)
     assert max(map(len, text.splitlines())) <= 100
     assert ("x20" in text) == (depth == 20)
@@ -208,7 +206,7 @@ def test_the_table_fits_a_terminal(depth, getkey):
 
 @pytest.mark.slow
 def test_scalars_are_flat_and_complete(getkey):
-    model, x = Net(getkey()), jr.normal(getkey(), (40, 6))
+    model, x = Net(getkey()), normal(getkey(), (40, 6))
     found = diagnose(loss_fn, model, x)
     scalars = found.scalars()
     assert all(isinstance(number, float) for number in scalars.values())
@@ -232,7 +230,7 @@ def test_under_debug_nans(getkey):
 
 
 def test_bad_input(getkey):
-    model, x = Net(getkey()), jr.normal(getkey(), (40, 6))
+    model, x = Net(getkey()), normal(getkey(), (40, 6))
     with refused(ValueError, "outside `jax.jit`", "`capture_grads`"):
         jax.jit(lambda x: diagnose(loss_fn, model, x))(x)
     with refused(TypeError, "pair of an optax optimiser", "`optimiser=(optim, opt_state)`"):

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
+from draws import normal
 from oracles import ulps
 
 from eqx_norms.diagnostics._layer_statistics import (
@@ -22,7 +22,7 @@ def _effective_rank(x):
 
 @pytest.mark.parametrize("unit_axis", [-1, 1])
 def test_layer_statistics(unit_axis, getkey):
-    x = 3 * jr.normal(getkey(), (5, 4, 6)) + 1
+    x = 3 * normal(getkey(), (5, 4, 6)) + 1
     found = jax.jit(layer_statistics, static_argnums=1)(x, unit_axis)
     exact = np.asarray(x, np.float64)
     rows = np.moveaxis(exact, unit_axis, -1).reshape(-1, x.shape[unit_axis])
@@ -43,7 +43,7 @@ def test_layer_statistics(unit_axis, getkey):
 
 @pytest.mark.slow
 def test_what_is_not_finite_is_counted(getkey):
-    x = jr.normal(getkey(), (4, 5)).at[0, :3].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf]))
+    x = normal(getkey(), (4, 5)).at[0, :3].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf]))
     np.testing.assert_allclose(layer_statistics(x)["non_finite"], 3 / 20, rtol=1e-6)
     np.testing.assert_allclose(derivative_statistics(x)["non_finite"], 3 / 20, rtol=1e-6)
 
@@ -51,12 +51,12 @@ def test_what_is_not_finite_is_counted(getkey):
 @pytest.mark.slow
 def test_a_rank_needs_two_examples_and_two_units(getkey):
     for shape in ((), (6,), (1, 6), (6, 1)):
-        assert jnp.isnan(layer_statistics(jr.normal(getkey(), shape))["effective_rank"])
+        assert jnp.isnan(layer_statistics(normal(getkey(), shape))["effective_rank"])
 
 
 @pytest.mark.slow
 def test_the_rank_of_many_examples_is_that_of_some(getkey):
-    x = jr.normal(getkey(), (2 * RANK_EXAMPLES + 1, 3))
+    x = normal(getkey(), (2 * RANK_EXAMPLES + 1, 3))
     # One in three, from the first: more than RANK_EXAMPLES otherwise.
     expected = _effective_rank(x[::3])
     np.testing.assert_allclose(layer_statistics(x)["effective_rank"], expected, rtol=1e-4)
@@ -64,7 +64,7 @@ def test_the_rank_of_many_examples_is_that_of_some(getkey):
 
 @pytest.mark.slow
 def test_silent_units(getkey):
-    g = jr.normal(getkey(), (6, 4)).at[:, 1].set(0).at[:5, 2].set(0)
+    g = normal(getkey(), (6, 4)).at[:, 1].set(0).at[:5, 2].set(0)
     found = derivative_statistics(g)
     assert found["silent"] == 1 / 4  # the one of which no example has any
     np.testing.assert_allclose(found["rms"], np.sqrt(np.mean(np.float64(g) ** 2)), rtol=1e-5)
@@ -73,7 +73,7 @@ def test_silent_units(getkey):
 
 @pytest.mark.slow
 def test_steps_by_vmap(getkey):
-    x = jr.normal(getkey(), (3, 5, 4), jnp.bfloat16)
+    x = normal(getkey(), (3, 5, 4), jnp.bfloat16)
     together = jax.vmap(layer_statistics)(x)
     for i in range(3):
         for name, value in layer_statistics(x[i]).items():

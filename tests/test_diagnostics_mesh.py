@@ -7,9 +7,9 @@ in programs that XLA may fuse differently.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
+from draws import normal
 
 from eqx_norms.diagnostics import capture, capture_grads
 
@@ -31,7 +31,7 @@ def in_shards(fn, *args):
 
 def test_in_a_shard_map_each_shard_has_the_derivative_of_its_own_loss(getkey):
     linear = LINEAR(3, 3, key=getkey())
-    x = jr.normal(getkey(), (8, 3))
+    x = normal(getkey(), (8, 3))
     scale = jnp.arange(1.0, 5.0)  # another loss on each shard
 
     def loss(linear, x, scale):
@@ -60,7 +60,7 @@ def test_in_a_shard_map_each_shard_has_the_derivative_of_its_own_loss(getkey):
 
 def test_what_is_the_same_on_all_shards_has_the_derivative_of_their_sum(getkey):
     linear = LINEAR(3, 3, key=getkey())
-    x = jr.normal(getkey(), (4, 3))
+    x = normal(getkey(), (4, 3))
     loss = lambda linear, x: jnp.vdot(linear(jnp.ones(3)), x)
     one = lambda x: capture_grads(loss, linear, x[0], where=LINEAR)[2][""][None]
     # `jax.grad` with respect to an unvarying array does the same.
@@ -88,7 +88,7 @@ def branches_by_hand(linear, x):
 @pytest.mark.slow
 def test_a_cond_in_a_shard_map(getkey):
     linear = LINEAR(3, 3, key=getkey())
-    row = jr.normal(getkey(), (3,))
+    row = normal(getkey(), (3,))
     x = jnp.stack([row, -row, -row, row])  # both branches are taken
 
     def one(x):
@@ -111,7 +111,7 @@ def test_a_cond_in_a_shard_map(getkey):
 def test_on_an_explicit_mesh_derivatives_and_branches_lie_where_the_values_do(getkey):
     mesh = jax.make_mesh((4, 2), ("batch", "other"), axis_types=(EXPLICIT, EXPLICIT))
     linear = LINEAR(3, 3, key=getkey())
-    x = jr.normal(getkey(), (8, 3))
+    x = normal(getkey(), (8, 3))
 
     def fn(linear, x, positive):
         batched = lambda x: jax.vmap(linear)(x)
@@ -139,7 +139,7 @@ def test_on_an_explicit_mesh_derivatives_and_branches_lie_where_the_values_do(ge
 def test_a_shard_map_over_one_axis_of_an_explicit_mesh(getkey):
     mesh = jax.make_mesh((2, 4), ("manual", "batch"), axis_types=(EXPLICIT, EXPLICIT))
     linear = LINEAR(3, 3, key=getkey())
-    x = jr.normal(getkey(), (2, 8, 3))
+    x = normal(getkey(), (2, 8, 3))
     batched = lambda linear, x: jax.vmap(lambda x: jnp.tanh(linear(x)))(x)
     loss = lambda linear, x: jnp.sum(
         jax.lax.cond(x.shape[0] > 0, batched, lambda linear, x: x, linear, x) ** 2
@@ -164,7 +164,7 @@ def test_a_shard_map_over_one_axis_of_an_explicit_mesh(getkey):
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
 def test_a_mesh_that_is_not_set(axis_type, getkey):
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(axis_type,))
-    x = jr.normal(getkey(), (8, 3))
+    x = normal(getkey(), (8, 3))
     sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("batch")))
     act = eqx.nn.Lambda(jnp.tanh)
     loss = lambda act, x: jnp.sum(jnp.sin(act(x)))

@@ -5,10 +5,10 @@ import gc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from draws import normal
 from jax.experimental import jet
 
 from eqx_norms.diagnostics import capture, capture_grads
@@ -74,7 +74,7 @@ def test_a_state_keeps_its_structure():
 
 
 def test_a_call_that_is_transposed(linear, getkey):
-    x, y = jr.normal(getkey(), (3,)), jr.normal(getkey(), (3,))
+    x, y = normal(getkey(), (3,)), normal(getkey(), (3,))
 
     class Matrix(eqx.Module):
         weight: jax.Array
@@ -95,7 +95,7 @@ def test_a_call_that_is_transposed(linear, getkey):
 
 
 def test_a_call_in_a_taylor_series(linear, getkey):
-    x, v = jr.normal(getkey(), (3,)), jr.normal(getkey(), (3,))
+    x, v = normal(getkey(), (3,)), normal(getkey(), (3,))
     weight = linear.weight
 
     def fn(linear, x, v):

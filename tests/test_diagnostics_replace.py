@@ -14,6 +14,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from draws import normal
 from refused import refused
 from trees import assert_trees_close
 
@@ -82,7 +83,7 @@ IN_LOOPS = {"map"}
     ],
 )
 def test_a_function_and_the_gradients_through_it(name, net, getkey):
-    x, weights = jr.normal(getkey(), (4,)), jr.normal(getkey(), (4,))
+    x, weights = normal(getkey(), (4,)), normal(getkey(), (4,))
     fn = TRANSFORMED[name]
     loss = lambda net, x: jnp.vdot(fn(net, x), weights)
     key = "first#2" if name == "cond" else "first"  # the branch for False is first in the program
@@ -114,7 +115,7 @@ def test_a_function_and_the_gradients_through_it(name, net, getkey):
 
 @pytest.mark.slow
 def test_with_the_vmap_inside_the_function_sees_the_batch(net, getkey):
-    x = jr.normal(getkey(), (5, 4))
+    x = normal(getkey(), (5, 4))
     fn = lambda net, x: jax.vmap(net, in_axes=1)(x)
     reverse = {"first": lambda value: value[::-1]}
     out, values = capture(fn, net, x.T, where=(), replace=reverse)
@@ -126,7 +127,7 @@ def test_with_the_vmap_inside_the_function_sees_the_batch(net, getkey):
 
 
 def test_each_call_has_its_own_key(net, getkey):
-    x = jr.normal(getkey(), (4,))
+    x = normal(getkey(), (4,))
     fn = lambda net, x: net.first(net.first(x))
     out, values = capture(fn, net, x, where=LINEAR, replace={"first#1": halved})
     a = net.first(x)
@@ -139,7 +140,7 @@ def test_each_call_has_its_own_key(net, getkey):
 
 
 def test_the_model_itself_and_a_branch_not_taken(net, getkey):
-    x = jr.normal(getkey(), (4,))
+    x = normal(getkey(), (4,))
     fn = lambda net, x: jax.lax.cond(x[0] > 1e6, lambda x: net(x), jnp.cos, x)
     out, values = capture(fn, net, x, where=(), replace={"": jnp.zeros_like})
     assert_close(out, jnp.cos(x))
@@ -153,7 +154,7 @@ def test_the_model_itself_and_a_branch_not_taken(net, getkey):
 
 @pytest.mark.slow
 def test_one_step_of_a_loop(net, getkey):
-    x = jr.normal(getkey(), (4,))
+    x = normal(getkey(), (4,))
     loss = lambda net, x: jnp.sum(through_stack(net, x) ** 2)
 
     @eqx.filter_jit
@@ -180,7 +181,7 @@ def test_steps_are_counted_as_the_axes_of_the_values(net, getkey):
         return jax.lax.scan(outer, x, length=2)[0]
 
     numbered = {"first": lambda value, i, j: jnp.full_like(value, 10 * i + j)}
-    x = jr.normal(getkey(), (4,))
+    x = normal(getkey(), (4,))
     _, values = capture(fn, net, x, where=(), replace=numbered)
     assert_close(values["first"][..., 0], jnp.array([[0.0, 1, 2], [10, 11, 12]]))
     # Run in reverse, the step with number 0 is the last.
@@ -200,7 +201,7 @@ def test_what_was_captured_is_put_back(net, getkey):
         return jax.lax.map(jax.vmap(one), xs)
 
     where = lambda path, _: path in ("first", "stack")
-    xs, others = jr.normal(getkey(), (2, 5, 4)), jr.normal(getkey(), (2, 5, 4))
+    xs, others = normal(getkey(), (2, 5, 4)), normal(getkey(), (2, 5, 4))
     out, values = capture(fn, net, xs, where=where)
     assert values["stack"].shape == (2, 3, 5, 4)
     for key in values:
@@ -213,7 +214,7 @@ def test_what_was_captured_is_put_back(net, getkey):
 
 
 def test_gradients_with_respect_to_an_array_in_a_loop(net, getkey):
-    x, patch = jr.normal(getkey(), (4,)), jr.normal(getkey(), (3, 4))
+    x, patch = normal(getkey(), (4,)), normal(getkey(), (3, 4))
     loss = lambda net, x: jnp.sum(jax.lax.map(net.first, jnp.stack([x, x, x])) ** 3)
     of = lambda patch: capture(loss, net, x, where=(), replace={"first": patch})[0]
     assert_close(jax.value_and_grad(of)(patch), (jnp.sum(patch**3), 3 * patch**2))
@@ -243,7 +244,7 @@ def test_trees_integers_and_what_is_no_array(x64):
 @pytest.mark.slow
 def test_a_stateful_layer_keeps_its_state(x64, getkey):
     norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, axis_name="batch", mode="batch")
-    x = jr.normal(getkey(), (5, 3))
+    x = normal(getkey(), (5, 3))
     run = lambda norm, state, x: jax.vmap(
         norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None)
     )(x, state)
@@ -254,7 +255,7 @@ def test_a_stateful_layer_keeps_its_state(x64, getkey):
 
 def test_bfloat16(getkey):
     linear = jtu.tree_map(lambda leaf: leaf.astype(jnp.bfloat16), LINEAR(4, 4, key=getkey()))
-    x = jr.normal(getkey(), (4,), jnp.bfloat16)
+    x = normal(getkey(), (4,), jnp.bfloat16)
     out, _ = capture(lambda m, x: m(x), linear, x, where=(), replace={"": lambda v: 0.5 * v})
     assert out.dtype == jnp.bfloat16 and jnp.array_equal(out, linear(x) / 2)
 
@@ -264,7 +265,7 @@ def test_bfloat16(getkey):
 
 @pytest.mark.slow
 def test_in_a_shard_map_and_on_an_explicit_mesh(net, getkey):
-    x, patch = jr.normal(getkey(), (8, 4)), jr.normal(getkey(), (4,))
+    x, patch = normal(getkey(), (8, 4)), normal(getkey(), (4,))
     loss = lambda net, x: jnp.sum(jax.lax.map(net, x) ** 2)
     replacements = (
         lambda value, step: jnp.where(step == 1, patch, value),
@@ -281,7 +282,7 @@ def test_in_a_shard_map_and_on_an_explicit_mesh(net, getkey):
 
     explicit = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Explicit,))
     fn = lambda net, x: jax.vmap(net)(x)
-    new = jr.normal(getkey(), (8, 4))
+    new = normal(getkey(), (8, 4))
     expected = fn(eqx.tree_at(lambda net: net.first, net, eqx.nn.Identity()), new)
     with jax.set_mesh(explicit):
         sharded = jax.device_put(x, jax.P("i", None))
@@ -296,7 +297,7 @@ def test_in_a_shard_map_and_on_an_explicit_mesh(net, getkey):
 
 
 def test_a_capture_in_a_capture(net, getkey):
-    x = jr.normal(getkey(), (4,))
+    x = normal(getkey(), (4,))
 
     def inner(net, x):
         return capture(lambda net, x: net(x), net, x, where=(), replace={"first": halved})
@@ -309,7 +310,7 @@ def test_a_capture_in_a_capture(net, getkey):
 
 
 def test_nothing_is_left_behind(net, getkey):
-    x = jr.normal(getkey(), (4,))
+    x = normal(getkey(), (4,))
     jitted = eqx.filter_jit(lambda net, x: net(x))
     before = jitted(net, x)
     capture(jitted, net, x, where=LINEAR, replace={"first": jnp.zeros_like})

@@ -6,11 +6,11 @@ Tolerances: a sum of n float32 terms errs by about sqrt(n) roundings of 6e-8; SV
 import draws
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import optax
 import pytest
 import scipy.stats
+from draws import normal
 from oracles import ulps
 from refused import refused
 
@@ -42,7 +42,7 @@ every_statistic = pytest.mark.parametrize("statistic", EVERY, ids=NAMES)
 @pytest.mark.slow
 @every_statistic
 def test_jit_and_vmap_change_nothing(statistic, getkey):
-    xs = jr.normal(getkey(), (3, 6, 4))
+    xs = normal(getkey(), (3, 6, 4))
     expected = [statistic(x) for x in xs]
     together = jax.jit(jax.vmap(statistic))(xs)
     for i, each in enumerate(expected):
@@ -53,7 +53,7 @@ def test_jit_and_vmap_change_nothing(statistic, getkey):
 @pytest.mark.slow
 @every_statistic
 def test_half_precision_is_computed_in_float32(statistic, getkey):
-    x = jr.normal(getkey(), (6, 4), jnp.bfloat16)
+    x = normal(getkey(), (6, 4), jnp.bfloat16)
     for a, b in zip(
         jax.tree.leaves(statistic(x)),
         jax.tree.leaves(statistic(x.astype(jnp.float32))),
@@ -67,7 +67,7 @@ def test_half_precision_is_computed_in_float32(statistic, getkey):
 @every_statistic
 def test_float64_stays_float64(statistic, getkey):
     with jax.enable_x64():
-        x = jr.normal(getkey(), (6, 4), jnp.float64)
+        x = normal(getkey(), (6, 4), jnp.float64)
         for leaf in jax.tree.leaves(statistic(x)):
             assert leaf.dtype in (jnp.float64, jnp.int32)
 
@@ -93,7 +93,7 @@ def test_empty_arrays_are_refused(statistic):
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e6])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_activation_stats(offset, scale, getkey):
-    x = (jr.normal(getkey(), (200, 30)) + offset) * scale
+    x = (normal(getkey(), (200, 30)) + offset) * scale
     exact = np.asarray(x, np.float64)
     stats = activation_stats(x)
     rtol = ulps(x.size) * 2.0**-23
@@ -124,12 +124,12 @@ def test_activation_stats_do_not_hide_what_is_not_finite():
 
 @pytest.mark.parametrize("row", [0, 5, -1])
 def test_a_nan_anywhere_is_in_all(row, getkey):
-    x = jr.normal(getkey(), (32, 8, 16)).at[row].set(jnp.nan)
+    x = normal(getkey(), (32, 8, 16)).at[row].set(jnp.nan)
     assert all(jnp.isnan(s) for s in activation_stats(x)[:4])
 
 
 def test_percentiles(getkey):
-    x = jr.normal(getkey(), (40, 5))
+    x = normal(getkey(), (40, 5))
     bands = activation_stats(x, percentiles=(16, 50, 84)).percentiles
     np.testing.assert_array_equal(bands, np.percentile(x, (16, 50, 84)))
     with pytest.raises(ValueError, match=r"outside `jax.jit` and `jax.vmap`, but `x` is traced"):
@@ -141,7 +141,7 @@ def test_percentiles(getkey):
 
 def test_histogram(getkey):
     edges = jnp.array([-2.0, -0.5, 0.0, 0.25, 2.0])
-    x = jnp.concatenate([jr.normal(getkey(), (3000,)) * 2, edges])
+    x = jnp.concatenate([normal(getkey(), (3000,)) * 2, edges])
     counts = histogram(x.reshape(-1, 5), edges)
     assert counts.dtype == jnp.int32
     np.testing.assert_array_equal(counts, np.histogram(x, edges)[0])
@@ -216,7 +216,7 @@ def test_saturation_changes_where_the_slope_is_a_tenth(fn, edges):
 
 @pytest.mark.slow
 def test_saturation_fraction(getkey):
-    x = 2 * jr.normal(getkey(), (50, 7))
+    x = 2 * normal(getkey(), (50, 7))
     exact = 1 - np.tanh(np.asarray(x, np.float64)) ** 2
     np.testing.assert_allclose(saturation_fraction(jnp.tanh, x), np.mean(exact < 0.1), rtol=1e-6)
     np.testing.assert_allclose(
@@ -231,8 +231,8 @@ def test_saturation_fraction(getkey):
 
 
 def test_update_ratio_of_optax_updates(getkey):
-    params = {"w": jr.normal(getkey(), (6, 4)), "norm": jnp.ones(4), "frozen": None}
-    grads = {"w": jr.normal(getkey(), (6, 4)), "norm": jr.normal(getkey(), (4,)), "frozen": None}
+    params = {"w": normal(getkey(), (6, 4)), "norm": jnp.ones(4), "frozen": None}
+    grads = {"w": normal(getkey(), (6, 4)), "norm": normal(getkey(), (4,)), "frozen": None}
     optimiser = optax.sgd(0.1)
     updates, _ = optimiser.update(grads, optimiser.init(params), params)
     ratios = update_ratio(updates, params)
@@ -269,7 +269,7 @@ def test_update_ratio_of_other_shapes():
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(32, 8), (8, 32), (5, 5), (1, 6), (1, 1)])
 def test_singular_value_statistics(shape, getkey):
-    x = jr.normal(getkey(), shape)
+    x = normal(getkey(), shape)
     singular = np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
     exact = {
         singular_value_ratio: singular[0] / singular.sum(),
@@ -326,7 +326,7 @@ def test_scaling_singular_values_adds_nothing_to_their_gradient(getkey):
         return singular[0] / jnp.sum(singular)
 
     with jax.enable_x64(True):
-        x = jr.normal(getkey(), (6, 4), jnp.float64)
+        x = normal(getkey(), (6, 4), jnp.float64)
         grad = jax.grad(singular_value_ratio)(x)
         # Singular values of random matrices are rarely closer than 1e-4, by which errors grow.
         np.testing.assert_allclose(grad, jax.grad(plain)(x), rtol=1e-9, atol=1e-9)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from draws import normal
 
 from eqx_norms.diagnostics import capture_grads
 
@@ -31,7 +32,7 @@ class MLP(eqx.Module):
     def __init__(self, key):
         keys = jr.split(key, 4)
         sizes = [CONTEXT * EMBEDDING, WIDTH, WIDTH]
-        self.embedding = jr.normal(keys[0], (LETTERS, EMBEDDING))
+        self.embedding = normal(keys[0], (LETTERS, EMBEDDING))
         self.layers = []
         for key, size in zip(keys[1:3], sizes[:2], strict=True):
             linear = eqx.nn.Linear(size, WIDTH, key=key)
@@ -78,7 +79,7 @@ class Transformer(eqx.Module):
 
     def __init__(self, key):
         keys = jr.split(key, 4)
-        self.embedding = jr.normal(keys[0], (LETTERS, 16))
+        self.embedding = normal(keys[0], (LETTERS, 16))
         self.blocks = [Block(keys[1]), Block(keys[2])]
         self.norm = eqx.nn.LayerNorm(16)
         self.head = eqx.nn.Linear(16, LETTERS, key=keys[3])

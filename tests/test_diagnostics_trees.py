@@ -16,6 +16,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
+from draws import normal
 from trees import assert_trees_close
 
 import eqx_norms
@@ -80,7 +81,7 @@ def split(net):
 
 @pytest.mark.slow
 def test_partition_and_combine(net, getkey):
-    x = jr.normal(getkey(), (5, 4))
+    x = normal(getkey(), (5, 4))
     params, static = split(net)
     value, values, grads, net_grads = by_hand(net, x)
 
@@ -100,7 +101,7 @@ def test_partition_and_combine(net, getkey):
 
 @pytest.mark.slow
 def test_frozen_layers(net, getkey):
-    x = jr.normal(getkey(), (5, 4))
+    x = normal(getkey(), (5, 4))
     spec = jax.tree.map(lambda _: False, net)
     spec = eqx.tree_at(lambda net: net.second.weight, spec, True)
     params, frozen = eqx.partition(net, spec)
@@ -112,13 +113,13 @@ def test_frozen_layers(net, getkey):
 
 @pytest.mark.parametrize("rebuild", [eqx.filter_jit, eqx.filter_checkpoint])
 def test_layers_without_arrays_in_a_tree_that_is_built_anew(rebuild, net, getkey):
-    x = jr.normal(getkey(), (5, 4))
+    x = normal(getkey(), (5, 4))
     assert_close(capture_grads(rebuild(loss_of), net, x, where=WHERE), by_hand(net, x))
 
 
 @pytest.mark.slow
 def test_a_second_tree_of_the_models_structure(net, getkey):
-    x = jr.normal(getkey(), (5, 4))
+    x = normal(getkey(), (5, 4))
     other = Net(getkey())
     mask = jax.tree.map(lambda leaf: eqx.is_array(leaf) and leaf.ndim == 2, net)
     _, values, grads, _ = by_hand(net, x)
@@ -153,7 +154,7 @@ def optax_promotes():
 
 @pytest.mark.usefixtures("optax_promotes")
 def test_a_training_step(net, getkey):
-    x = jr.normal(getkey(), (5, 4))
+    x = normal(getkey(), (5, 4))
     mask = jax.tree.map(lambda leaf: leaf.ndim == 2, eqx.filter(net, eqx.is_array))
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.1, mask=mask)
@@ -183,7 +184,7 @@ def test_a_training_step(net, getkey):
 
 
 def test_weights_that_are_cast_masked_or_behind_a_barrier(net, getkey):
-    x = jr.normal(getkey(), (4,))
+    x = normal(getkey(), (4,))
 
     def fn(net, x):
         arrays, static = eqx.partition(net, eqx.is_array)
@@ -210,7 +211,7 @@ def test_one_trace_of_a_jitted_function_for_several_modules(net, getkey):
         traces.append(linear)
         return linear(x)
 
-    x = jr.normal(getkey(), (4,))
+    x = normal(getkey(), (4,))
     fn = lambda net, x: jitted(net.second, jitted(net.first, jitted(net.first, x)))
     a = net.first(x)
     b = net.first(a)
@@ -223,7 +224,7 @@ def test_one_trace_of_a_jitted_function_for_several_modules(net, getkey):
 
 
 def test_a_loop_that_trains_the_model(net, getkey):
-    x = jr.normal(getkey(), (5, 4))
+    x = normal(getkey(), (5, 4))
 
     def descend(net, x):
         grads = eqx.filter_grad(loss_of)(net, x)
@@ -248,11 +249,11 @@ def test_layers_that_are_stacked_in_the_function(net, getkey):
 
     message = r"made of 'first', 'second' together.*Stack or combine them before"
     with pytest.raises(NotImplementedError, match=message):
-        capture(fn, net, jr.normal(getkey(), (4,)), where=LINEAR)
+        capture(fn, net, normal(getkey(), (4,)), where=LINEAR)
 
 
 def test_equal_layers_without_arrays_of_which_it_cannot_be_told_which_is_called(net, getkey):
-    x = jr.normal(getkey(), (4,))
+    x = normal(getkey(), (4,))
     fn = lambda net, x: eqx.filter_jit(lambda net, x: net.act(net.first(x)))(net, x)
     with pytest.raises(NotImplementedError, match=r"which of 'act', 'last' this is.*no array"):
         capture(fn, net, x, where=eqx.nn.Lambda)
@@ -266,7 +267,7 @@ def test_equal_layers_without_arrays_of_which_it_cannot_be_told_which_is_called(
 
 
 def test_modules_that_are_not_the_models(net, getkey):
-    x, other = jr.normal(getkey(), (4,)), Net(getkey())
+    x, other = normal(getkey(), (4,)), Net(getkey())
 
     def fn(net, other, x):
         made = eqx.nn.Linear(4, 4, key=jr.key(0))
@@ -279,7 +280,7 @@ def test_modules_that_are_not_the_models(net, getkey):
 @pytest.mark.slow
 def test_norms_that_are_replaced_in_the_function(getkey):
     norm = eqx.nn.LayerNorm(4)
-    x = 100 + jr.normal(getkey(), (4,))
+    x = 100 + normal(getkey(), (4,))
     fn = lambda norms, x: eqx_norms.replace_norms(norms)[1](norms[0](x))
     out, values = capture(fn, [norm, norm], x, where=eqx.nn.LayerNorm)
     assert_close(values, {"[0]": norm(x)})

@@ -12,7 +12,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from draws import seed
+from draws import normal, seed
 from oracles import ulps
 from refused import refused
 
@@ -51,7 +51,7 @@ measure = eqx.filter_jit(WATCH.measure)
 
 
 def test_a_look_is_what_numpy_finds(model, getkey):
-    x = jr.normal(getkey(), (40, 5))
+    x = normal(getkey(), (40, 5))
     look = measure(model, x, opt_state=OPT_STATE)
     loss, values, grads, model_grads = eqx.filter_jit(capture_grads)(
         loss_fn, model, x, where=WATCH.where
@@ -110,7 +110,7 @@ def test_percentiles_of_a_histogram(q):
 
 @pytest.mark.slow
 def test_in_a_scan_and_under_vmap(model, getkey):
-    xs = jr.normal(getkey(), (3, 2, 10, 5))
+    xs = normal(getkey(), (3, 2, 10, 5))
     params, static = eqx.partition(model, eqx.is_array)
 
     def train(params, xs):
@@ -148,7 +148,7 @@ def test_layers_in_a_scan_are_measured_one_by_one(getkey):
         step = lambda x, layer: (jnp.tanh(jax.vmap(eqx.combine(layer, static))(x)), None)
         return jnp.mean(jax.lax.scan(step, x, arrays)[0] ** 2)
 
-    x = jr.normal(getkey(), (40, 5))
+    x = normal(getkey(), (40, 5))
     look = eqx.filter_jit(Watch(loss, where=eqx.nn.Linear).measure)(stack, x)
     _, values, *_ = capture_grads(loss, stack, x, where=eqx.nn.Linear)
     rms = np.sqrt(np.mean(np.square(np.float64(values[""])), (1, 2)))
@@ -167,7 +167,7 @@ def test_trees_integers_and_bfloat16(getkey):
 
     odd = Odd(jnp.ones((), jnp.bfloat16))
     loss = lambda odd, x: jnp.sum(odd(x)["x"]).astype(jnp.float32)
-    look = Watch(loss, where=Odd).measure(odd, jr.normal(getkey(), (4,), jnp.bfloat16))
+    look = Watch(loss, where=Odd).measure(odd, normal(getkey(), (4,), jnp.bfloat16))
     assert list(look.values) == ["['x']"] and list(look.params) == ["weight"]
     assert look.values["['x']"]["rms"].dtype == jnp.float32
 
@@ -224,7 +224,7 @@ def test_many_layers_histograms_and_a_single_look():
 
 @pytest.mark.slow
 def test_a_run_that_blows_up_is_drawn(model, getkey):
-    x = jr.normal(getkey(), (40, 5))
+    x = normal(getkey(), (40, 5))
     broken = eqx.tree_at(lambda m: m.layers[2].weight, model, jnp.full((5, 5), jnp.nan))
     looks = [measure(m, x, opt_state=OPT_STATE) for m in (model, broken)]
     assert looks[1].values["layers[2]"]["non_finite"] == 1

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 import pytest
-from draws import seed
+from draws import normal, seed
 
 import eqx_norms
 from eqx_norms import diagnostics
@@ -81,7 +81,7 @@ MODULES = those_with_blocks((ROOT / "eqx_norms").rglob("*.py"))
 
 
 def draw(*shape):
-    return jr.normal(jr.key(seed(0)), shape)
+    return normal(jr.key(seed(0)), shape)
 
 
 BATCH = {"features": 4, "x": draw(2, 5, 4)}

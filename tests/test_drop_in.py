@@ -7,9 +7,9 @@ import pickle
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
+from draws import normal
 from oracles import assert_alike
 
 import eqx_norms
@@ -30,7 +30,7 @@ def pair(layer, getkey):
     """Ours and theirs, as after training: weight and bias no longer ones and zeros."""
     args = ARGUMENTS[layer][0]
     ours, theirs = layer(*args), getattr(eqx.nn, layer.__name__)(*args)
-    params = tuple(jr.normal(getkey(), ours.weight.shape) for _ in range(2))
+    params = tuple(normal(getkey(), ours.weight.shape) for _ in range(2))
     return eqx.tree_at(PARAMS, ours, params), eqx.tree_at(PARAMS, theirs, params)
 
 
@@ -55,7 +55,7 @@ def test_same_fields_and_leaves_in_the_same_order(layer):
 
 def test_same_values_and_gradients(layer, x64, getkey):
     modules = pair(layer, getkey)
-    x, g = jr.normal(getkey(), (2, *SHAPES[layer]))
+    x, g = normal(getkey(), (2, *SHAPES[layer]))
     run = eqx.filter_jit(eqx.filter_value_and_grad(lambda args: jnp.sum(g * args[0](args[1]))))
     ours, theirs = (jax.tree.leaves(run((module, x))) for module in modules)
     for a, b in zip(ours, theirs, strict=True):
@@ -64,7 +64,7 @@ def test_same_values_and_gradients(layer, x64, getkey):
 
 @pytest.mark.slow
 def test_in_sequential_with_key(layer, x64, getkey):
-    x, key = jr.normal(getkey(), SHAPES[layer]), getkey()
+    x, key = normal(getkey(), SHAPES[layer]), getkey()
     ours, theirs = (
         eqx.nn.Sequential([eqx.nn.Lambda(jnp.sin), module, eqx.nn.Dropout(0.5)])
         for module in pair(layer, getkey)
@@ -74,7 +74,7 @@ def test_in_sequential_with_key(layer, x64, getkey):
 
 @pytest.mark.slow
 def test_in_sequential_with_state(layer, x64, getkey):
-    x = jr.normal(getkey(), (5, *SHAPES[layer]))
+    x = normal(getkey(), (5, *SHAPES[layer]))
     out = []
     for module in pair(layer, getkey):
         norms = lambda module=module: eqx.nn.Sequential(
@@ -89,7 +89,7 @@ def test_in_sequential_with_state(layer, x64, getkey):
 @pytest.mark.slow
 def test_state_is_passed_through(layer, getkey):
     module, _ = pair(layer, getkey)
-    x = jr.normal(getkey(), SHAPES[layer])
+    x = normal(getkey(), SHAPES[layer])
     y, state = module(x, "any state", key=getkey())
     assert state == "any state"
     assert_alike(y, module(x), x.size)
@@ -137,7 +137,7 @@ def test_same_layer_is_traced_once(layer, getkey):
 
     args = ARGUMENTS[layer][0]
     for _ in range(3):
-        run(layer(*args), jr.normal(getkey(), SHAPES[layer]))
+        run(layer(*args), normal(getkey(), SHAPES[layer]))
     assert len(traces) == 1
 
 
@@ -145,7 +145,7 @@ def test_module_is_the_function(layer, getkey):
     module, _ = pair(layer, getkey)
     name = {"LayerNorm": "layer_norm", "RMSNorm": "rms_norm", "GroupNorm": "group_norm"}
     function = getattr(eqx_norms, name[layer.__name__])
-    x = jr.normal(getkey(), SHAPES[layer])
+    x = normal(getkey(), SHAPES[layer])
     args = (x, 2) if layer is GroupNorm else (x,)
     want = function(*args, module.weight, module.bias, eps=1e-3)
     assert_alike(module(x), want, x.size)
@@ -158,7 +158,7 @@ def test_unit_offset(layer, x64, getkey):
         with pytest.raises(TypeError, match="unit_offset"):
             layer(2, 6, unit_offset=True)
         return
-    x, weight, g = jr.normal(getkey(), (3, 5))
+    x, weight, g = normal(getkey(), (3, 5))
     fresh = layer(5, unit_offset=True)
     assert not fresh.weight.any() and fresh.weight.dtype == layer(5).weight.dtype
     assert_alike(fresh(x), layer(5)(x), 5)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 from oracles import (
     Exact,
     assert_alike,
@@ -104,13 +104,13 @@ def test_float64_stays_float64():
 
 @pytest.mark.slow
 def test_one_group_is_layer_norm_over_the_whole_example(getkey):
-    x = jr.normal(getkey(), (CHANNELS, 4, 5))
+    x = normal(getkey(), (CHANNELS, 4, 5))
     assert_alike(group_norm(x, 1), layer_norm(x), x.size)
 
 
 @pytest.mark.slow
 def test_a_group_a_channel_is_instance_norm(getkey):
-    x = jr.normal(getkey(), (CHANNELS, 4, 5))
+    x = normal(getkey(), (CHANNELS, 4, 5))
     wide = np.float64(x)
     xc = wide - wide.mean((1, 2), keepdims=True)
     want = xc / np.sqrt(wide.var((1, 2), keepdims=True) + 1e-5)
@@ -120,7 +120,7 @@ def test_a_group_a_channel_is_instance_norm(getkey):
 @pytest.mark.slow
 def test_over_channels_and_time_it_reads_the_future(getkey):
     """As its docstring warns; mapped over time it does not."""
-    x = jr.normal(getkey(), (CHANNELS, 8))
+    x = normal(getkey(), (CHANNELS, 8))
     norm = GroupNorm(2, CHANNELS)
     with pytest.raises(CausalityError):
         assert_causal(norm, x, axis=1)
@@ -147,7 +147,7 @@ CURES = [
 @pytest.mark.parametrize("affine", few((True, False), (True,)))
 @pytest.mark.parametrize("shape, cure", CURES)
 def test_error_ends_in_the_call_that_works(shape, cure, affine):
-    norm, x = GroupNorm(3, 6, channelwise_affine=affine), jr.normal(jr.key(seed(0)), shape)
+    norm, x = GroupNorm(3, 6, channelwise_affine=affine), normal(jr.key(seed(0)), shape)
     with pytest.raises(ValueError, match="expected 6 channels, got an array of shape") as info:
         norm(x)
     assert str(info.value).endswith(cure) and str(shape) in str(info.value)

@@ -15,7 +15,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from draws import seed
+from draws import normal, seed
 from oracles import assert_alike
 from refused import refused
 from slow import few
@@ -56,7 +56,7 @@ CALLS = [
 @pytest.mark.parametrize("layer", few(LAYERS, (LayerNorm,)))
 @pytest.mark.parametrize("shape, got, axes, call", CALLS)
 def test_missing_vmap_error_ends_in_the_call_that_works(layer, shape, got, axes, call):
-    module, x = layer(shape), jr.normal(jr.key(seed(0)), got)
+    module, x = layer(shape), normal(jr.key(seed(0)), got)
     name = LAYERS[layer].__name__
     call = call.replace("layer_norm", name)
     with pytest.raises(ValueError) as info:

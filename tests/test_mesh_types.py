@@ -9,9 +9,9 @@ import functools as ft
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
+from draws import normal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from eqx_norms import AdaLayerNorm, GroupNorm, LayerNorm, group_norm, layer_norm, rms_norm
@@ -59,8 +59,8 @@ def assert_same(got, want):
 def arrays(getkey):
     """x, weight, bias and tangents of each, and a cotangent of y; in float64."""
     with jax.enable_x64(True):
-        x, dx, g = jr.normal(getkey(), (3, ROWS, N))
-        weight, bias, dweight, dbias = jr.normal(getkey(), (4, N))
+        x, dx, g = normal(getkey(), (3, ROWS, N))
+        weight, bias, dweight, dbias = normal(getkey(), (4, N))
         yield (x, weight, bias), (dx, dweight, dbias), g
 
 
@@ -140,8 +140,8 @@ def test_a_layer_whose_leading_axis_is_split(layer, spec, arrays):
 @pytest.mark.slow
 def test_ada_layer_norm_of_split_features(arrays, getkey):
     layer = AdaLayerNorm(N, 3, key=getkey())
-    layer = jax.tree.map(lambda a: jr.normal(getkey(), a.shape, a.dtype), layer)
-    cond = jr.normal(getkey(), (3,))
+    layer = jax.tree.map(lambda a: normal(getkey(), a.shape, a.dtype), layer)
+    cond = normal(getkey(), (3,))
     (x, *_), _, g = arrays
     loss = lambda layer, x, g: jnp.sum(g * jnp.sin(jax.vmap(layer, (0, None))(x, cond)))
     run = eqx.filter_jit(eqx.filter_grad(loss))

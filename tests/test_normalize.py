@@ -6,10 +6,9 @@ import itertools as it
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 from oracles import assert_close, assert_rounded_once, exact_norm, terms, ulps
 from slow import few
 
@@ -190,10 +189,10 @@ CASES = [
 @pytest.mark.parametrize("norm", NORMS)
 def test_derivatives_of_each_order(x64, getkey, norm, shape, param_shape, present, order):
     """d/dt^order of <y(p + t * tangent), cotangent>, in every order of forward and reverse."""
-    params = [jr.normal(getkey(), shape)]
-    params += [jr.normal(getkey(), param_shape) if on else None for on in present]
-    tangents = [p if p is None else jr.normal(getkey(), p.shape) for p in params]
-    g = jr.normal(getkey(), shape)
+    params = [normal(getkey(), shape)]
+    params += [normal(getkey(), param_shape) if on else None for on in present]
+    tangents = [p if p is None else normal(getkey(), p.shape) for p in params]
+    g = normal(getkey(), shape)
 
     def along(norm):
         def f(t):
@@ -219,7 +218,7 @@ def test_derivatives_of_each_order(x64, getkey, norm, shape, param_shape, presen
 def test_jacobian_is_the_closed_form(x64, getkey):
     """(N * delta_ij - 1 - y_i * y_j) / (N * sigma), without eps; Ba et al. 2016, section 5."""
     n = 7
-    x = jr.normal(getkey(), (n,))
+    x = normal(getkey(), (n,))
     y = layer_norm(x, eps=0.0)
     want = (n * jnp.eye(n) - 1 - y[:, None] * y[None, :]) / (n * jnp.std(x))
     for jacobian in (jax.jacrev, jax.jacfwd):
@@ -234,14 +233,14 @@ def test_jacobian_rows_sum_to_zero_and_gradients_flow_all_the_same(x64, getkey):
     That says that a constant *tangent* is mapped to zero, and, the Jacobian being symmetric, a
     constant *cotangent*. It does not say that no gradient flows: any other cotangent comes back.
     """
-    x = jr.normal(getkey(), (7,))
+    x = normal(getkey(), (7,))
     jacobian = jax.jit(jax.jacrev(layer_norm))(x)
     # What cancels is as large as this.
     atol = 2 * ulps(7) * EPS64 * np.abs(jacobian).sum(1).max()
     np.testing.assert_allclose(jacobian.sum(1), 0, atol=atol)
     _, vjp = jax.vjp(layer_norm, x)
     np.testing.assert_allclose(vjp(jnp.ones(7))[0], 0, atol=atol)
-    g = jr.normal(getkey(), (7,))
+    g = normal(getkey(), (7,))
     (dx,) = vjp(g)
     np.testing.assert_allclose(dx, g @ jacobian, atol=atol * np.abs(g).max())
     # Five of seven dimensions of a random g: hardly ever less than this.
@@ -250,7 +249,7 @@ def test_jacobian_rows_sum_to_zero_and_gradients_flow_all_the_same(x64, getkey):
 
 def test_mean_and_sigma_are_no_constants(x64, getkey):
     """The frequent slip dx = g * rstd, with the statistics held fixed, is another vector."""
-    x, g = jr.normal(getkey(), (2, 7))
+    x, g = normal(getkey(), (2, 7))
     dx = jax.vjp(layer_norm, x)[1](g)[0]
     slip = g / jnp.sqrt(jnp.var(x) + 1e-5)
     y = layer_norm(x)
@@ -282,7 +281,7 @@ def test_biased_variance_with_eps_inside_the_root():
 
 def test_reference_is_the_definition(x64, getkey):
     """The oracle itself: in float64, against numpy."""
-    x, weight, bias, g = (np.asarray(jr.normal(getkey(), (7,))) for _ in range(4))
+    x, weight, bias, g = (np.asarray(normal(getkey(), (7,))) for _ in range(4))
     rows = jax.vmap(normalize_reference, (0, None, None))
     y, vjp = jax.vjp(rows, *map(jnp.asarray, (x[None], weight, bias)))
     got = y, *vjp(jnp.asarray(g)[None])
@@ -297,7 +296,7 @@ def test_reference_is_the_definition(x64, getkey):
 @pytest.mark.slow
 def test_parameters_that_only_some_examples_share(getkey):
     """Weight and bias mapped with x, as in an ensemble, take gradients of their own."""
-    x, weight, bias, g = jr.normal(getkey(), (4, 3, 5))
+    x, weight, bias, g = normal(getkey(), (4, 3, 5))
     y, vjp = jax.vjp(jax.jit(jax.vmap(layer_norm)), x, weight, bias)
     got = y, *vjp(g)
     for i in range(3):
@@ -309,7 +308,7 @@ def test_parameters_that_only_some_examples_share(getkey):
 def test_filter_grad_of_a_frozen_layer(getkey):
     """With the parameters partitioned away nothing but x takes a gradient."""
     layer = LayerNorm(5)
-    x, g = jr.normal(getkey(), (2, 5))
+    x, g = normal(getkey(), (2, 5))
     alone = jax.jit(jax.grad(lambda x: jnp.vdot(layer(x), g)))(x)
     both = eqx.filter_jit(eqx.filter_grad(lambda xl: jnp.vdot(xl[1](xl[0]), g)))((x, layer))
     args = x[None], np.ones(5), np.zeros(5), g[None]

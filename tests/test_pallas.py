@@ -4,10 +4,9 @@ import functools as ft
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 from oracles import assert_close, assert_rounded_once, exact_norm, terms, ulps
 from slow import few
 
@@ -162,8 +161,8 @@ def test_nan_and_inf_stay_in_their_row(bad, platform):
 @each_kernel
 def test_examples_of_several_axes(platform, getkey):
     """Of any batch and shape, as the primitives have them; the same numbers as of rows."""
-    x, g = jr.normal(getkey(), (2, 3, 5, 4, 6))
-    weight, bias = jr.normal(getkey(), (2, 4, 6))
+    x, g = normal(getkey(), (2, 3, 5, 4, 6))
+    weight, bias = normal(getkey(), (2, 4, 6))
     form = Form(1e-5, True, True, True, rank=2)
     how = dict(platform=platform, interpret=True)
     got = (

@@ -10,9 +10,9 @@ import flax.linen as linen
 import haiku as hk
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
+from draws import normal
 from oracles import assert_alike
 
 from eqx_norms import GroupNorm, LayerNorm, RMSNorm
@@ -25,8 +25,8 @@ EACH_LAYER = pytest.mark.parametrize("layer", SHAPES)
 @pytest.fixture
 def data(layer, getkey):
     """x, weight, bias, cotangent."""
-    x, g = jr.normal(getkey(), (2, *SHAPES[layer]))
-    weight, bias = jr.normal(getkey(), (2, SHAPES[layer][1]))
+    x, g = normal(getkey(), (2, *SHAPES[layer]))
+    weight, bias = normal(getkey(), (2, SHAPES[layer][1]))
     return x, weight, bias, g
 
 
@@ -122,7 +122,7 @@ def test_torch_normalises_over_the_last_axes(getkey):
     """`normalized_shape` of k sizes: over the last k axes, all at once; those before are mapped."""
     import torch
 
-    x = np.asarray(jr.normal(getkey(), (2, 3, 4)))
+    x = np.asarray(normal(getkey(), (2, 3, 4)))
     for shape, maps in (((4,), 2), ((3, 4), 1), ((2, 3, 4), 0)):
         norm = LayerNorm(shape)
         for _ in range(maps):

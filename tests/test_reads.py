@@ -13,7 +13,7 @@ import jax.random as jr
 import matplotlib
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 from refused import refused
 from slow import few, slow
 
@@ -72,7 +72,7 @@ def where(mask):
 
 @pytest.fixture
 def x():
-    return jr.normal(jr.key(seed(1)), (T, D))
+    return normal(jr.key(seed(1)), (T, D))
 
 
 # Leaks
@@ -182,7 +182,7 @@ def test_causal_is_one_rule_among_others(x):
 
 @pytest.mark.slow
 def test_rows_that_are_the_same_are_one_edit():
-    x = jr.normal(jr.key(seed(4)), (200, 1))
+    x = normal(jr.key(seed(4)), (200, 1))
     segments = rules.segments(np.arange(200) // 50)
     report = assert_reads(lambda x: x.reshape(4, 50).cumsum(1).reshape(200, 1), x, segments)
     assert report.splits == (0, 50, 100, 150) and report.possible_splits == 4
@@ -192,7 +192,7 @@ def test_rows_that_are_the_same_are_one_edit():
 
 
 def test_64_of_many_rows():
-    x = jr.normal(jr.key(seed(4)), (200, 1))
+    x = normal(jr.key(seed(4)), (200, 1))
     window = rules.causal(200) & rules.window(200, 3)
     fn = lambda x: x + jnp.pad(x, ((2, 0), (0, 0)))[:-2]
     report = assert_reads(fn, x, window)
@@ -203,7 +203,7 @@ def test_64_of_many_rows():
 
 @pytest.mark.slow
 def test_a_pair_of_a_long_sequence_is_located():
-    x = jr.normal(jr.key(seed(5)), (300, 1))
+    x = normal(jr.key(seed(5)), (300, 1))
     packed = rules.causal(300) & rules.segments(np.arange(300) // 60)
     report = check_reads(lambda x: x.at[100].add(x[57]), x, packed)
     # Which of 64 rows see it: those of its segment that come later, as their outputs may read less.
@@ -238,7 +238,7 @@ def test_what_must_be_read_and_is_not(name, dtype, x):
 @pytest.mark.parametrize("dtype", ["float32", slow("bfloat16"), slow("float64")])
 def test_what_reads_all_that_it_must_passes(dtype):
     with jax.enable_x64(dtype == "float64"):
-        x = jr.normal(jr.key(seed(1)), (T, D)).astype(dtype)
+        x = normal(jr.key(seed(1)), (T, D)).astype(dtype)
         report = assert_causal(attend(CAUSAL), x, complete=True)
         assert report.status == "clear" and not report.blind and report.unread() == []
         assert (report.matrix[CAUSAL] > 0).all() and (report.matrix[~CAUSAL] == 0).all()
@@ -256,7 +256,7 @@ def test_complete_and_strict(x):
 @pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
 def test_what_is_read_too_faintly_for_its_dtype_is_read(dtype):
     """1e-11 of the others changes no bit of either, and is there in float64."""
-    x = jr.normal(jr.key(seed(1)), (T, D)).astype(dtype)
+    x = normal(jr.key(seed(1)), (T, D)).astype(dtype)
     faint = lambda x: (x + 1e-11 * jnp.cumsum(x, 0)).astype(x.dtype)
     assert check_causal(faint, x, complete=True).status == "clear"
     only = check_causal(faint, x, complete=True, confirm_x64=False)
@@ -267,7 +267,7 @@ def test_what_is_read_too_faintly_for_its_dtype_is_read(dtype):
 @pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_rounding_is_no_reading(dtype):
     """Where every output is the total minus the rest, rounding alone reaches all of them."""
-    x = jr.normal(jr.key(seed(1)), (T, D)).astype(dtype)
+    x = normal(jr.key(seed(1)), (T, D)).astype(dtype)
     total = lambda x: attend(np.eye(T, dtype=bool))(x) + (x.sum(0) - jnp.flip(x, 0).sum(0))
     with jax.numpy_rank_promotion("allow"):
         report = check_causal(total, x, complete=True)
@@ -298,7 +298,7 @@ def test_a_rule_that_forbids_nothing_can_still_require(x):
 
 @pytest.mark.slow
 def test_128_of_many_inputs_are_edited_alone():
-    x = jr.normal(jr.key(seed(4)), (200, 1))
+    x = normal(jr.key(seed(4)), (200, 1))
     report = check_causal(lambda x: jnp.cumsum(x, 0).at[150].set(x[150]), x, complete=True)
     assert report.status == "blind" and {pair.output for pair in report.unread()} == {150}
     assert "128 of 200 inputs were edited alone for what must be read" in words(report)
@@ -308,7 +308,7 @@ def test_128_of_many_inputs_are_edited_alone():
 @pytest.mark.slow
 def test_what_only_some_kinds_of_edits_move_is_read():
     """The largest so far of 128 positions is moved by large positive numbers alone."""
-    x = jr.normal(jr.key(seed(7)), (128, D))
+    x = normal(jr.key(seed(7)), (128, D))
     report = assert_causal(lambda x: jax.lax.cummax(x, 0), x, complete=True)
     assert report.status == "clear"
 
@@ -347,7 +347,7 @@ def test_a_rule_can_be_proved_and_what_must_be_read_is_still_edited(x):
 @pytest.mark.slow
 @pytest.mark.parametrize("out_axis", [slow(None), (1, 0)])
 def test_batch_and_time_at_once_are_proved(out_axis):
-    x = jr.normal(jr.key(seed(6)), (3, 5, D))
+    x = normal(jr.key(seed(6)), (3, 5, D))
     turned = (lambda y: y) if out_axis is None else (lambda y: jnp.swapaxes(y, 0, 1))
     fn = lambda x: turned(jax.vmap(attend(rules.causal(5)))(x))
     allowed = rules.each(3, rules.causal(5))
@@ -370,7 +370,7 @@ def test_a_rule_of_other_lengths_is_proved(x):
 
 @pytest.mark.slow
 def test_positions_of_several_axes_are_tuples_in_c_order():
-    x = jr.normal(jr.key(seed(6)), (2, D, 3))
+    x = normal(jr.key(seed(6)), (2, D, 3))
     leak = lambda x: x.at[0, :, 1].add(x[1, :, 2])
     report = check_reads(leak, x, rules.independent(6), axis=(0, 2))
     assert pairs(report.pairs()) == {((0, 1), (1, 2))}
@@ -380,7 +380,7 @@ def test_positions_of_several_axes_are_tuples_in_c_order():
 
 @pytest.mark.slow
 def test_positions_in_another_order_and_dependency_matrices():
-    x = jr.normal(jr.key(seed(6)), (2, D, 3))
+    x = normal(jr.key(seed(6)), (2, D, 3))
     leak = lambda x: x.at[0, :, 1].add(x[1, :, 2])
     report = check_reads(leak, x, rules.independent(6), axis=(-1, 0))
     assert pairs(report.pairs()) == {((1, 0), (2, 1))}
@@ -392,7 +392,7 @@ def test_positions_in_another_order_and_dependency_matrices():
 
 @pytest.mark.slow
 def test_batch_and_time_at_once():
-    x = jr.normal(jr.key(seed(6)), (3, 4, D))
+    x = normal(jr.key(seed(6)), (3, 4, D))
     allowed = rules.each(3, rules.causal(4))
     fn = jax.vmap(attend(rules.causal(4)))
     assert assert_reads(fn, x, allowed, required=allowed, axis=(0, 1)).status == "clear"
@@ -403,7 +403,7 @@ def test_batch_and_time_at_once():
 
 @pytest.mark.slow
 def test_pixels_in_raster_order():
-    image = jr.normal(jr.key(seed(6)), (3, 4, 1))
+    image = normal(jr.key(seed(6)), (3, 4, 1))
     summed = lambda image: image.reshape(12, 1).cumsum(0).reshape(3, 4, 1)
     assert assert_causal(summed, image, axis=(0, 1), complete=True).status == "clear"
     report = check_causal(lambda image: summed(image[::-1]), image, axis=(0, 1))
@@ -412,7 +412,7 @@ def test_pixels_in_raster_order():
 
 @pytest.mark.slow
 def test_lengths_that_differ_along_several_axes():
-    image = jr.normal(jr.key(seed(6)), (4, 6, 2))
+    image = normal(jr.key(seed(6)), (4, 6, 2))
     pooled = lambda image: image.reshape(2, 2, 3, 2, 2).mean((1, 3)).reshape(6, 2)
     patch = (np.arange(4)[:, None] // 2 * 3 + np.arange(6) // 2).reshape(-1)
     allowed = rules.segments(patch, range(6))
@@ -438,7 +438,7 @@ def test_labels_name_positions(x):
 
 @pytest.mark.slow
 def test_labels_of_several_axes_and_of_outputs():
-    x = jr.normal(jr.key(seed(6)), (2, 3, D))
+    x = normal(jr.key(seed(6)), (2, 3, D))
     leak = lambda x: (x.at[0, 1].add(x[1, 2])).reshape(6, D)
     allowed = rules.independent(6)
     report = check_reads(leak, x, allowed, axis=(0, 1), out_axis=0, labels=["ann", "bob"])

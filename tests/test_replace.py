@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 
 from eqx_norms import GroupNorm, LayerNorm, RMSNorm, replace_norms
 from eqx_norms.causality import assert_same as assert_same_function
@@ -24,7 +24,7 @@ def train(model, key):
     params, static = eqx.partition(model, eqx.is_inexact_array)
     leaves, treedef = jax.tree.flatten(params)
     keys = jr.split(key, len(leaves))
-    drawn = [jr.normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=True)]
+    drawn = [normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=True)]
     return eqx.combine(jax.tree.unflatten(treedef, drawn), static)
 
 
@@ -62,7 +62,7 @@ def test_every_norm_is_exchanged_and_the_outputs_stay(model, getkey):
     assert (
         new.norms["a"][0].eps == 1e-3 and new.norms["b"].bias is None and new.channels.groups == 2
     )
-    x = jr.normal(getkey(), (9, 6))
+    x = normal(getkey(), (9, 6))
     assert_same(jax.vmap(new)(x), jax.vmap(model)(x))
 
 
@@ -108,7 +108,7 @@ def test_shared_layers_stay_shared(x64, getkey):
         first, linear, second = shared()
         return second(linear(first(x)))
 
-    x = jr.normal(getkey(), (4,))
+    x = normal(getkey(), (4,))
     assert_same(run(new, x), run(shared, x))
     assert {type(layer) for layer in new()} == {LayerNorm, eqx.nn.Linear}
 
@@ -121,7 +121,7 @@ def test_models_with_state(x64, getkey):
     model, state = eqx.nn.make_with_state(make)()
     model = train(model, getkey())
     new = replace_norms(model)
-    x = jr.normal(getkey(), (5, 4))
+    x = normal(getkey(), (5, 4))
     mapped = lambda m: jax.vmap(m, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
     run = eqx.filter_jit(lambda m: mapped(m)(x, state))
     (y, after), (want, want_after) = run(new), run(model)
@@ -137,7 +137,7 @@ def test_ensembles_keep_their_leading_axes(x64, getkey):
     ensemble = train(eqx.filter_vmap(Model)(keys), getkey())
     new = replace_norms(ensemble)
     assert new.norms["a"][0].weight.shape == (3, 6) and new.norms["a"][0].shape == (6,)
-    x = jr.normal(getkey(), (3, 6))
+    x = normal(getkey(), (3, 6))
     run = eqx.filter_jit(eqx.filter_vmap(lambda model, x: model(x)))
     assert_same(run(new, x), run(ensemble, x))
 
@@ -166,7 +166,7 @@ def test_an_optimiser_state_goes_on_to_fit(model, getkey):
     import optax
 
     optimiser = optax.sgd(1e-2, momentum=0.9)
-    x, g = jr.normal(getkey(), (2, 9, 6))
+    x, g = normal(getkey(), (2, 9, 6))
     grad = eqx.filter_jit(eqx.filter_grad(lambda model: jnp.mean(g * jax.vmap(model)(x))))
     state = optimiser.init(eqx.filter(model, eqx.is_array))
     new = replace_norms(model)

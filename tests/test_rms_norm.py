@@ -3,9 +3,9 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
+from draws import normal
 from oracles import assert_alike, ulps
 
 from eqx_norms import LayerNorm, RMSNorm, layer_norm, rms_norm
@@ -24,7 +24,7 @@ def test_float16_above_256_does_not_vanish(scale):
 
 
 def test_it_is_layer_norm_of_what_has_no_mean(x64, getkey):
-    x = jr.normal(getkey(), (9,))
+    x = normal(getkey(), (9,))
     x = x - x.mean()
     assert_alike(rms_norm(x), layer_norm(x), 9)
 
@@ -43,8 +43,8 @@ def test_query_and_key_norm_inside_attention(x64, getkey):
     """A norm for each head, mapped over tokens and heads in eqx.nn's `process_heads`."""
     heads, size, tokens = 2, 4, 5
     attention = eqx.nn.MultiheadAttention(heads, heads * size, key=getkey())
-    x, g = jr.normal(getkey(), (2, tokens, heads * size))
-    weights = jr.normal(getkey(), (2, size))
+    x, g = normal(getkey(), (2, tokens, heads * size))
+    weights = normal(getkey(), (2, size))
 
     def loss(layer, attention, weights, x):
         norms = [eqx.tree_at(lambda m: m.weight, layer(size), w) for w in weights]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 from jax.sharding import NamedSharding, PartitionSpec as P
 from refused import refused
 
@@ -28,7 +28,7 @@ def backwards(x):
 
 
 def rows(getkey, *shape):
-    return jr.normal(getkey(), shape or (T, 50))
+    return normal(getkey(), shape or (T, 50))
 
 
 # Where

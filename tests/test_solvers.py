@@ -10,11 +10,11 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import lineax as lx
 import numpy as np
 import optimistix as optx
 import pytest
+from draws import normal
 from oracles import exact_norm
 
 from eqx_norms import LayerNorm, RMSNorm, replace_norms
@@ -50,7 +50,7 @@ class Field(eqx.Module):
     def __init__(self, getkey):
         self.up = eqx.nn.Linear(SIZE, WIDTH, key=getkey())
         norms = [eqx.nn.LayerNorm(WIDTH), eqx.nn.RMSNorm(WIDTH), eqx.nn.GroupNorm(2, WIDTH)]
-        scale = lambda p: 1 + jr.normal(getkey(), p.shape) / 4 if eqx.is_array(p) else p
+        scale = lambda p: 1 + normal(getkey(), p.shape) / 4 if eqx.is_array(p) else p
         self.norms = jax.tree.map(scale, norms)
         self.down = eqx.nn.Linear(WIDTH, SIZE, key=getkey())
 
@@ -70,7 +70,7 @@ def both(getkey):
 
 def like(tree, getkey):
     """Arrays drawn anew."""
-    return jax.tree.map(lambda p: jr.normal(getkey(), p.shape), eqx.filter(tree, eqx.is_array))
+    return jax.tree.map(lambda p: normal(getkey(), p.shape), eqx.filter(tree, eqx.is_array))
 
 
 def assert_close(got, want):
@@ -133,14 +133,14 @@ def solve(adjoint, solver=TSIT5):
     ids=lambda adjoint: type(adjoint).__name__,
 )
 def test_gradient_of_a_differential_equation(adjoint, both, getkey):
-    y0, g = jr.normal(getkey(), (2, SIZE))
+    y0, g = normal(getkey(), (2, SIZE))
     got, want = (value_and_gradient(solve(adjoint), field, y0, g) for field in both)
     assert_close(got, want)
 
 
 @pytest.mark.slow
 def test_tangent_of_a_differential_equation(both, getkey):
-    (ours, theirs), y0 = both, jr.normal(getkey(), (SIZE,))
+    (ours, theirs), y0 = both, normal(getkey(), (SIZE,))
     run, tangents = solve(diffrax.ForwardMode()), like((theirs, y0), getkey)
     got = value_and_tangent(run, ours, y0, replace_norms(tangents))
     assert_close(got, value_and_tangent(run, theirs, y0, tangents))
@@ -149,7 +149,7 @@ def test_tangent_of_a_differential_equation(both, getkey):
 @slow
 def test_adjoints_of_the_same_steps_agree(both, getkey):
     """One number by three of them; backsolve is another discretisation."""
-    (ours, _), (y0, g) = both, jr.normal(getkey(), (2, SIZE))
+    (ours, _), (y0, g) = both, normal(getkey(), (2, SIZE))
     tangents = like((ours, y0), getkey)
     _, tangent = value_and_tangent(solve(diffrax.ForwardMode()), ours, y0, tangents)
     for adjoint in (diffrax.DirectAdjoint(), diffrax.RecursiveCheckpointAdjoint()):
@@ -160,7 +160,7 @@ def test_adjoints_of_the_same_steps_agree(both, getkey):
 @slow
 def test_implicit_steps(both, getkey):
     """They take the field's Jacobian, and the derivative of a root that was found with it."""
-    y0, g = jr.normal(getkey(), (2, SIZE))
+    y0, g = normal(getkey(), (2, SIZE))
     run = solve(diffrax.RecursiveCheckpointAdjoint(), diffrax.ImplicitEuler(root_finder=NEWTON))
     got, want = (value_and_gradient(run, field, y0, g) for field in both)
     assert_close(got, want)
@@ -197,7 +197,7 @@ def implicit_gradient(y, args, g):
     ids=["Newton", "Dogleg", "LevenbergMarquardt"],
 )
 def test_derivatives_of_a_root(find, solver, both, getkey):
-    (ours, theirs), (shift, g) = both, jr.normal(getkey(), (2, SIZE))
+    (ours, theirs), (shift, g) = both, normal(getkey(), (2, SIZE))
     run = lambda field, shift: find(residual, solver, jnp.zeros(SIZE), (field, shift)).value
     y, gradient = value_and_gradient(run, ours, shift, g)
     assert_close(y - residual(y, (theirs, shift)), y)
@@ -215,8 +215,8 @@ def test_derivatives_of_a_root(find, solver, both, getkey):
 @pytest.mark.parametrize("jac", ["fwd", pytest.param("bwd", marks=slow)])
 @pytest.mark.parametrize("norm", [LayerNorm, pytest.param(RMSNorm, marks=slow)])
 def test_operator_of_a_norm(norm, jac, getkey):
-    norm, (x, v) = norm(WIDTH), jr.normal(getkey(), (2, WIDTH))
-    norm = eqx.tree_at(lambda n: n.weight, norm, jr.normal(getkey(), (WIDTH,)))
+    norm, (x, v) = norm(WIDTH), normal(getkey(), (2, WIDTH))
+    norm = eqx.tree_at(lambda n: n.weight, norm, normal(getkey(), (WIDTH,)))
     # A row of the Jacobian for each unit cotangent, by the formulas of float64 NumPy.
     centre = isinstance(norm, LayerNorm)
     xs = np.tile(x, (WIDTH, 1))
@@ -233,7 +233,7 @@ def test_operator_of_a_norm(norm, jac, getkey):
 @slow
 def test_linear_solve_by_products_alone(both, getkey):
     """GMRES asks for an operator's products, its gradient for those of the transpose."""
-    (ours, theirs), (y, b, g) = both, jr.normal(getkey(), (3, SIZE))
+    (ours, theirs), (y, b, g) = both, normal(getkey(), (3, SIZE))
     solver = lx.GMRES(rtol=1e-13, atol=1e-13)  # Reached after 4 products, and below the bound.
 
     def run(field, b):

@@ -8,10 +8,9 @@ import functools as ft
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
-from draws import seed
+from draws import normal, seed
 from oracles import Exact, assert_alike, assert_close, exact_norm, terms
 from refused import refused
 
@@ -86,7 +85,7 @@ def test_derivatives_equal_those_of_the_entries_that_count(norm, getkey):
     of the compressed example."""
     with jax.enable_x64(True):
         where = np.arange(7) % 3 != 1
-        x, weight, dx, g = jr.normal(getkey(), (4, 7))
+        x, weight, dx, g = normal(getkey(), (4, 7))
         reference = lambda x: normalize_reference(x, weight[where], centre=norm is layer_norm)
         theirs = lambda t: jnp.vdot(reference(x[where] + t * dx[where]), g[where])
         full = jnp.where(where, x, jnp.nan)
@@ -100,7 +99,7 @@ def test_derivatives_equal_those_of_the_entries_that_count(norm, getkey):
 
 @LAYERS
 def test_a_mask_that_lets_all_through_changes_nothing(layer, getkey):
-    x = jr.normal(getkey(), (N,))
+    x = normal(getkey(), (N,))
     assert_alike(layer(N)(x, where=jnp.ones(N, bool)), layer(N)(x), N)
 
 
