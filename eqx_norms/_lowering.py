@@ -1,12 +1,12 @@
-"""What the op asks of a compiler, lowered as each platform needs it: identities, and one pass less.
+"""What the op asks of a compiler, lowered as each platform needs it: identities, and fewer passes.
 
 Forward and backward are some passes over x. What two of them share, a cast or x - origin, XLA for
 CPU computes once and stores in float32, unless it is kept from seeing it. The figures are from
 jax 0.10.2 and two cores; `python -m benchmarks` has them all. XLA for GPU and TPU fuse passes of
-their own accord: nothing of this is done there, but for one barrier in `apart`, and `near`, which
-spares a TPU a pass. (With barriers a gradient of [LayerNorm, matmul, tanh] layers takes 1.13 of
-eqx.nn's cycles on a TPU v5e in float32, 1.38 in bfloat16, by the compiler's estimate; without,
-1.00. `benchmarks/NOTES.md` has more.)
+their own accord: what is done for them is `in_one_pass`, and one barrier in `apart`. (With all
+barriers a gradient of [LayerNorm, matmul, tanh] layers takes 1.13 of eqx.nn's cycles on a TPU v5e
+in float32, 1.38 in bfloat16, by the compiler's estimate; without, 1.00. `benchmarks/NOTES.md` has
+more.)
 
 They are primitives because a function in `jax.numpy` is traced before anybody knows which platform
 it is compiled for. Tangents pass them untouched, in the dtype of the array; what a backward asks of
@@ -181,15 +181,8 @@ def _barrier_around_all(*arrays: Array, **how) -> list[Array]:
     return list(_barrier(arrays))
 
 
-def _barrier_on_cuda(*arrays: Array, centred: bool, grouped: bool, **how) -> list[Array]:
-    without = centred and (grouped or arrays[0].dtype == jnp.float32)
-    return list(arrays if without else _barrier(arrays))
-
-
-def _map_apart(arrays, axes, *, weighted: bool, grouped: bool, **how):
-    """Where the weight, the second, is mapped with x, these are groups of one example."""
-    grouped |= weighted and axes[1] is not None
-    return _apart_p.bind(*arrays, weighted=weighted, grouped=grouped, **how), axes
+def _barrier_on_cuda(*arrays: Array, centred: bool) -> list[Array]:
+    return list(arrays if centred else _barrier(arrays))
 
 
 _apart_p = Primitive("eqx_norms_apart")
@@ -199,7 +192,10 @@ _apart_p.def_abstract_eval(lambda *arrays, **how: list(arrays))
 mlir.register_lowering(_apart_p, lambda context, *arrays, **how: list(arrays))
 mlir.register_lowering(_apart_p, mlir.lower_fun(_barrier_around_all), platform="cpu")
 mlir.register_lowering(_apart_p, mlir.lower_fun(_barrier_on_cuda), platform="cuda")
-batching.primitive_batchers[_apart_p] = _map_apart
+batching.primitive_batchers[_apart_p] = lambda arrays, axes, **how: (
+    _apart_p.bind(*arrays, **how),
+    axes,
+)
 ad.primitive_jvps[_apart_p] = lambda arrays, tangents, **how: (
     _apart_p.bind(*arrays, **how),
     tangents,
@@ -213,14 +209,12 @@ def apart(x: Example, *others: PyTree, centred: bool) -> tuple:
     other: the memory that the rule is here to save.
 
     Compiled for an H100, six layers of [norm, matmul, tanh], 8192 x 1024: with it, the gradient
-    moves .95 of eqx.nn's bytes for LayerNorm in bfloat16 and .88 for RMSNorm in float32, without
-    1.04 and 1.00. For LayerNorm in float32 it is 1.20 with it, and 1.00 without: none there. For
-    GroupNorm in bfloat16, 32 groups, 1.27 with it, and 1.00 without: none there either.
-    (`python -m benchmarks.accelerators` has it as it is.)
+    moves .88 of eqx.nn's bytes for RMSNorm in float32, without 1.00. For LayerNorm in float32 it is
+    1.20 with it and 1.00 without, in bfloat16 .85 in both, and for GroupNorm in bfloat16 1.27 and
+    1.00: none there. (`python -m benchmarks.accelerators` has it as it is.)
     """
     leaves, structure = jax.tree.flatten((x, *others))
-    how = {"centred": centred, "weighted": others[0] is not None, "grouped": False}
-    return jax.tree.unflatten(structure, _apart_p.bind(*leaves, **how))
+    return jax.tree.unflatten(structure, _apart_p.bind(*leaves, centred=centred))
 
 
 def _to_float32(total: Array) -> Array:
