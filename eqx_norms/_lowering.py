@@ -105,7 +105,9 @@ def _in_one_pass(x: Array, origin: Array, *others: Array, rank: int, **how) -> l
     axes = tuple(range(first, x.ndim))
     xo = x.astype(dtype) - jnp.expand_dims(origin, axes)
     d, square = jnp.mean(xo, axes), jnp.mean(jnp.square(xo), axes)
-    return [origin, d, jnp.maximum(square - jnp.square(d), 0)]
+    # Where both overflow var is infinite, and y 0, as without this.
+    of_mean = jnp.minimum(jnp.square(d), jnp.finfo(dtype).max)
+    return [origin, d, jnp.maximum(square - of_mean, 0)]
 
 
 def _middle_of_three(x: Array, shape: tuple[int, ...]) -> Array:

@@ -160,6 +160,12 @@ def test_two_far_entries_of_the_three_cost_digits(n):
     assert (error <= 4 * (1 + n / 2) * np.finfo(np.float32).eps * largest).all()
 
 
+@pytest.mark.parametrize("scale", (1e18, 1e20, 1e30))
+def test_in_one_pass_y_is_zero_where_squares_overflow(scale):
+    x = np.float32(scale * (np.random.default_rng(seed(9)).normal(size=(4, 768)) + 1))
+    assert not in_one_pass(jax.vmap(layer_norm), x).any()
+
+
 def of_the_gradient(x, v):
     return jax.jvp(jax.grad(lambda x: jnp.sum(jnp.sin(layer_norm(x)))), (x,), (v,))[1]
 
