@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._checks import check_eps, check_floating, check_param_dtype, check_size, no_state
+from ._lowering import grouped
 from ._normalize import normalize, together
 from ._real import Integer, Real
 
@@ -63,7 +64,7 @@ def group_norm(
     placed = together(x, by_channel(weight), by_channel(bias))
     split = lambda a: a.reshape(groups, channels // groups, *a.shape[1:])
     norm = jax.vmap(ft.partial(normalize, eps=eps))
-    return norm(*jax.tree.map(split, placed)).reshape(x.shape)
+    return grouped(norm(*jax.tree.map(split, placed))).reshape(x.shape)
 
 
 class GroupNorm(eqx.Module):
