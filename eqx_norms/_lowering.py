@@ -248,12 +248,17 @@ def _barrier_if_kept(y: Array, *, kept: bool) -> Array:
     return _barrier(y) if kept and _STORES_WHAT_IS_SUBTRACTED else y
 
 
-_grouped_p = _identity("grouped", tpu=_barrier_if_kept)
-# What is differentiated is what a backward follows.
-ad.primitive_jvps[_grouped_p] = lambda y, tangents, kept: (
-    _grouped_p.bind(*y, kept=True),
-    *tangents,
-)
+def _kept(y: Array) -> Array:
+    return _grouped_p.bind(y, kept=True)
+
+
+_grouped_p = Primitive("eqx_norms_grouped")
+_define(_grouped_p)
+_rule = mlir.lower_fun(_barrier_if_kept, multiple_results=False)
+mlir.register_lowering(_grouped_p, _rule, platform="tpu")
+# What is differentiated is what a backward follows; and its cotangents are reshaped as y is.
+ad.deflinear2(_grouped_p, lambda g, _, kept: [_kept(g)])
+ad.primitive_jvps[_grouped_p] = lambda y, tangents, kept: (_kept(*y), _kept(*tangents))
 
 
 def grouped(y: Array) -> Array:
