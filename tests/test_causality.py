@@ -88,8 +88,8 @@ def test_no_false_alarm(fn, dtype):
 @pytest.mark.parametrize("fn, dtype", cases(zoo.LEAKY, slow=OTHERS))
 def test_leak_is_found_and_located(fn, dtype):
     seen = not (dtype == "bfloat16" and fn.__name__ in BELOW_BFLOAT16)
-    x = floats(dtype, T, D)
     with jax.enable_x64(dtype == "float64"):
+        x = floats(dtype, T, D)
         report = check_causal(fn, x if seen else x + jnp.sign(x))
     assert report.leak is seen, str(report)
     assert bool(report.pairs()) is seen
