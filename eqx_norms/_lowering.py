@@ -90,7 +90,7 @@ def mapped_first(arrays: Iterable, axes: Iterable[int | None]) -> list[Array]:
     ]
 
 
-def _as_they_came(x: Array, origin: Array, d: Array, var: Array, *weight: Array, **how):
+def _as_they_came(x, origin, d, var, *weight, **how):
     return [origin, d, var]
 
 
