@@ -3,10 +3,10 @@
 Forward and backward are some passes over x. What two of them share, a cast or x - origin, XLA for
 CPU computes once and stores in float32, unless it is kept from seeing it. The figures are from
 jax 0.10.2 and two cores; `python -m benchmarks` has them all. XLA for GPU and TPU fuse passes of
-their own accord: what is done for them is `in_one_pass`, and one barrier in `apart`. (With all
-barriers a gradient of [LayerNorm, matmul, tanh] layers takes 1.13 of eqx.nn's cycles on a TPU v5e
-in float32, 1.38 in bfloat16, by the compiler's estimate; without, 1.00. `benchmarks/NOTES.md` has
-more.)
+their own accord: what is done for them is `in_one_pass`, and a barrier in `apart` and in `grouped`.
+(With those of a CPU a gradient of [LayerNorm, matmul, tanh] layers takes 1.13 of eqx.nn's cycles on
+a TPU v5e in float32, 1.38 in bfloat16, by the compiler's estimate; without, 1.00.
+`benchmarks/NOTES.md` has more.)
 
 They are primitives because a function in `jax.numpy` is traced before anybody knows which platform
 it is compiled for. Tangents pass them untouched, in the dtype of the array; what a backward asks of
