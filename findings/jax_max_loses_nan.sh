@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # jax 0.10.2 (CPU): the maximum of an array that holds a NaN is a finite number from 4096 entries on.
 #
-# We guessed: `jnp.max` returns NaN at any size, as NumPy's does and as its documentation says.
+# We guessed: `jnp.max` returns NaN at any size, as NumPy's does.
 # We saw: it does up to 4095 entries. From 4096 on float32 loses the NaN in `max`, `min`, `ptp` and
 # `linalg.norm(x, inf)`; bfloat16 and float16 lose it in `min` alone. `sort`, `top_k`, `cummax` and
 # `logsumexp` keep it. jax 0.12.0.1 does the same.
