@@ -179,8 +179,8 @@ def in_one_pass(
     On an H100 a kernel of rows makes all sums of a forward by itself, and would not about an entry
     (1.5 of eqx.nn's bytes for 1.00), but not those of groups with several axes (.75 for 1.25). In a
     gradient, six layers of [norm, matmul, tanh], it is .85 for .95 in bfloat16, but in float32 1.07
-    for 1.00, and with weights of each example's own, as of groups, 1.13 for 1.00. Without a `dweight`
-    a kernel of rows makes all of dx too (two layers in bfloat16: 1.05 for 1.00).
+    for 1.00, and with weights of each example's own, as of groups, 1.13 for 1.00. Where no
+    `dweight` is asked for, a kernel of rows makes all of dx (two bfloat16 layers: 1.05 for 1.00).
 
     A constant row has var = 0 exactly, for the origin is an entry. Elsewhere var is rounded as a
     number 1 + (d / sigma)^2 times its size: hence the middle of three, as one may be an outlier. If
