@@ -268,8 +268,8 @@ def normalize_reference(
 ) -> Example:
     """The same function in plain `jax.numpy`, differentiated by JAX: the oracle of the tests.
 
-    It keeps 12 bytes an element for the backward and loses digits at large offsets. Use it where
-    a custom rule cannot go, as in `jax.experimental.jet` and `jax.experimental.sparse.sparsify`.
+    It keeps 12 bytes an element for the backward and loses digits at large offsets. Where a custom
+    rule cannot go, [`eqx_norms.plain`][] has the layers without one, and with their digits.
 
     **Arguments:**
 

@@ -17,8 +17,10 @@ def plain() -> AbstractContextManager[None]:
     For what knows the operations of JAX alone: a Pallas kernel of your own, `jax.experimental.jet`
     and `sparsify`, exporters and interpreters of jaxprs ([Export](../export.md) has a list):
     ```python
+    from jax.experimental.jet import jet
+
     with plain():
-        y, series = jax.experimental.jet.jet(layer_norm, (x,), ([v],))
+        y, [dy] = jet(layer_norm, (x,), ([v],))
     ```
 
     Values are the same. There is no custom derivative, as JAX differentiates the layers like any
