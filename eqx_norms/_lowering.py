@@ -168,7 +168,7 @@ ad.primitive_jvps[_moments_p] = lambda arrays, tangents, **how: (
 
 def in_one_pass(
     x: Example, *moments: Array | None, weight: Array | None, kept: bool, dweight: bool
-):
+) -> list:
     """`origin, d, var` as they came, or from one pass over x; the mean is `origin + d` in both.
 
     XLA for TPU makes a pass over x of each sum that waits for another, and none of a few entries.
