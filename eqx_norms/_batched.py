@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float
 
 from ._lowering import mapped_first
 from ._normalize import compute_dtype, normalize, together
+from ._plain import is_plain
 
 Batch = Float[Array, "*batch_and_shape"]
 Param = Float[Array, "*shape"]
@@ -69,7 +70,7 @@ def normalize_by(
 ) -> Float[Array, "*shape"]:
     """`normalize`, or with "pallas" the primitives, for what the kernels know."""
     special = where is not None or axis_name is not None or _is_explicit(x, weight, bias)
-    if implementation == "xla" or special:
+    if implementation == "xla" or special or is_plain():
         norm = ft.partial(normalize, eps=eps, centre=centre, unit_offset=unit_offset)
         return norm(x, weight, bias, where, axis_name=axis_name)
     # As in `normalize`: float64 from under `enable_x64` is float32 outside.
@@ -137,6 +138,7 @@ tangent_p = _primitive(
 backward_p = _primitive(
     "backward", _backward, lambda count: [i in (0, 1) for i in range(count)], several=True
 )
+PRIMITIVES = forward_p, tangent_p, backward_p
 forward_p.def_abstract_eval(lambda x, *params, form: x)
 tangent_p.def_abstract_eval(lambda dx, *others, form: dx)
 backward_p.def_abstract_eval(lambda g, x, *params, form: [x, *params])

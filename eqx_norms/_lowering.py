@@ -21,16 +21,26 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, PyTree
 
+from ._plain import is_plain
+
 Example = Float[Array, "*shape"]
+MARKS: list[Primitive] = []
 
 
 def _barrier(arrays: PyTree) -> PyTree:
     return jax.lax.optimization_barrier(arrays)
 
 
+def _primitive(name: str, several: bool = False) -> Primitive:
+    primitive = Primitive(f"eqx_norms_{name}")
+    primitive.multiple_results = several
+    MARKS.append(primitive)
+    return primitive
+
+
 def _identity(name: str, **platforms: Callable) -> Primitive:
     """Of one array; `platforms` says which function to compile in its place, and where."""
-    marked, transposed = Primitive(f"eqx_norms_{name}"), Primitive(f"eqx_norms_{name}_transposed")
+    marked, transposed = _primitive(name), _primitive(f"{name}_transposed")
     for primitive, other in (marked, transposed), (transposed, marked):
         _define(primitive)
         ad.deflinear2(primitive, lambda g, _, other=other, **how: [other.bind(g, **how)])
@@ -75,7 +85,7 @@ def again(a: Array, dtype=None, alone: bool = False) -> Array:
     with it, 1.2 without; forward and backward .60 and 1.03, and no temporaries instead of 12 bytes
     an element.)
     """
-    if alone and not _BARRIERS_LET_FUSE:
+    if is_plain() or (alone and not _BARRIERS_LET_FUSE):
         return a
     return _again_p.bind(a, dtype=jnp.dtype(dtype or a.dtype))
 
@@ -123,8 +133,9 @@ def _middle_of_three(x: Array, shape: tuple[int, ...]) -> Array:
     return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
 
 
-def _in_one_pass_on_cuda(x: Array, *others: Array, kept: bool, own: bool, rank: int):
-    better = x.dtype.itemsize == 2 and not own if kept else own and rank > 1
+def _in_one_pass_on_cuda(x: Array, *others: Array, kept: bool, dweight: bool, own: bool, rank: int):
+    summed = dweight and not own and x.dtype.itemsize == 2
+    better = summed if kept else own and rank > 1
     return (_in_one_pass if better else _as_they_came)(x, *others, rank=rank)
 
 
@@ -137,8 +148,7 @@ def _map_moments(arrays, axes, *, own: bool, **how):
     return _moments_p.bind(*arrays, own=own, **how), [0 if mapped else None] * 3
 
 
-_moments_p = Primitive("eqx_norms_moments")
-_moments_p.multiple_results = True
+_moments_p = _primitive("moments", several=True)
 _moments_p.def_impl(_as_they_came)
 _moments_p.def_abstract_eval(_as_they_came)
 for _platform, _function in (
@@ -156,7 +166,9 @@ ad.primitive_jvps[_moments_p] = lambda arrays, tangents, **how: (
 )
 
 
-def in_one_pass(x: Example, *moments: Array | None, weight: Array | None, kept: bool) -> list:
+def in_one_pass(
+    x: Example, *moments: Array | None, weight: Array | None, kept: bool, dweight: bool
+) -> list:
     """`origin, d, var` as they came, or from one pass over x; the mean is `origin + d` in both.
 
     XLA for TPU makes a pass over x of each sum that waits for another, and none of a few entries.
@@ -167,14 +179,17 @@ def in_one_pass(x: Example, *moments: Array | None, weight: Array | None, kept: 
     On an H100 a kernel of rows makes all sums of a forward by itself, and would not about an entry
     (1.5 of eqx.nn's bytes for 1.00), but not those of groups with several axes (.75 for 1.25). In a
     gradient, six layers of [norm, matmul, tanh], it is .85 for .95 in bfloat16, but in float32 1.07
-    for 1.00, and with weights of each example's own, as of groups, 1.13 for 1.00.
+    for 1.00, and with weights of each example's own, as of groups, 1.13 for 1.00. Where no
+    `dweight` is asked for, a kernel of rows makes all of dx (two bfloat16 layers: 1.05 for 1.00).
 
     A constant row has var = 0 exactly, for the origin is an entry. Elsewhere var is rounded as a
     number 1 + (d / sigma)^2 times its size: hence the middle of three, as one may be an outlier. If
     two of them are, digits are lost (`docs/precision.md` has how many).
     """
+    if is_plain():
+        return list(moments)
     weights = [] if weight is None else [weight]
-    how = {"rank": x.ndim, "kept": kept, "own": False}
+    how = {"rank": x.ndim, "kept": kept, "dweight": dweight, "own": False}
     return _moments_p.bind(x, *moments, *weights, **how)
 
 
@@ -183,13 +198,13 @@ def _barrier_around_all(*arrays: Array, **how) -> list[Array]:
     return list(_barrier(arrays))
 
 
-def _barrier_on_cuda(*arrays: Array, centred: bool) -> list[Array]:
-    gains = not centred and arrays[0].dtype == jnp.float32
+def _barrier_on_cuda(*arrays: Array, centred: bool, dx: bool) -> list[Array]:
+    half = arrays[0].dtype.itemsize == 2
+    gains = not centred and (arrays[0].dtype == jnp.float32 if dx else half)
     return list(_barrier(arrays) if gains else arrays)
 
 
-_apart_p = Primitive("eqx_norms_apart")
-_apart_p.multiple_results = True
+_apart_p = _primitive("apart", several=True)
 _apart_p.def_impl(lambda *arrays, **how: list(arrays))
 _apart_p.def_abstract_eval(lambda *arrays, **how: list(arrays))
 mlir.register_lowering(_apart_p, lambda context, *arrays, **how: list(arrays))
@@ -205,7 +220,7 @@ ad.primitive_jvps[_apart_p] = lambda arrays, tangents, **how: (
 )
 
 
-def apart(x: Example, *others: PyTree, centred: bool) -> tuple:
+def apart(x: Example, *others: PyTree, centred: bool, dx: bool) -> tuple:
     """What the backward keeps, x first, of which it computes again what the forward has.
 
     On a CPU, without it, XLA sees that both share xc, and keeps that in float32 from the one to the
@@ -215,10 +230,12 @@ def apart(x: Example, *others: PyTree, centred: bool) -> tuple:
     moves .88 of eqx.nn's bytes for RMSNorm in float32, without 1.00; in bfloat16 1.00 in both, and
     a layer by itself 1.33 and 1.00. For LayerNorm it is 1.20 and 1.00 in float32, .85 in both in
     bfloat16, for GroupNorm in bfloat16 1.27 and 1.00. So it is there for the first alone.
-    (`python -m benchmarks.accelerators` has it as it is.)
+    (`python -m benchmarks.accelerators` has it as it is.) Without `dx`, as where x is data, y and
+    dweight share xhat, which XLA then stores in float32 (RMSNorm in bfloat16, two layers: 1.13 for
+    1.00 with the barrier; in float32 it is .90 without, .94 with).
     """
     leaves, structure = jax.tree.flatten((x, *others))
-    return jax.tree.unflatten(structure, _apart_p.bind(*leaves, centred=centred))
+    return jax.tree.unflatten(structure, _apart_p.bind(*leaves, centred=centred, dx=dx))
 
 
 def _to_float32(total: Array) -> Array:
@@ -252,7 +269,7 @@ def _kept(y: Array) -> Array:
     return _grouped_p.bind(y, kept=True)
 
 
-_grouped_p = Primitive("eqx_norms_grouped")
+_grouped_p = _primitive("grouped")
 _define(_grouped_p)
 _rule = mlir.lower_fun(_barrier_if_kept, multiple_results=False)
 mlir.register_lowering(_grouped_p, _rule, platform="tpu")
@@ -270,4 +287,4 @@ def grouped(y: Array) -> Array:
     images, forward and backward by itself, it is .78 and .94: none there, nor in a forward alone.)
     """
     features = y.ndim == 2
-    return _grouped_p.bind(y, kept=False) if features else y
+    return _grouped_p.bind(y, kept=False) if features and not is_plain() else y

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from ._lowering import again, apart, in_one_pass, settled
+from ._plain import is_plain
 from ._real import Real
 
 Example = Float[Array, "*shape"]
@@ -32,6 +33,7 @@ class _Spec(NamedTuple):
     centre: bool
     axis_name: Hashable | None
     bias_shape: tuple[int, ...] | None
+    live: tuple[bool, ...] = (True, True, True)  # Whether x, weight, bias have a derivative.
 
 
 class _Residuals(NamedTuple):
@@ -124,7 +126,8 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
         read, origin, d = next_pass(read, origin, d)
     var = _mean(spec, jnp.square(_centred(read, where, origin, d)), where, settle=kept)
     if spec.centre and where is None and spec.axis_name is None:
-        origin, d, var = in_one_pass(x, origin, d, var, weight=weight, kept=kept)
+        how = {"kept": kept, "dweight": spec.live[1]}
+        origin, d, var = in_one_pass(x, origin, d, var, weight=weight, **how)
     rstd = jax.lax.rsqrt(var + spec.eps)
 
     residuals = _Residuals(x, weight, where, origin, d, rstd)
@@ -149,7 +152,7 @@ def _backward(spec: _Spec, residuals: _Residuals, g: Example):
     the last two summed over what was broadcast, the first without mean(gw) if not centred.
     """
     # Of x in its own dtype each later use would round a derivative of this: it is cast up once.
-    x, weight, where, origin, d, rstd = apart(*residuals, centred=spec.centre)
+    x, weight, where, origin, d, rstd = apart(*residuals, centred=spec.centre, dx=spec.live[0])
     dtype, x = x.dtype, _to_compute_dtype(x)
     d, rstd = _recalled(spec, x, where, origin, d, rstd)
     g = _only(where, g)
@@ -220,12 +223,12 @@ def _normalize(spec: _Spec, x: Example, weight, bias, where) -> Example:
 
 @ft.partial(_normalize.defjvp, symbolic_zeros=True)
 def _normalize_jvp(spec: _Spec, primals, tangents):
-    y, residuals = _forward(spec, *primals)
     *tangents, _ = tangents  # The mask has none.
-    live = tuple(_is_live(t) for t in tangents)
+    spec = spec._replace(live=tuple(_is_live(t) for t in tangents))
+    y, residuals = _forward(spec, *primals)
     # The backward has no eps of its own.
-    tangent_map = _tangent_map(spec._replace(eps=0.0), live)
-    return y, tangent_map(residuals, _select(tangents, live))
+    tangent_map = _tangent_map(spec._replace(eps=0.0))
+    return y, tangent_map(residuals, _select(tangents, spec.live))
 
 
 def _select(values: Sequence, live: tuple[bool, ...]) -> list:
@@ -238,12 +241,12 @@ def _is_live(tangent) -> bool:
 
 # JAX caches traces by function: so one function for each spec, not one for each call.
 @ft.lru_cache(maxsize=64)
-def _tangent_map(spec: _Spec, live: tuple[bool, ...]):
+def _tangent_map(spec: _Spec):
     """The transpose of `_backward`, from the tangents of those inputs that have one."""
 
     def tangent_map(residuals: _Residuals, tangents):
         def backward(g):
-            return _select(_backward(spec, residuals, g), live)
+            return _select(_backward(spec, residuals, g), spec.live)
 
         like_g = _to_compute_dtype(residuals.x)
         (dy,) = jax.linear_transpose(backward, like_g)(tangents)
@@ -265,8 +268,8 @@ def normalize_reference(
 ) -> Example:
     """The same function in plain `jax.numpy`, differentiated by JAX: the oracle of the tests.
 
-    It keeps 12 bytes an element for the backward and loses digits at large offsets. Use it where
-    a custom rule cannot go, as in `jax.experimental.jet` and `jax.experimental.sparse.sparsify`.
+    It keeps 12 bytes an element for the backward and loses digits at large offsets. Where a custom
+    rule cannot go, [`eqx_norms.plain`][] has the layers without one, and with their digits.
 
     **Arguments:**
 
@@ -311,7 +314,7 @@ def normalize(
     spec = _Spec(eps, centre, axis_name, None if bias is None else bias.shape)
     # JAX traces a custom rule when it differentiates, and a vmap may have named its axis, and gone,
     # long before. A mesh has not. So along a vmap JAX differentiates the forward, as any function.
-    op = _normalize if _is_on_mesh(axis_name) else _forward_alone
+    op = _normalize if _is_on_mesh(axis_name) and not is_plain() else _forward_alone
     y = op(spec, *together(x, weight, bias, where))
     # The cast stands outside the rule, whose cotangent is then wide as well: dbias is summed over
     # a batch in float32. (Cast inside, its error over 8192 rows of bfloat16 was 2%.)

@@ -90,6 +90,7 @@ ADA = {"ada_layer_norm": eqx_norms.AdaLayerNorm(4, 3, key=jr.key(seed(0)))}
 GIVEN = {
     "_is_norm": [{"jnp": jnp, "model": eqx.nn.LayerNorm(4)}],
     "_layer_norm": [BATCH],
+    "_plain": [{"x": draw(4), "v": draw(4)}],
     "_rms_norm": [BATCH],
     "_ada_layer_norm": [
         ADA | {"x": draw(4), "cond": draw(3), "gate": sum, "attention": lambda x: x},

@@ -18,11 +18,11 @@ from eqx_norms import _lowering, group_norm, layer_norm, normalize_reference, rm
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def gradient(norm):
+def gradient(norm, argnums=(0, 1)):
     def loss(x, weight, g):
         return jnp.sum(g * jnp.sin(jax.vmap(norm, (0, None))(x, weight).astype(jnp.float32)))
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1)))
+    return jax.jit(jax.value_and_grad(loss, argnums))
 
 
 def arrays(dtype):
@@ -31,8 +31,8 @@ def arrays(dtype):
     return jnp.asarray(x, dtype), jnp.asarray(rng.normal(size=8), jnp.float32), jnp.asarray(g)
 
 
-def barriers(norm, dtype, platform):
-    traced = gradient(norm).trace(*arrays(dtype))
+def barriers(norm, dtype, platform, argnums=(0, 1)):
+    traced = gradient(norm, argnums).trace(*arrays(dtype))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     return text.count("optimization_barrier")
 
@@ -44,6 +44,9 @@ def test_each_platform_gets_its_own(norm, dtype):
     # On a CPU every pass has some. Elsewhere there is at most the one around the residuals.
     assert for_cpu > 5 and for_tpu == 0
     assert for_cuda == (norm is rms_norm and dtype == jnp.float32)
+    # If x has no derivative it pays in the other dtype.
+    without_dx = barriers(norm, dtype, "cuda", argnums=1)
+    assert without_dx == (norm is rms_norm and dtype == jnp.bfloat16)
 
 
 def two_groups(x, weight):
@@ -113,16 +116,17 @@ NORMS = {
 def test_which_statistics_are_taken_in_one_pass(name, dtype):
     """What was measured is in the docstring of `in_one_pass`."""
     norm, (x, weight, _) = NORMS[name], arrays(dtype)
-    gradient = jax.grad(lambda x, weight: jnp.sum(norm(x, weight).astype(jnp.float32)))
+    loss = lambda x, weight: jnp.sum(norm(x, weight).astype(jnp.float32))
+    of_both, of_x = (jax.grad(loss, argnums) for argnums in ((0, 1), 0))
     taken = {
-        platform: [is_in_one_pass(f, x, weight, platform=platform) for f in (norm, gradient)]
+        platform: [is_in_one_pass(f, x, weight, platform=platform) for f in (norm, of_both, of_x)]
         for platform in PLATFORMS
     }
     half = dtype == jnp.bfloat16
     assert taken == {
-        "tpu": [True, True],
-        "cuda": [name == "images", half and name == "one weight for all"],
-        "cpu": [False, False],
+        "tpu": [True, True, True],
+        "cuda": [name == "images", half and name == "one weight for all", False],
+        "cpu": [False, False, False],
     }
 
 

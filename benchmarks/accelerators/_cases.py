@@ -24,6 +24,8 @@ UNROLLED, SCANNED = 6, 8  # layers
 LAYER_WORKS = {"forward": "Forward", "backward": "Forward and backward"}
 MODELS = {
     "tanh": f"{UNROLLED} [norm, matmul, tanh]",
+    "tanh, x fixed": f"{UNROLLED} [norm, matmul, tanh], x fixed",
+    "tanh, x and norms fixed": f"{UNROLLED} [norm, matmul, tanh], x and norms fixed",
     "mlp": f"{UNROLLED} MLP blocks",
     "tanh scan": f"scan of {SCANNED} [norm, matmul, tanh]",
     "mlp scan": f"scan of {SCANNED} MLP blocks",

@@ -59,7 +59,7 @@ def _mlp_block(norm, x, scale, up, down):
 
 
 def _model(case: Case):
-    """The gradient, with respect to everything, of the sum of squares of what comes out."""
+    """The gradient, by all that is not fixed, of the sum of squares of what comes out."""
     rows, n = case.shape
     if case.library == NO_NORM:
         norm = Norm((), lambda params, x: x, tuple)
@@ -78,7 +78,13 @@ def _model(case: Case):
     def loss(params, x):
         return jnp.sum(jnp.square(through(block, params, x).astype(jnp.float32)))
 
-    return jax.grad(loss, (0, 1)), (params, jax.ShapeDtypeStruct((rows, n), case.dtype))
+    x = jax.ShapeDtypeStruct((rows, n), case.dtype)
+    if "norms fixed" in case.work:
+        scales, matrices = [own[:1] for own in params], [own[1:] for own in params]
+        both = lambda matrices, scales: [(*a, *b) for a, b in zip(scales, matrices, strict=True)]
+        of_matrices = lambda matrices, scales, x: loss(both(matrices, scales), x)
+        return jax.grad(of_matrices), (matrices, scales, x)
+    return jax.grad(loss, 0 if "x fixed" in case.work else (0, 1)), (params, x)
 
 
 def _unrolled(block, params, x):
