@@ -170,7 +170,7 @@ def test_channels_that_are_nowhere(shape):
         ((4, 6), ValueError, "divides the number of channels; got 4 groups and 6 channels"),
         ((3,), ValueError, "Give it, or type `GroupNorm(groups, channelwise_affine=False)`"),
         ((0, 6), ValueError, "`GroupNorm(groups=...)` must be 1 or more; got 0"),
-        ((2, -6), ValueError, "`GroupNorm(channels=...)` must be 1 or more; got -6"),
+        ((2, -6), ValueError, "`GroupNorm(channels=...)` must be 0 or more; got -6"),
         (("2", 6), TypeError, "`GroupNorm(groups=...)` must be an int; got '2'"),
         ((2, 6, -1.0), ValueError, "`GroupNorm(eps=...)` must be a finite number"),
         ((2, 6, 1e-5, True, "int8"), TypeError, "must be floating point"),

@@ -81,13 +81,16 @@ def test_where_is_asked_with_the_path(model):
     assert [type(norm) for norm in norms(new)] == [*THEIRS, GroupNorm]
 
 
-def test_nothing_found_is_an_error(model):
-    with pytest.raises(ValueError, match=r"found no equinox.nn.LayerNorm, RMSNorm or GroupNorm"):
-        replace_norms(eqx.nn.MLP(2, 2, 2, 1, key=jr.key(seed(0))))
-    with pytest.raises(ValueError, match=r"for which `where\(path, norm\)` is true"):
-        replace_norms(model, where=lambda path, norm: False)
-    with pytest.raises(ValueError, match="found no"):
-        replace_norms(replace_norms(model))
+def test_nothing_found_is_no_error_unless_asked_for(model):
+    """Running a notebook's cell twice does no harm; `at_least` is for those who want to know."""
+    without = eqx.nn.MLP(2, 2, 2, 1, key=jr.key(seed(0)))
+    new = replace_norms(model, at_least=4)
+    for nothing in (without, new):
+        assert eqx.tree_equal(replace_norms(nothing), nothing)
+    with pytest.raises(ValueError, match=r"at_least=1\)` found 0 of equinox.nn.LayerNorm, RMSNorm"):
+        replace_norms(without, at_least=1)
+    with pytest.raises(ValueError, match=r"found 1 of .* for which `where\(path, norm\)` is true"):
+        replace_norms(model, where=lambda path, norm: path == "free", at_least=2)
 
 
 def test_a_layer_at_two_places_is_one_layer_still(getkey):
