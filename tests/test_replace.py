@@ -181,6 +181,48 @@ def test_an_optimiser_state_goes_on_to_fit(model, getkey):
         assert_same(a, b)
 
 
+OPTIMISERS = {
+    "sgd": lambda optax: optax.sgd(0.1),
+    "adam": lambda optax: optax.adam(0.1),
+    "masked": lambda optax: optax.masked(
+        optax.adam(0.1), lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    ),
+    "by labels": lambda optax: optax.multi_transform(
+        {"matrices": optax.adam(0.1), "others": optax.sgd(0.1)},
+        lambda params: jax.tree.map(lambda p: "matrices" if p.ndim > 1 else "others", params),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_in_the_middle_of_a_run(name, getkey):
+    """A state has the classes of its model in its structure: it is exchanged with the model."""
+    import optax
+
+    optimiser = OPTIMISERS[name](optax)
+    x = normal(getkey(), (6, 4))
+
+    @eqx.filter_jit
+    def step(model, state):
+        loss = lambda model: jnp.sum(jax.vmap(model[1])(jax.vmap(model[0])(x)) ** 3)
+        grads = eqx.filter_grad(loss)(model)
+        updates, state = optimiser.update(grads, state, eqx.filter(model, eqx.is_array))
+        return eqx.apply_updates(model, updates), state
+
+    with jax.numpy_dtype_promotion("standard"):  # optax asks for it.
+        model = [eqx.nn.LayerNorm(4), eqx.nn.Linear(4, 4, key=getkey())]
+        run = step(model, optimiser.init(eqx.filter(model, eqx.is_array)))
+        if name == "adam":
+            with pytest.raises(ValueError):
+                step(replace_norms(run[0]), run[1])
+        got, want = step(*replace_norms(run)), step(*run)
+    assert type(got[0][0]) is LayerNorm
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        # Two steps in float32, of which Adam's divide by the size of a gradient.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(np.abs(b).max(), 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cast", [np.float32, np.float64])
 def test_numpy_numbers_as_eps_and_sizes(cast):
