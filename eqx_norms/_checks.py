@@ -98,7 +98,8 @@ def check_floating(name: str, x: Array, *, narrow: bool = False) -> None:
     """`narrow` is for parameters, which are cast up: it lets float8 and float4 through."""
     dtype = getattr(x, "dtype", None)
     known = getattr(dtype, "name", None) in DTYPES
-    if not known and not (narrow and jnp.issubdtype(dtype, jnp.floating)):
+    cast_up = narrow and dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    if not (known or cast_up):
         got = f"an array of dtype {dtype}" if dtype is not None else f"a {type(x).__name__}"
         raise TypeError(
             f"`{name}` normalises real floating-point arrays of 16, 32 or 64 bits; got {got}. "
