@@ -15,9 +15,10 @@ from ._checks import (
     check_param_dtype,
     check_shape,
     check_size,
+    check_stacked,
 )
 from ._normalize import normalize
-from ._real import Integer, Real
+from ._real import Integer, Number
 
 
 class AdaLayerNorm(eqx.Module):
@@ -65,7 +66,7 @@ class AdaLayerNorm(eqx.Module):
         self,
         shape: Integer | Sequence[Integer],
         cond_size: int,
-        eps: Real = 1e-5,
+        eps: Number = 1e-5,
         dtype=None,
         *,
         key: PRNGKeyArray,
@@ -78,8 +79,8 @@ class AdaLayerNorm(eqx.Module):
         - `dtype`: of the parameters of `linear`. Defaults to float32, or float64 in 64-bit mode.
         - `key`: a `jax.random` key, which `eqx.nn.Linear` asks for; its draw is set to zero.
 
-        **Raises:** `ValueError` for an empty or negative shape or size, or a bad `eps`;
-        `TypeError` for a `dtype` that is not floating point.
+        **Raises:** `ValueError` for a negative size, a `cond_size` below 1, or a bad `eps`;
+        `TypeError` for a `dtype` that is none of float16, bfloat16, float32 and float64.
         """
         self.shape = check_shape("AdaLayerNorm", shape)
         self.cond_size = check_size("AdaLayerNorm(cond_size=...)", cond_size)
@@ -107,7 +108,8 @@ class AdaLayerNorm(eqx.Module):
         An array of the shape and dtype of `x`.
 
         **Raises:** `ValueError` if `x` is not of shape `shape` or `cond` not of shape
-        `(cond_size,)`; `TypeError` if either is not a real floating-point array.
+        `(cond_size,)`, or for several layers, stacked; `TypeError` if `x` or `cond` is of another
+        dtype.
         """
         check_floating("AdaLayerNorm", x)
         check_floating("AdaLayerNorm(cond=...)", cond)
@@ -118,5 +120,7 @@ class AdaLayerNorm(eqx.Module):
                 "jax.vmap(ada_layer_norm)(x, cond)"
             )
         check_example("AdaLayerNorm", "ada_layer_norm", self.shape, x)
-        scale, shift = self.linear(cond).reshape(2, *self.shape)
+        both = self.linear(cond)
+        check_stacked("AdaLayerNorm", (2 * math.prod(self.shape),), [both.shape])
+        scale, shift = both.reshape(2, *self.shape)
         return normalize(x, scale, shift, eps=self.eps, unit_offset=True)

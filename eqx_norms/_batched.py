@@ -29,7 +29,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float
 
 from ._lowering import mapped_first
-from ._normalize import compute_dtype, normalize, together
+from ._normalize import as_jax_has_it, compute_dtype, normalize, together
 from ._plain import is_plain
 
 Batch = Float[Array, "*batch_and_shape"]
@@ -73,8 +73,7 @@ def normalize_by(
     if implementation == "xla" or special or is_plain():
         norm = ft.partial(normalize, eps=eps, centre=centre, unit_offset=unit_offset)
         return norm(x, weight, bias, where, axis_name=axis_name)
-    # As in `normalize`: float64 from under `enable_x64` is float32 outside.
-    x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
+    x = as_jax_has_it(x)
     weight, bias = (p if p is None else p.astype(compute_dtype(x)) for p in (weight, bias))
     if unit_offset and weight is not None:
         weight = 1 + weight
@@ -220,6 +219,17 @@ def _tangent_transpose(g, *args, form):
     ]
 
 
+def _forward_transpose(g, x, *params, form):
+    """In the parameters, of which y is a linear function."""
+    # Of what is not known only the shape matters: dweight is the same for any weight.
+    known = [
+        jnp.ones(p.aval.shape, p.aval.dtype) if ad.is_undefined_primal(p) else p for p in params
+    ]
+    _, *cotangents = backward_p.bind(g, x, *known, form=form)
+    wanted = [ad.is_undefined_primal(p) for p in params]
+    return [None, *(c if want else None for c, want in zip(cotangents, wanted, strict=True))]
+
+
 def _backward_transpose(cotangents, g, *primals, form):
     dg = tangent_p.bind(*_instantiated(cotangents), *primals, form=form)
     return [dg, *(None for _ in primals)]
@@ -228,5 +238,6 @@ def _backward_transpose(cotangents, g, *primals, form):
 ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_jvps[tangent_p] = _tangent_jvp
 ad.primitive_jvps[backward_p] = _backward_jvp
+ad.primitive_transposes[forward_p] = _forward_transpose
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 ad.primitive_transposes[backward_p] = _backward_transpose

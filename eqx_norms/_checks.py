@@ -3,12 +3,17 @@
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array
 
-from ._real import Integer, Real
+from ._real import Integer, Number
+
+# float8 and float4 would leave a normalised entry one or two digits, and some have no zero.
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # The default of the layers' `state`: None would be a state like any other.
 no_state = object()
@@ -19,28 +24,52 @@ def check_shape(name: str, shape: Integer | Sequence[Integer]) -> tuple[int, ...
         sizes = tuple(map(operator.index, shape if isinstance(shape, Iterable) else [shape]))
     except TypeError:
         raise TypeError(f"`{name}(shape)` takes an int or ints; got {shape!r}.") from None
-    if not sizes or min(sizes) < 1:
+    if any(size < 0 for size in sizes):
         raise ValueError(
-            f"`{name}(shape)` takes one or more sizes, each at least 1; got {shape!r}. "
+            f"`{name}(shape)` takes sizes that are 0 or above; got {shape!r}. "
             f"Give the shape of one example without batch axes, as in `{name}(768)`."
         )
     return sizes
 
 
-def check_size(call: str, size: Integer) -> int:
+def check_size(call: str, size: Integer, least: int = 1) -> int:
     try:
         number = operator.index(size)
     except TypeError:
         raise TypeError(f"`{call}` must be an int; got {size!r}.") from None
-    if number < 1:
-        raise ValueError(f"`{call}` must be 1 or more; got {number}.")
+    if number < least:
+        raise ValueError(f"`{call}` must be {least} or more; got {number}.")
     return number
 
 
-def check_eps(name: str, eps: Real) -> float:
-    if not (isinstance(eps, numbers.Real) and 0 <= eps < math.inf):
-        raise ValueError(f"`{name}(eps=...)` must be a finite number, 0 or above; got {eps!r}.")
-    return float(eps)
+def check_eps(name: str, eps: Number) -> float:
+    number = _as_float(eps)
+    if not 0 <= number < math.inf:
+        traced = isinstance(eps, Tracer)
+        raise ValueError(
+            f"`{name}(eps=...)` must be a finite number, 0 or above; got {eps!r}."
+            + " It is traced, and must be known before: make it outside of `jax.jit`." * traced
+        )
+    return number
+
+
+def _as_float(number: Any) -> float:
+    """Of any library's real scalar, an array without axes included; NaN if it is none."""
+    dtype = getattr(number, "dtype", None)
+    if dtype is None:
+        real = isinstance(number, numbers.Real)
+    else:
+        kinds = (jnp.floating, jnp.integer)
+        real = number.shape == () and any(jnp.issubdtype(dtype, kind) for kind in kinds)
+    try:
+        return float(number) if real else math.nan
+    except TypeError:  # of an array that JAX traces
+        return math.nan
+
+
+def check_axis_name(axis_name: Any) -> Hashable | None:
+    """A list of names as a tuple, for it is kept in static fields."""
+    return tuple(axis_name) if isinstance(axis_name, list) else axis_name
 
 
 def check_implementation(name: str, implementation: str) -> str:
@@ -54,23 +83,26 @@ def check_implementation(name: str, implementation: str) -> str:
 def check_param_dtype(name: str, dtype):
     """`dtype` itself: `None` stays `None`, for JAX's default."""
     try:
-        floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        known = dtype is None or jnp.dtype(dtype).name in DTYPES
     except TypeError:
-        floating = False
-    if not floating:
+        known = False
+    if not known:
         raise TypeError(
             f"`{name}(dtype=...)` is the dtype of weight and bias and must be floating point, "
-            f"such as `jnp.float32`, or None; got {dtype!r}."
+            f"one of {', '.join(DTYPES)}, or None; got {dtype!r}."
         )
     return dtype
 
 
-def check_floating(name: str, x: Array) -> None:
+def check_floating(name: str, x: Array, *, narrow: bool = False) -> None:
+    """`narrow` is for parameters, which are cast up: it lets float8 and float4 through."""
     dtype = getattr(x, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    known = getattr(dtype, "name", None) in DTYPES
+    cast_up = narrow and dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    if not (known or cast_up):
         got = f"an array of dtype {dtype}" if dtype is not None else f"a {type(x).__name__}"
         raise TypeError(
-            f"`{name}` normalises real floating-point arrays; got {got}. "
+            f"`{name}` normalises real floating-point arrays of 16, 32 or 64 bits; got {got}. "
             "Convert it first, as in `x.astype(jnp.float32)`."
         )
 
@@ -79,15 +111,44 @@ def check_broadcast(name: str, x: Array, **params: Array | None) -> None:
     for param, value in params.items():
         if value is None:
             continue
-        check_floating(f"{name}({param}=...)", value)
-        try:
-            fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
-        except ValueError:
-            fits = False
-        if not fits:
+        check_floating(f"{name}({param}=...)", value, narrow=True)
+        if not fits(value.shape, x.shape):
             raise ValueError(
                 f"`{name}(x, {param}=...)` needs a {param} that broadcasts to the shape of x; "
                 f"got {param} of shape {value.shape} and x of shape {x.shape}."
+            )
+
+
+def fits(shape: tuple[int, ...], into: tuple[int, ...]) -> bool:
+    """Whether one broadcasts to the other."""
+    try:
+        return jnp.broadcast_shapes(shape, into) == into
+    except ValueError:
+        return False
+
+
+def own_params(layer: Any, *, weight: bool, bias: bool) -> tuple[Array | None, Array | None]:
+    """The weight and bias of a layer, as far as its flags, which are these, say it has them.
+
+    A flag that is False hides a parameter that was set all the same, as in `equinox.nn`.
+    """
+    for param, flag in (("weight", weight), ("bias", bias)):
+        if flag and getattr(layer, param) is None:
+            raise ValueError(
+                f"This `{type(layer).__name__}` was made with a {param}, which is None now, as in "
+                "a half of `eqx.partition`. Put the halves together: eqx.combine(params, static)"
+            )
+    return layer.weight if weight else None, layer.bias if bias else None
+
+
+def check_stacked(name: str, shape: tuple[int, ...], found: Iterable[tuple[int, ...]]) -> None:
+    """That the parameters of a layer, of these shapes, are of one layer, and not of several."""
+    for one in found:
+        if not fits(one, shape):
+            raise ValueError(
+                f"A parameter of this `{name}` has shape {one}, which does not broadcast to "
+                f"{shape}. If these are several layers, stacked, map over them: "
+                "eqx.filter_vmap(lambda layer: layer(x))(layers)"
             )
 
 

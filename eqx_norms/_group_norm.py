@@ -8,19 +8,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._checks import check_eps, check_floating, check_param_dtype, check_size, no_state
+from ._checks import (
+    check_eps,
+    check_floating,
+    check_param_dtype,
+    check_size,
+    check_stacked,
+    fits,
+    no_state,
+    own_params,
+)
 from ._lowering import grouped
-from ._normalize import normalize, together
-from ._real import Integer, Real
+from ._normalize import as_jax_has_it, normalize, together
+from ._real import Integer, Number
 
 
 def group_norm(
     x: Float[Array, "channels *spatial"],
     groups: Integer,
-    weight: Float[Array, "channels"] | None = None,
-    bias: Float[Array, "channels"] | None = None,
+    weight: Float[Array, "..."] | None = None,
+    bias: Float[Array, "..."] | None = None,
     *,
-    eps: Real = 1e-5,
+    eps: Number = 1e-5,
 ) -> Float[Array, "channels *spatial"]:
     r"""Normalises one example, each group of neighbouring channels over all its entries.
 
@@ -35,7 +44,8 @@ def group_norm(
     - `x`: one example, channels first, of dtype float16, bfloat16, float32 or float64. For a
         batch, `jax.vmap` this function.
     - `groups`: how many groups the channels are split into; must divide their number.
-    - `weight`, `bias`: floating-point arrays of shape `(channels,)`, or `None`.
+    - `weight`, `bias`: floating-point arrays of shape `(channels,)`, or of one that broadcasts to
+        that of `x` with channels first, such as `(channels, 1)`; or `None`.
     - `eps`: added to the variance; a finite number, 0 or above.
 
     **Returns:**
@@ -43,25 +53,47 @@ def group_norm(
     An array of the shape and dtype of `x`. Statistics, weight and bias are taken in float32
     (float64 for float64), and the result rounded once.
 
-    **Raises:** `TypeError` if `x`, `weight` or `bias` is not a real floating-point array;
-    `ValueError` if `groups` does not divide the channels, if `weight` or `bias` has another
-    shape, or for a bad `eps`.
+    **Raises:** `TypeError` if `x` is not of one of these dtypes, `weight` or `bias` no real
+    floating-point array; `ValueError` if `groups` does not divide the channels, if `weight` or
+    `bias` has another shape, or for a bad `eps`.
     """
-    check_floating("group_norm", x)
-    if x.ndim == 0:
-        raise ValueError("`group_norm` takes an array of shape (channels, *spatial); got a scalar.")
-    channels = x.shape[0]
-    _check_groups("group_norm", groups, channels)
+    _check_example("group_norm", x, groups)
     for name, param in (("weight", weight), ("bias", bias)):
-        if param is not None and param.shape != (channels,):
+        if param is None:
+            continue
+        call = f"group_norm(x, groups, {name}=...)"
+        check_floating(call, param, narrow=True)
+        if not fits(_left_aligned(param.shape, x), x.shape):
             raise ValueError(
-                f"`group_norm(x, groups, {name}=...)` takes one entry a channel: expected shape "
-                f"({channels},), got {param.shape}."
+                f"`{call}` takes one entry a channel: expected shape ({x.shape[0]},), "
+                f"got {param.shape}."
             )
-    eps = check_eps("group_norm", eps)
-    by_channel = lambda p: p if p is None else p.reshape(channels, *(1,) * (x.ndim - 1))
+    return _by_group(x, groups, weight, bias, check_eps("group_norm", eps))
+
+
+def _check_example(name: str, x: Array, groups: Integer) -> None:
+    check_floating(name, x)
+    if x.ndim == 0:
+        raise ValueError(f"`{name}` takes an array of shape (channels, *spatial); got a scalar.")
+    _check_groups(name, groups, x.shape[0])
+
+
+def _left_aligned(shape: tuple[int, ...], x: Array) -> tuple[int, ...]:
+    """With the rank of x, of which channels are the first axis."""
+    return shape + (1,) * (x.ndim - len(shape))
+
+
+def _by_group(x: Array, groups: Integer, weight: Array | None, bias: Array | None, eps: float):
+    channels = x.shape[0]
+
+    def by_channel(param: Array | None) -> Array | None:
+        if param is None:
+            return None
+        param = jnp.asarray(param).reshape(_left_aligned(param.shape, x))
+        return jnp.broadcast_to(param, (channels, *param.shape[1:]))
+
     # One vmap for all three: where the channels are split over devices, they must be so in each.
-    placed = together(x, by_channel(weight), by_channel(bias))
+    placed = together(as_jax_has_it(x), by_channel(weight), by_channel(bias))
     split = lambda a: a.reshape(groups, channels // groups, *a.shape[1:])
     norm = jax.vmap(ft.partial(normalize, eps=eps))
     return grouped(norm(*jax.tree.map(split, placed))).reshape(x.shape)
@@ -111,7 +143,7 @@ class GroupNorm(eqx.Module):
         self,
         groups: Integer,
         channels: Integer | None = None,
-        eps: Real = 1e-5,
+        eps: Number = 1e-5,
         channelwise_affine: bool = True,
         dtype=None,
     ):
@@ -125,12 +157,12 @@ class GroupNorm(eqx.Module):
             ones, and `bias`, from zeros.
         - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
 
-        **Raises:** `ValueError` if `groups` does not divide `channels`, if either is below 1, if
-        `channels` is missing, or for a bad `eps`; `TypeError` for a `dtype` that is not floating
-        point.
+        **Raises:** `ValueError` if `groups` does not divide `channels` or is below 1, if
+        `channels` is negative or missing, or for a bad `eps`; `TypeError` for a `dtype` that is
+        none of float16, bfloat16, float32 and float64.
         """
         self.channels = (
-            None if channels is None else check_size("GroupNorm(channels=...)", channels)
+            None if channels is None else check_size("GroupNorm(channels=...)", channels, least=0)
         )
         self.groups = _check_groups("GroupNorm", groups, self.channels)
         self.eps = check_eps("GroupNorm", eps)
@@ -166,8 +198,8 @@ class GroupNorm(eqx.Module):
         An array of the shape and dtype of `x`; with `state`, a tuple of it and the state.
 
         **Raises:** `ValueError` if the first axis of `x` is not `channels`, with the call that
-        works, or not a multiple of `groups`; `TypeError` if `x` is not a real floating-point
-        array.
+        works, or not a multiple of `groups`, or if weight or bias, with `channelwise_affine`, is
+        missing or does not broadcast to `x`; `TypeError` if `x` is not of such a dtype.
         """
         check_floating("GroupNorm", x)
         if self.channels is not None and x.shape[:1] != (self.channels,):
@@ -176,7 +208,12 @@ class GroupNorm(eqx.Module):
                 f"{self.channels} channels, got an array of shape {x.shape}."
                 + _cure(self.channels, x.shape)
             )
-        y = group_norm(x, self.groups, self.weight, self.bias, eps=self.eps)
+        _check_example("GroupNorm", x, self.groups)
+        affine = self.channelwise_affine
+        weight, bias = own_params(self, weight=affine, bias=affine)
+        shapes = [_left_aligned(p.shape, x) for p in (weight, bias) if p is not None]
+        check_stacked("GroupNorm", x.shape, shapes)
+        y = _by_group(x, self.groups, weight, bias, self.eps)
         return y if state is no_state else (y, state)
 
 

@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu, triton as plt
 from jaxtyping import Array, Float
 
 from ._batched import Batch, Form, Param
+from ._normalize import divided
 
 Rows = Float[Array, "rows width"]
 Row = Float[Array, "1 width"]
@@ -23,8 +24,8 @@ Only = Callable[[Rows], Rows]  # zero beyond the last column
 LARGEST = 2**15  # example: compiled for all of H100, v5e and v6e
 
 
-def _sum(a: Rows) -> Each:
-    return jnp.sum(a, axis=1, keepdims=True)
+def _mean(n: int, a: Rows) -> Each:
+    return divided(jnp.sum(a, axis=1, keepdims=True), n)
 
 
 def _scale(form: Form, x: Rows) -> Each:
@@ -51,9 +52,9 @@ def _normalised(form: Form, n: int, x: Rows, only: Only) -> tuple[Rows, Each, Ea
     scale = _scale(form, x)
     xc = x * scale
     if form.centre:  # the mean in two parts, as in `_normalize._forward`
-        xc = only(xc - _sum(xc) / n)
-        xc = only(xc - _sum(xc) / n)
-    var = _sum(jnp.square(xc)) / n
+        xc = only(xc - _mean(n, xc))
+        xc = only(xc - _mean(n, xc))
+    var = _mean(n, jnp.square(xc))
     # Where all entries are alike, eps alone is left, which the scale may have made zero.
     alike = var == 0
     rstd = jax.lax.rsqrt(jnp.where(alike, form.eps, var + form.eps * scale * scale))
@@ -72,9 +73,9 @@ def _backward(form: Form, n: int, g: Rows, x: Rows, weight: list[Row], only: Onl
     xhat, rstd, scale = _normalised(form, n, x, only)
     g = g.astype(jnp.float32)
     gw = g * weight[0] if weight else g
-    dx = gw - xhat * (_sum(gw * xhat) / n)
+    dx = gw - xhat * _mean(n, gw * xhat)
     if form.centre:
-        dx = dx - _sum(gw) / n
+        dx = dx - _mean(n, gw)
     return rstd * dx * scale, [g * xhat] * form.weight + [g] * form.bias
 
 
@@ -84,7 +85,7 @@ def exists_for(x, form: Form, platform: str) -> bool:
     if x.dtype.name not in dtypes or not all(isinstance(size, int) for size in x.shape):
         return False  # Sizes that an export leaves open are no ints.
     rows, n = form.rows(x)
-    return rows > 0 and n <= LARGEST and (platform == "tpu" or _is_gpu_known())
+    return rows > 0 and 0 < n <= LARGEST and (platform == "tpu" or _is_gpu_known())
 
 
 def _is_gpu_known() -> bool:

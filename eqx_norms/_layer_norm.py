@@ -1,5 +1,6 @@
 """LayerNorm: its parameters, its checks, its call of the op."""
 
+import warnings
 from collections.abc import Hashable, Sequence
 from typing import overload
 
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._batched import normalize_by
 from ._checks import (
+    check_axis_name,
     check_broadcast,
     check_eps,
     check_example,
@@ -18,9 +20,11 @@ from ._checks import (
     check_mask,
     check_param_dtype,
     check_shape,
+    check_stacked,
     no_state,
+    own_params,
 )
-from ._real import Integer, Real
+from ._real import Integer, Number
 
 
 def layer_norm(
@@ -28,7 +32,7 @@ def layer_norm(
     weight: Float[Array, "..."] | None = None,
     bias: Float[Array, "..."] | None = None,
     *,
-    eps: Real = 1e-5,
+    eps: Number = 1e-5,
     where: Bool[Array, "*shape"] | None = None,
     axis_name: Hashable | None = None,
     implementation: str = "xla",
@@ -54,7 +58,8 @@ def layer_norm(
     An array of the shape and dtype of `x`. Statistics, weight and bias are taken in float32
     (float64 for float64), and the result rounded once.
 
-    **Raises:** `TypeError` if `x`, `weight` or `bias` is not a real floating-point array;
+    **Raises:** `TypeError` if `x` is not of one of these dtypes, `weight` or `bias` no real
+    floating-point array;
     `ValueError` if `weight` or `bias` does not broadcast to the shape of `x`, or for a bad `eps`,
     mask or `implementation`.
     """
@@ -63,6 +68,7 @@ def layer_norm(
     check_mask("layer_norm", x, where)
     eps = check_eps("layer_norm", eps)
     check_implementation("layer_norm", implementation)
+    axis_name = check_axis_name(axis_name)
     return normalize_by(implementation, x, weight, bias, where, eps=eps, axis_name=axis_name)
 
 
@@ -106,14 +112,15 @@ class LayerNorm(eqx.Module):
     use_bias: bool = eqx.field(static=True)
     weight: Float[Array, "*shape"] | None
     bias: Float[Array, "*shape"] | None
-    unit_offset: bool = eqx.field(static=True)
-    axis_name: Hashable | None = eqx.field(static=True)
-    implementation: str = eqx.field(static=True)
+    # With defaults, for subclasses whose `__init__` sets the fields of `equinox.nn` alone.
+    unit_offset: bool = eqx.field(static=True, default=False)
+    axis_name: Hashable | None = eqx.field(static=True, default=None)
+    implementation: str = eqx.field(static=True, default="xla")
 
     def __init__(
         self,
         shape: Integer | Sequence[Integer],
-        eps: Real = 1e-5,
+        eps: Number = 1e-5,
         use_weight: bool = True,
         use_bias: bool = True,
         dtype=None,
@@ -121,11 +128,11 @@ class LayerNorm(eqx.Module):
         unit_offset: bool = False,
         axis_name: Hashable | None = None,
         implementation: str = "xla",
+        elementwise_affine: bool | None = None,
     ):
         """**Arguments:**
 
-        - `shape`: the shape of one example, without batch axes: an int or a sequence of ints,
-            each at least 1.
+        - `shape`: the shape of one example, without batch axes: an int or a sequence of ints.
         - `eps`: added to the variance; a finite number, 0 or above.
         - `use_weight`: whether to scale by a learned `weight` of shape `shape`, from ones.
         - `use_bias`: whether to shift by a learned `bias` of shape `shape`, from zeros.
@@ -139,10 +146,18 @@ class LayerNorm(eqx.Module):
         - `implementation`: `"xla"`, or `"pallas"` for kernels on GPUs and TPUs, which read and
             write less and have never been timed; see
             [Kernels](../kernels.md) for when they run.
+        - `elementwise_affine`: deprecated, as in `equinox.nn`: for `use_weight` and `use_bias`.
 
-        **Raises:** `ValueError` for an empty or negative shape, a bad `eps` or `implementation`;
-        `TypeError` for a `dtype` that is not floating point.
+        **Raises:** `ValueError` for a negative size, a bad `eps` or `implementation`; `TypeError`
+        for a `dtype` that is none of float16, bfloat16, float32 and float64.
         """
+        if elementwise_affine is not None:
+            use_weight = use_bias = elementwise_affine
+            warnings.warn(
+                "`LayerNorm(elementwise_affine=...)` is deprecated, as in `equinox.nn`; type "
+                "`LayerNorm(use_weight=..., use_bias=...)`.",
+                stacklevel=2,
+            )
         self.shape = check_shape("LayerNorm", shape)
         self.eps = check_eps("LayerNorm", eps)
         self.use_weight = use_weight
@@ -152,7 +167,7 @@ class LayerNorm(eqx.Module):
         self.weight = ones(self.shape, dtype) if use_weight else None
         self.bias = jnp.zeros(self.shape, dtype) if use_bias else None
         self.unit_offset = unit_offset
-        self.axis_name = axis_name
+        self.axis_name = check_axis_name(axis_name)
         self.implementation = check_implementation("LayerNorm", implementation)
 
     @overload
@@ -185,16 +200,19 @@ class LayerNorm(eqx.Module):
         An array of the shape and dtype of `x`; with `state`, a tuple of it and the state.
 
         **Raises:** `ValueError` if `x` is not of shape `shape`, with the `jax.vmap` that is
-        missing, or for a bad mask; `TypeError` if `x` is not a real floating-point array.
+        missing, for a bad mask, or if a parameter that `use_weight` or `use_bias` promises is
+        missing or does not broadcast to `shape`; `TypeError` if `x` is not of such a dtype.
         """
         check_floating("LayerNorm", x)
         check_example("LayerNorm", "layer_norm", self.shape, x)
         check_mask("LayerNorm", x, where)
+        weight, bias = own_params(self, weight=self.use_weight, bias=self.use_bias)
+        check_stacked("LayerNorm", self.shape, (p.shape for p in (weight, bias) if p is not None))
         y = normalize_by(
             self.implementation,
             x,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             where,
             eps=self.eps,
             unit_offset=self.unit_offset,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval as pe
 from jaxtyping import Array, Float, PyTree
 
 from ._plain import is_plain
@@ -159,6 +159,10 @@ for _platform, _function in (
     _rule = mlir.lower_fun(_function, multiple_results=True)
     mlir.register_lowering(_moments_p, _rule, platform=_platform)
 batching.primitive_batchers[_moments_p] = _map_moments
+# The weight may be what JAX does not know yet, as where a function linear in it is transposed.
+pe.custom_partial_eval_rules[_moments_p] = lambda trace, *arrays, **how: (
+    trace.default_process_primitive(_moments_p, arrays[:4], how)
+)
 # Those of `moments` have the right derivatives: the same functions of x.
 ad.primitive_jvps[_moments_p] = lambda arrays, tangents, **how: (
     _moments_p.bind(*arrays, **how),

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from ._checks import check_broadcast, check_eps, check_floating
 from ._lowering import again, apart, in_one_pass, settled
 from ._plain import is_plain
-from ._real import Real
+from ._real import Number
 
 Example = Float[Array, "*shape"]
 Broadcastable = Float[Array, "..."]
@@ -69,15 +70,28 @@ class _Pass(NamedTuple):
         return _Pass(again(x, dtype), again(g, dtype), *jax.tree.map(again, rest))
 
 
-def _mean(spec: _Spec, a: Example, where: Mask | None, settle: bool = False) -> Array:
-    """Over what `where` lets through, on all devices of `axis_name`; 0 if that is nothing."""
+def _mean(
+    spec: _Spec, a: Example, where: Mask | None, settle: bool = False, of_nothing: float = 0
+) -> Array:
+    """Over what `where` lets through, on all devices of `axis_name`; `of_nothing` if it is none."""
     total = jnp.sum(a, where=where)
     if settle:
         total = settled(total)
     count = a.size if where is None else jnp.sum(where, dtype=a.dtype)
     if spec.axis_name is not None:
         total, count = jax.lax.psum((total, count), spec.axis_name)
-    return total / (count if where is None else jnp.maximum(count, 1))
+    if where is None:
+        return divided(total, count)
+    mean = divided(total, jnp.maximum(count, 1))
+    return mean if of_nothing == 0 else jnp.where(count == 0, of_nothing, mean)
+
+
+def divided(a: Array, by) -> Array:
+    """As `a / by`, without the check that `jax_error_checking_behavior_divide` adds to that.
+
+    It writes to a reference, which no custom rule may do under `jax.jit`.
+    """
+    return jax.lax.div(a, jnp.asarray(by, a.dtype))
 
 
 def _only(where: Mask | None, a: Array) -> Array:
@@ -124,7 +138,9 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
         read, origin = next_pass(read, origin)
         d = _mean(spec, _centred(read, where, origin, None), where, settle=kept)
         read, origin, d = next_pass(read, origin, d)
-    var = _mean(spec, jnp.square(_centred(read, where, origin, d)), where, settle=kept)
+    # Of nothing it is 1: with eps=0 rstd would be infinite, and 0 * rstd no number.
+    square = jnp.square(_centred(read, where, origin, d))
+    var = _mean(spec, square, where, settle=kept, of_nothing=1)
     if spec.centre and where is None and spec.axis_name is None:
         how = {"kept": kept, "dweight": spec.live[1]}
         origin, d, var = in_one_pass(x, origin, d, var, weight=weight, **how)
@@ -175,7 +191,8 @@ def _backward(spec: _Spec, residuals: _Residuals, g: Example):
     read = read.again(dtype)
     dweight = None
     if weight is not None:
-        dweight = _sum_to(weight.shape, read.g * (read.xc() * read.rstd))
+        # Under the mask xhat is infinite where all that counts is alike, and eps is 0.
+        dweight = _sum_to(weight.shape, _only(where, read.g * (read.xc() * read.rstd)))
     return _only(where, dx).astype(dtype), dweight, dbias
 
 
@@ -227,7 +244,8 @@ def _normalize_jvp(spec: _Spec, primals, tangents):
     spec = spec._replace(live=tuple(_is_live(t) for t in tangents))
     y, residuals = _forward(spec, *primals)
     # The backward has no eps of its own.
-    tangent_map = _tangent_map(spec._replace(eps=0.0))
+    remat3 = getattr(jax.config, "jax_remat3", False)
+    tangent_map = _tangent_map(spec._replace(eps=0.0), remat3)
     return y, tangent_map(residuals, _select(tangents, spec.live))
 
 
@@ -241,7 +259,7 @@ def _is_live(tangent) -> bool:
 
 # JAX caches traces by function: so one function for each spec, not one for each call.
 @ft.lru_cache(maxsize=64)
-def _tangent_map(spec: _Spec):
+def _tangent_map(spec: _Spec, remat3: bool):
     """The transpose of `_backward`, from the tangents of those inputs that have one."""
 
     def tangent_map(residuals: _Residuals, tangents):
@@ -252,7 +270,7 @@ def _tangent_map(spec: _Spec):
         (dy,) = jax.linear_transpose(backward, like_g)(tangents)
         return dy
 
-    if getattr(jax.config, "jax_remat3", False):
+    if remat3:
         return tangent_map  # That checkpoint cannot be transposed.
     # Reverse mode would else save what the tangent map computes from x, in place of x.
     return jax.checkpoint(tangent_map, prevent_cse=False)
@@ -263,7 +281,7 @@ def normalize_reference(
     weight: Broadcastable | None = None,
     bias: Broadcastable | None = None,
     *,
-    eps: Real = 1e-5,
+    eps: Number = 1e-5,
     centre: bool = True,
 ) -> Example:
     """The same function in plain `jax.numpy`, differentiated by JAX: the oracle of the tests.
@@ -273,7 +291,8 @@ def normalize_reference(
 
     **Arguments:**
 
-    - `x`: one example of any shape, floating point; normalised over all its entries.
+    - `x`: one example of any shape and of dtype float16, bfloat16, float32 or float64; normalised
+        over all its entries.
     - `weight`, `bias`: arrays that broadcast to the shape of `x`, or `None`.
     - `eps`: added to the variance, inside the root.
     - `centre`: whether to subtract the mean; without, this is RMSNorm.
@@ -281,7 +300,13 @@ def normalize_reference(
     **Returns:**
 
     An array of the shape and dtype of `x`.
+
+    **Raises:** `TypeError` and `ValueError` as [`eqx_norms.layer_norm`][] does.
     """
+    check_floating("normalize_reference", x)
+    check_broadcast("normalize_reference", x, weight=weight, bias=bias)
+    eps = check_eps("normalize_reference", eps)
+    x = as_jax_has_it(x)
     wide, weight, bias = _to_compute_dtype(x), *_fit(x, weight, bias)
     xc = wide - wide.mean(keepdims=True) if centre else wide
     y = xc * jax.lax.rsqrt(jnp.square(xc).mean(keepdims=True) + eps)
@@ -302,8 +327,7 @@ def normalize(
     axis_name: Hashable | None = None,
 ) -> Example:
     """What the layers call: `normalize_reference`, by the rule above."""
-    # float64 from under `enable_x64`, used outside, is float32 to JAX; rules must be told so.
-    x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
+    x = as_jax_has_it(x)
     weight, bias = _fit(x, weight, bias)
     if unit_offset and weight is not None:
         weight = 1 + weight
@@ -321,29 +345,49 @@ def normalize(
     return y.astype(x.dtype)
 
 
+def as_jax_has_it(x: Array) -> Array:
+    """Rules must be told the dtype that JAX would give x when asked for its own.
+
+    For float64 from under `enable_x64`, used outside, that is float32, unless JAX was set to allow
+    float64 to those who ask for it.
+    """
+    mode = getattr(jax.config, "jax_explicit_x64_dtypes", None)
+    allowed = mode is not None and mode.name == "ALLOW"
+    dtype = jax.typeof(x).dtype if allowed else jax.dtypes.canonicalize_dtype(x.dtype)
+    return jnp.asarray(x).astype(dtype)
+
+
 def _fit(x: Example, *params: Array | None) -> list[Array | None]:
     """The parameters in the dtype of the statistics, and with the rank of x."""
-    rank = lambda p: p.reshape((1,) * (x.ndim - p.ndim) + p.shape)
+    rank = lambda p: jnp.asarray(p).reshape((1,) * (x.ndim - p.ndim) + p.shape)
     return [p if p is None else rank(p).astype(compute_dtype(x)) for p in params]
 
 
 def _is_on_mesh(axis_name: Hashable | None) -> bool:
-    """Whether it is an axis of `jax.shard_map`, and not of `jax.vmap`. `None` is on any mesh."""
+    """Whether it is an axis of `jax.shard_map`, and not of `jax.vmap`. `None` is on any mesh.
+
+    A vmap may have the name of an axis of the mesh around it. One of the same size does no harm:
+    JAX maps the sums of a rule traced late as well, and only its counts come from the mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    return {*names} - {None} <= {*jax.sharding.get_abstract_mesh().manual_axes}
+    return all(
+        name in mesh.manual_axes and jax.lax.axis_size(name) == mesh.shape[name]
+        for name in names
+        if name is not None
+    )
 
 
 def together(*arrays: Array | None) -> list[Any]:
-    """Arrays of one rank, of which all are placed on a mesh as any is.
+    """Arrays of one rank, the first of the full shape: all are placed on a mesh as that one is.
 
     A rule's cotangents must have the types of its inputs, and dweight varies and is split as x is:
-    over the axes of `jax.shard_map`, and over the axes of a mesh with explicit sharding.
+    over the axes of `jax.shard_map`, and over the axes of a mesh with explicit sharding. (Not x as
+    a parameter is: a `jax.vmap` outside may have split the batch along that axis already.)
     """
     types = [jax.typeof(a) for a in jax.tree.leaves(arrays)]
     varying = frozenset().union(*(t.manual_axis_type.varying for t in types))
-    shape = jnp.broadcast_shapes(*(t.shape for t in types))
-    splits = zip(*(t.sharding.spec for t in types), strict=True)
-    splits = [next((split for split in axis if split is not None), None) for axis in splits]
+    shape, splits = types[0].shape, types[0].sharding.spec
 
     def place(a: Array) -> Array:
         t = jax.typeof(a)

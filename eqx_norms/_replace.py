@@ -20,12 +20,19 @@ def replace_norms(
     *,
     where: Callable[[str, eqx.Module], bool] | None = None,
     implementation: str = "xla",
+    at_least: int = 0,
 ) -> PyTree:
     """Exchanges every `equinox.nn.LayerNorm`, `RMSNorm` and `GroupNorm` in a model for ours.
 
     Shape, `eps` and parameters stay as they are, leading axes of an ensemble included, and the
-    number and order of the leaves too: optimiser states and checkpoints go on to fit. A layer
-    object that stands at several places is exchanged for one object.
+    number and order of the leaves too: checkpoints load as they did. A layer object that stands at
+    several places is exchanged for one object.
+
+    What was made of the model before, such as an optimiser's state, has the old classes in its
+    structure, and JAX compares these. Exchange them there as well, in the middle of a run:
+    ```python
+    model, opt_state = replace_norms((model, opt_state))
+    ```
 
     **Arguments:**
 
@@ -33,12 +40,15 @@ def replace_norms(
     - `where`: a function of `(path, norm)` that says whether to exchange it, where path is as in
         `blocks[0].norm`; for all, `None`.
     - `implementation`: of the LayerNorms and RMSNorms, as for [`eqx_norms.LayerNorm`][].
+    - `at_least`: how many norms must be exchanged. None need be by default: a state of plain SGD
+        has no norms, and a model whose norms were exchanged has no more.
 
     **Returns:**
 
     The new model. Subclasses of the Equinox layers are left alone: what they changed is not known.
 
-    **Raises:** `ValueError` if nothing is exchanged, or for a bad `implementation`.
+    **Raises:** `ValueError` if fewer than `at_least` norms are exchanged, or for a bad
+    `implementation`.
     """
     check_implementation("replace_norms", implementation)
     exchanged: dict[int, eqx.Module] = {}
@@ -52,10 +62,11 @@ def replace_norms(
         return exchanged[id(node)]
 
     new = jtu.tree_map_with_path(exchange, model, is_leaf=lambda node: type(node) in _ours)
-    if not exchanged:
+    if len(exchanged) < at_least:
         raise ValueError(
-            "`replace_norms(model)` found no equinox.nn.LayerNorm, RMSNorm or GroupNorm to "
-            + ("exchange." if where is None else "exchange for which `where(path, norm)` is true.")
+            f"`replace_norms(model, at_least={at_least})` found {len(exchanged)} of "
+            "equinox.nn.LayerNorm, RMSNorm and GroupNorm to exchange"
+            + ("." if where is None else " for which `where(path, norm)` is true.")
         )
     return new
 

@@ -197,3 +197,50 @@ def test_a_named_vmap_inside_other_transformations(outside, norm, getkey):
     for name in want:
         for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(want[name]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11, err_msg=name)
+
+
+# How many devices, how many parts of an example on each, and what stands around the vmap.
+MEETING = [
+    pytest.param(*case, marks=[] if case == (4, 2, "jit") else pytest.mark.slow)
+    for case in it.product((2, 4), (2, 4), OUTSIDE)
+]
+
+
+@pytest.mark.parametrize("devices, parts, outside", MEETING)
+def test_a_vmap_with_the_name_of_a_mesh_axis(devices, parts, outside, getkey):
+    """It is the inner one that counts. A rule traced late took counts from the mesh."""
+    mesh = jax.make_mesh((devices,), ("parts",), axis_types=(AxisType.Auto,))
+    with jax.enable_x64(True):
+        args = normal(getkey(), (devices, N)), normal(getkey(), (N,)), normal(getkey(), (N,))
+        g, where = normal(getkey(), (devices, N)), jr.bernoulli(getkey(), 0.6, (N,))
+
+        def in_parts(x, weight, bias):
+            split = [a.reshape(parts, -1) for a in (x, weight, bias, where)]
+            one = lambda x, w, b, m: (
+                layer_norm(x, w, b, axis_name="parts")
+                + layer_norm(x, w, b, where=m, axis_name="parts")
+            )
+            return jax.vmap(one, axis_name="parts")(*split).ravel()
+
+        def at_once(x, weight, bias):
+            return layer_norm(x, weight, bias) + layer_norm(x, weight, bias, where=where)
+
+        def loss(f):
+            specs = P("parts"), P(), P()
+            f = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("parts"), check_vma=False)
+            return lambda *args: jnp.sum(g * f(*args))
+
+        got = jax.jit(jax.grad(loss(OUTSIDE[outside](in_parts)), (0, 1, 2)))(*args)
+        want = jax.jit(jax.grad(loss(jax.vmap(at_once, (0, None, None))), (0, 1, 2)))(*args)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("layer", (LayerNorm, RMSNorm))
+def test_a_list_of_names(layer):
+    """As `jax.lax.psum` takes; kept as a tuple, for static fields are hashed."""
+    split = layer(4, axis_name=["features"])
+    assert split.axis_name == ("features",) and hash(jax.tree.structure(split))
+    x = jnp.arange(8.0).reshape(2, 4)
+    y = jax.jit(jax.vmap(lambda x: split(x), axis_name="features"))(x)
+    assert_alike(y.ravel(), layer(8)(x.ravel()), 8)

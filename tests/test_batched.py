@@ -135,6 +135,7 @@ PLAIN = {
     "axis_name": (partial_sums, arrays(8)),
     "mapped weight": (jax.vmap(pallas_layer_norm, (0, 0, None)), (arrays(8)[0], *arrays(8)[::2])),
     "no example": (over_batch(pallas_layer_norm), arrays(0)),
+    "empty example": (over_batch(pallas_layer_norm), arrays(8, n=0)),
     "large example": (over_batch(pallas_layer_norm), arrays(8, n=_kernels.LARGEST + 1)),
     "float16 on a TPU": (over_batch(pallas_layer_norm), arrays(8, dtype=jnp.float16)),
     "default": (over_batch(layer_norm), arrays(8)),

@@ -1,6 +1,7 @@
 """Each layer stands where that of equinox.nn of the same name stood: the oracle is theirs."""
 
 import dataclasses
+import fractions
 import io
 import pickle
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from draws import normal
 from oracles import assert_alike
+from refused import refused
 
 import eqx_norms
 from eqx_norms import GroupNorm, LayerNorm, RMSNorm
@@ -170,3 +172,112 @@ def test_unit_offset(layer, x64, getkey):
     small = jnp.full(5, 2.0**-12, jnp.bfloat16)
     y = eqx.tree_at(lambda m: m.weight, fresh, small)(x)
     assert_same(y, layer(5)(x) * (1 + 2.0**-12))
+
+
+FLAGS = {
+    LayerNorm: ("use_weight", "use_bias"),
+    RMSNorm: ("use_weight", "use_bias"),
+    GroupNorm: ("channelwise_affine",) * 2,
+}
+
+
+def calls(layer, getkey):
+    module, _ = pair(layer, getkey)
+    yield module, normal(getkey(), SHAPES[layer])
+    if layer is not GroupNorm:
+        yield layer(3, implementation="pallas"), jnp.ones(3)
+
+
+def test_a_parameter_that_is_missing_is_an_error(layer, getkey):
+    """It was dropped in silence: y came out unscaled."""
+    for module, x in calls(layer, getkey):
+        params, static = eqx.partition(module, eqx.is_array)
+        with refused(ValueError, f"`{layer.__name__}` was made with a weight, which is None now"):
+            static(x)
+        no_bias = eqx.tree_at(lambda m: m.bias, module, None)
+        with refused(ValueError, "with a bias, which is None .* eqx.combine"):
+            no_bias(x)
+        assert_alike(eqx.combine(params, static)(x), module(x), x.size)
+
+
+def test_a_parameter_that_the_flags_deny_is_ignored(layer, x64, getkey):
+    """As there, whoever set it: for both it is no part of the function."""
+    args = {LayerNorm: (6, 1e-5, False, False), GroupNorm: (2, 6, 1e-5, False)}
+    theirs = getattr(eqx.nn, layer.__name__)(*args.get(layer, args[LayerNorm]))
+    set_all_the_same = tuple(normal(getkey(), (2, 6)))
+    theirs = eqx.tree_at(PARAMS, theirs, set_all_the_same, is_leaf=lambda leaf: leaf is None)
+    ours, x = eqx_norms.replace_norms(theirs), normal(getkey(), (6,))
+    assert_same(ours(x), theirs(x))
+    gradient = eqx.filter_grad(lambda module: jnp.sum(module(x) ** 3))(ours)
+    assert not gradient.weight.any() and not gradient.bias.any()
+
+
+def test_stacked_layers_without_their_vmap(layer):
+    args = ARGUMENTS[layer][1]
+    layers = eqx.filter_vmap(lambda _: layer(*args))(jnp.arange(3))
+    x = jnp.ones(layers.weight.shape[1:])
+    with refused(ValueError, "several layers, stacked, map over them: eqx.filter_vmap"):
+        layers(x)
+    assert eqx.filter_vmap(lambda layer: layer(x))(layers).shape == (3, *x.shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ((), 0, (2, 0)))
+def test_examples_of_one_entry_and_of_none(layer, shape):
+    args = (1, 0) if layer is GroupNorm else (shape,)
+    ours, theirs = layer(*args), getattr(eqx.nn, layer.__name__)(*args)
+    x = jnp.full(ours.weight.shape, 3.0)
+    run = eqx.filter_value_and_grad(lambda args: jnp.sum(args[0](args[1])))
+    (got, _), (want, _) = run((ours, x)), run((theirs, x))
+    assert ours(x).shape == x.shape
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_subclasses_that_set_the_fields_of_equinox_alone(layer, getkey):
+    class Mine(layer):
+        def __init__(self, module):
+            names = (field.name for field in dataclasses.fields(module))
+            for name in names:
+                setattr(self, name, getattr(module, name))
+
+    ours, theirs = pair(layer, getkey)
+    x = normal(getkey(), SHAPES[layer])
+    assert_alike(jax.jit(lambda x: Mine(theirs)(x))(x), ours(x), x.size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("affine", (True, False))
+def test_elementwise_affine_is_deprecated_there_too(layer, affine):
+    if layer is not LayerNorm:
+        return
+    with pytest.warns(UserWarning, match="elementwise_affine=...\\)` is deprecated"):
+        ours = LayerNorm(4, elementwise_affine=affine)
+    with pytest.warns(UserWarning, match="is deprecated"):
+        theirs = eqx.nn.LayerNorm(4, elementwise_affine=affine)
+    assert eqx.tree_equal(eqx_norms.replace_norms(theirs), ours)
+
+
+def numbers():
+    yield from (jnp.finfo(jnp.bfloat16).eps, jnp.float32(1e-3), np.asarray(1e-5), np.float16(1e-3))
+    yield from (jnp.bfloat16(1e-3), np.int32(0), fractions.Fraction(1, 8))
+
+
+def test_numbers_of_any_library_as_eps(layer):
+    args = (2, 4) if layer is GroupNorm else (4,)
+    for eps in numbers():
+        assert layer(*args, eps=eps).eps == float(eps)
+    with pytest.warns(UserWarning, match="set as static"):  # Equinox's own, of its layers
+        theirs = getattr(eqx.nn, layer.__name__)(*args, eps=jnp.float32(1e-3))
+    assert eqx_norms.replace_norms(theirs).eps == float(jnp.float32(1e-3))
+    with refused(ValueError, "traced, and must be known before"):
+        jax.jit(lambda eps: layer(*args, eps=eps))(1e-3)
+
+
+def test_parameters_of_float8_are_cast_up(layer):
+    """As there; checkpoints have them."""
+    ours, theirs = (
+        jax.tree.map(lambda p: (2 * p).astype(jnp.float8_e4m3fn), of(*ARGUMENTS[layer][0]))
+        for of in (layer, getattr(eqx.nn, layer.__name__))
+    )
+    x = jnp.arange(12.0).reshape(6, 2) if layer is GroupNorm else jnp.arange(12.0).reshape(2, 6)
+    assert_alike(ours(x), theirs(x), 12)

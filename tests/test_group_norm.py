@@ -4,6 +4,7 @@ import functools as ft
 import itertools as it
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -170,7 +171,7 @@ def test_channels_that_are_nowhere(shape):
         ((4, 6), ValueError, "divides the number of channels; got 4 groups and 6 channels"),
         ((3,), ValueError, "Give it, or type `GroupNorm(groups, channelwise_affine=False)`"),
         ((0, 6), ValueError, "`GroupNorm(groups=...)` must be 1 or more; got 0"),
-        ((2, -6), ValueError, "`GroupNorm(channels=...)` must be 1 or more; got -6"),
+        ((2, -6), ValueError, "`GroupNorm(channels=...)` must be 0 or more; got -6"),
         (("2", 6), TypeError, "`GroupNorm(groups=...)` must be an int; got '2'"),
         ((2, 6, -1.0), ValueError, "`GroupNorm(eps=...)` must be a finite number"),
         ((2, 6, 1e-5, True, "int8"), TypeError, "must be floating point"),
@@ -193,3 +194,40 @@ def test_bad_arguments_of_the_function():
         group_norm(jnp.ones(()), 1)
     with refused(ValueError, "got 4 groups and 6 channels"):
         GroupNorm(4, channelwise_affine=False)(x)
+
+
+@pytest.mark.parametrize("shape", few(((), (1,), (6, 1), (6, 4), (1, 4)), ((6, 1),)))
+def test_parameters_that_broadcast_from_the_left(shape, getkey):
+    """As those of equinox.nn do."""
+    with jax.enable_x64(True):
+        x, g = normal(getkey(), (2, 6, 4))
+        params = tuple(normal(getkey(), (2, *shape)))
+        where = lambda m: (m.weight, m.bias)
+        run = eqx.filter_jit(eqx.filter_value_and_grad(lambda m, x: jnp.sum(g * jnp.sin(m(x)))))
+        got, want = (
+            run(eqx.tree_at(where, of(2, 6), params), x) for of in (GroupNorm, eqx.nn.GroupNorm)
+        )
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(b).max())
+
+
+INSIDE = {
+    "jit": lambda f, x: jax.jit(f)(x),
+    "checkpoint": lambda f, x: jax.checkpoint(f)(x),
+    "cond": lambda f, x: jax.lax.cond(x[0, 0] < 99, f, jnp.sin, x),
+    "scan": lambda f, x: jax.lax.scan(lambda c, x: (c, f(x)), 0, x[None])[1][0],
+    "grad of jit": lambda f, x: jax.grad(lambda x: jnp.sum(jax.jit(f)(x) ** 3))(x),
+}
+
+
+@pytest.mark.parametrize("inside", few(INSIDE, ("jit",)))
+def test_parameters_of_numpy(inside, getkey):
+    """As `np.load` and pickle give them: JAX's custom rules stumble over those that are mapped."""
+    x, (weight, bias) = normal(getkey(), (6, 4)), normal(getkey(), (2, 6))
+    numpy = np.asarray(weight), np.asarray(bias)
+    run = lambda *params: INSIDE[inside](lambda x: group_norm(x, 2, *params), x)
+    assert_alike(run(*numpy), run(weight, bias), 24)
+    constant = np.asarray(x)
+    assert_alike(
+        jax.jit(lambda: group_norm(constant, 2, *numpy))(), group_norm(x, 2, weight, bias), 24
+    )

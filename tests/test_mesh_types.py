@@ -114,6 +114,32 @@ def test_explicit_sharding(norm, places, arrays):
         assert da.sharding.is_equivalent_to(a.sharding, a.ndim)
 
 
+# Of x, and of weight and bias: split as in FSDP, over the axis that has the batch.
+FSDP = [
+    (layer_norm, P("d"), P("d")),
+    *(slow(layer_norm, *places) for places in ((P("d"), P(("d", "f"))), (P("d", "f"), P("d")))),
+    *(slow(norm, P("d"), P("d")) for norm in (rms_norm, groups_of_four, masked)),
+]
+
+
+@pytest.mark.parametrize("norm, place, param_place", FSDP)
+def test_parameters_that_are_split_as_the_batch_is(norm, place, param_place, arrays):
+    """They are gathered; their gradients lie where they do. (equinox.nn's are an error there.)"""
+    f = lambda x, weight, bias: jax.vmap(lambda x: norm(x, weight, bias))(x)
+    want = jax.jit(lambda *a: derivatives(f, *a))(*arrays)
+    mesh = mesh_of(AxisType.Explicit)
+    places = place, param_place, param_place
+    args, tangents, g = arrays
+    on = lambda values: tuple(put(mesh, a, spec) for a, spec in zip(values, places, strict=True))
+    with jax.set_mesh(mesh):
+        args = on(args)
+        got = jax.jit(lambda *a: derivatives(f, *a))(args, on(tangents), put(mesh, g, place))
+    assert_same(got, want)
+    assert got["value"].sharding.is_equivalent_to(args[0].sharding, 2)
+    for a, da in zip(args, got["grad"], strict=True):
+        assert da.sharding.is_equivalent_to(a.sharding, a.ndim)
+
+
 LAYERS = {
     "tokens and features": (LayerNorm((ROWS, N)), P("d")),
     "channels": (GroupNorm(4, ROWS), P("d")),

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from draws import normal, seed
-from oracles import assert_close, assert_rounded_once, exact_norm, terms, ulps
+from oracles import assert_alike, assert_close, assert_rounded_once, exact_norm, terms, ulps
+from refused import refused
 from slow import few
 
 from eqx_norms import LayerNorm, group_norm, layer_norm, normalize_reference, rms_norm
@@ -329,3 +330,112 @@ def test_float64_made_in_64_bit_mode_and_used_outside(f):
     dx, want = jax.grad(loss)(x), jax.grad(loss)(jnp.asarray(np.float32(x)))
     assert dx.dtype == jnp.float64
     np.testing.assert_array_equal(dx, want)
+
+
+@pytest.fixture
+def explicit_x64():
+    """JAX takes float64 for granted where it was asked for, and makes none by itself."""
+    jax.config.update("jax_explicit_x64_dtypes", "allow")
+    yield
+    jax.config.update("jax_explicit_x64_dtypes", "warn")
+
+
+EVERY_NORM = {
+    **NORMS,
+    "pallas": ft.partial(layer_norm, implementation="pallas"),
+    "group_norm": lambda x, weight: group_norm(x, 2, weight),
+    "reference": normalize_reference,
+}
+
+
+@pytest.mark.parametrize("name", few(EVERY_NORM, ("layer_norm",)))
+def test_float64_that_was_asked_for_stays_float64(name, explicit_x64):
+    """It came back as float32: at this offset all entries are then alike, and y is 0."""
+    norm = EVERY_NORM[name]
+    x, g, weight = np.random.default_rng(seed(0)).normal(size=(3, 8))
+    run = jax.jit(lambda x, weight, g: (lambda y, vjp: (y, *vjp(g)))(*jax.vjp(norm, x, weight)))
+    args = [jnp.asarray(a, dtype=jnp.float64) for a in (x + 1e9, weight, g)]
+    got = run(*args)
+    with jax.enable_x64(True):
+        want = run(*args)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.float64
+        # The same operations; with entries of 1e9, of which each of RMSNorm's terms has the size.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
+    spread = np.std(np.asarray(got[0]) / weight)
+    assert spread > (1e-11 if norm is rms_norm else 0.01)
+
+
+@pytest.mark.parametrize("name", few(EVERY_NORM, ("layer_norm", "pallas")))
+def test_transposed_in_the_weight(name, getkey):
+    """Without a bias y is linear in it, which `jax.linear_transpose` and lineax make use of."""
+    x, weight, g = normal(getkey(), (3, 6))
+    f = lambda weight: EVERY_NORM[name](x, weight)
+    for way in (f, jax.jit(f), jax.checkpoint(f)):
+        (got,) = jax.linear_transpose(way, weight)(g)
+        assert_alike(got, jax.vjp(f, weight)[1](g)[0], 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", (layer_norm, EVERY_NORM["pallas"]))
+def test_transposed_in_weights(norm, getkey):
+    """Of a batch, of an ensemble, and of weight and bias together."""
+    x, weights, g = normal(getkey(), (3, 4, 6))
+    together = lambda params: norm(x[0], *params)
+    each = lambda weights: jax.vmap(norm)(x, weights)
+    for_all = lambda weight: jax.vmap(norm, (0, None))(x, weight)
+    params = tuple(weights[:2])
+    for f, arg, ct in ((each, weights, g), (for_all, weights[0], g), (together, params, g[0])):
+        got, want = jax.linear_transpose(f, arg)(ct), jax.vjp(f, arg)[1](ct)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert_alike(a, b, 6)
+
+
+@pytest.mark.slow
+def test_lineax_transposes_it(x64, getkey):
+    import lineax
+
+    x, weight, g = normal(getkey(), (3, 6))
+    operator = lineax.FunctionLinearOperator(lambda w: layer_norm(x, w), jax.typeof(weight))
+    assert_alike(operator.T.mv(g), g * layer_norm(x), 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY_NORM)
+def test_where_jax_checks_divisions(name):
+    """JAX's own check writes to a reference, which no custom rule may do under jit."""
+    x = jnp.arange(6.0)
+    loss = lambda x: jnp.sum(EVERY_NORM[name](x, jnp.ones(6)) ** 3)
+    jax.config.update("jax_error_checking_behavior_divide", "raise")
+    try:
+        jax.jit(jax.vmap(jax.value_and_grad(loss)))(jnp.stack([x, x]))
+        jax.jit(jax.value_and_grad(loss))(x)
+    finally:
+        jax.config.update("jax_error_checking_behavior_divide", "ignore")
+
+
+@pytest.mark.slow
+def test_another_checkpoint_switched_on_later():
+    """Traces are kept: one with the checkpoint of before cannot be transposed by the new one."""
+    gradient = lambda: jax.grad(lambda x: jnp.sum(layer_norm(x) ** 3))(jnp.arange(5.0))
+    want = gradient()
+    if not hasattr(jax.config, "jax_remat3"):
+        pytest.skip("this JAX has no other checkpoint")
+    jax.config.update("jax_remat3", True)
+    try:
+        assert_alike(gradient(), want, 5)
+    finally:
+        jax.config.update("jax_remat3", False)
+
+
+@pytest.mark.parametrize("bad", ([1.0, 2.0], np.arange(3), np.ones(3, complex)))
+def test_the_reference_checks_its_input(bad):
+    with refused(TypeError, "`normalize_reference` normalises real floating-point arrays"):
+        normalize_reference(bad)
+
+
+def test_the_reference_checks_its_parameters():
+    with refused(ValueError, "needs a weight that broadcasts"):
+        normalize_reference(jnp.ones(3), jnp.ones((2, 3)))
+    with refused(ValueError, "finite number"):
+        normalize_reference(jnp.ones(3), eps=-1.0)

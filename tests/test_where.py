@@ -16,6 +16,7 @@ from refused import refused
 
 from eqx_norms import LayerNorm, RMSNorm, layer_norm, normalize_reference, rms_norm
 
+slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
 ROWS, N = 12, 17
 LAYERS = pytest.mark.parametrize("layer", (LayerNorm, RMSNorm))
 
@@ -126,3 +127,42 @@ def test_bad_masks(layer):
     for mask in (jnp.ones(N), jnp.ones(N, int), jnp.ones((1, N), bool), jnp.ones((), bool), True):
         with refused(ValueError, r"mask of the shape of x.*\(17,\) and bool, got"):
             layer(N)(jnp.ones(N), where=mask)
+
+
+@pytest.mark.parametrize(
+    "norm, ensemble",
+    [
+        (layer_norm, False),
+        *(slow(*case) for case in ((layer_norm, True), (rms_norm, False), (rms_norm, True))),
+    ],
+)
+def test_of_a_fully_masked_example_without_eps(norm, ensemble, getkey):
+    """1 / sigma is not there to be had; it made dweight of the whole batch 0 * (0 * inf)."""
+    with jax.enable_x64(True):
+        x, dx, g = normal(getkey(), (3, 3, 5))
+        weight = normal(getkey(), (3, 5) if ensemble else (5,))
+        where = jnp.ones((3, 5), bool).at[1].set(False)
+
+        def derivatives(keep):
+            masked = lambda x, weight, where: norm(x, weight, where=where, eps=0.0)
+            rows = jax.vmap(masked, (0, 0 if ensemble else None, 0))
+            some = lambda weight: weight[keep] if ensemble else weight
+            f = lambda x, weight: rows(x[keep], some(weight), where[keep])
+            grad = jax.grad(lambda *args: jnp.sum(g[keep] * jnp.sin(f(*args))), (0, 1))
+            return grad(x, weight), jax.jvp(grad, (x, weight), (dx, weight))
+
+        # The loss of the others alone has the same derivatives, zero in the masked example.
+        got, want = (jax.jit(derivatives)(jnp.array(keep)) for keep in ([0, 1, 2], [0, 2]))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(b).max())
+
+
+@LAYERS
+def test_what_is_masked_of_a_constant_example_without_eps(layer):
+    """What counts has no answer there. Under the mask all is zero, in dweight too."""
+    where = jnp.arange(5) < 2
+    x = jnp.where(where, 0.0, 2.0) if layer is RMSNorm else jnp.full(5, 2.0)
+    norm = {LayerNorm: layer_norm, RMSNorm: rms_norm}[layer]
+    y, vjp = jax.vjp(lambda *args: norm(*args, where=where, eps=0.0), x, jnp.ones(5))
+    for a in (y, *vjp(jnp.arange(5.0))):
+        assert not a[2:].any()
