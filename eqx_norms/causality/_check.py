@@ -23,6 +23,7 @@ from ._inputs import (
 )
 from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
 from ._matrix import locate, measure_required
+from ._meetings import sizes
 from ._positions import Labels, make_positions
 from ._probe import make_probe
 from ._prove import Proof, Question, prove
@@ -375,13 +376,11 @@ def _check(
         allowed=rule.allowed, kind=rule.kind, outputs=outputs, inputs=inputs
     )
     _require_same_trace(problem)
-    proof = _proof(problem, rule, how) if how.prove else None
+    proof = _proof(problem, rule, how, splits) if how.prove else None
     report = _proved(rule, proof, common) if proof is not None and proof.holds else None
     if report is not None and rule.required is None:
         return report
-    editor = make_editor(
-        problem.leaves, problem.in_axes, how.scales, how.token_values, how.key, problem.names
-    )
+    editor = _editor(problem, how)
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), how.batch_size)
     judge = Judge(problem, probe, how.noise_ulps, how.confirm_x64)
     try:
@@ -487,11 +486,28 @@ def _pairs(name: str, values: Any, problem: Problem) -> Bool[np.ndarray, "T_out 
     return values
 
 
-def _proof(problem: Problem, rule: Rule, how: How) -> Proof:
+def _proof(problem: Problem, rule: Rule, how: How, splits: Sequence[int] | str) -> Proof:
     question = Question(
         problem.closed, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths
     )
-    return prove(question, rule.allowed, how.assume_bounded)
+    proof = prove(question, rule.allowed, how.assume_bounded)
+    if not proof.meetings:
+        return proof
+    # What was assumed of scores has to hold on x, and on every edit that would be tried.
+    editor = _editor(problem, how)
+    tried = rule.choose(splits, np.random.default_rng(0))
+    mixing = mixing_edits(editor.length, both=rule.kind == "reads")
+    edits = [nothing(editor), *rule.edits(tried, editor.kinds), *mixing]
+    scores = make_probe(
+        sizes(problem.closed, proof.meetings), editor, (), 0.0, how.batch_size
+    ).evaluate(edits)
+    return proof.confirmed(scores)
+
+
+def _editor(problem: Problem, how: How) -> Editor:
+    return make_editor(
+        problem.leaves, problem.in_axes, how.scales, how.token_values, how.key, problem.names
+    )
 
 
 def _proved(rule: Rule, proof: Proof, common: Mapping[str, Any]) -> CausalityReport:
