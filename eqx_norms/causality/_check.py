@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from .._real import Real
+
 from ._edits import MASK, Edit, Editor, TokenValues, called, make_editor, mixing_edits, nothing
+from ._held import held_numbers, with_arrays
 from ._inputs import (
     Axes,
     Problem,
@@ -376,7 +378,7 @@ def _check(
         allowed=rule.allowed, kind=rule.kind, outputs=outputs, inputs=inputs
     )
     _require_same_trace(problem)
-    proof = _proof(problem, rule, how, splits) if how.prove else None
+    proof = _proof(fn, x, problem, rule, how, splits) if how.prove else None
     report = _proved(rule, proof, common) if proof is not None and proof.holds else None
     if report is not None and rule.required is None:
         return report
@@ -486,9 +488,17 @@ def _pairs(name: str, values: Any, problem: Problem) -> Bool[np.ndarray, "T_out 
     return values
 
 
-def _proof(problem: Problem, rule: Rule, how: How, splits: Sequence[int] | str) -> Proof:
+def _proof(
+    fn: Callable,
+    x: PyTree,
+    problem: Problem,
+    rule: Rule,
+    how: How,
+    splits: Sequence[int] | str,
+) -> Proof:
+    closed, held = _with_parameters(fn, x, problem, how)
     question = Question(
-        problem.closed, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths
+        closed, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths, held
     )
     proof = prove(question, rule.allowed, how.assume_bounded)
     if not proof.meetings:
@@ -499,9 +509,26 @@ def _proof(problem: Problem, rule: Rule, how: How, splits: Sequence[int] | str) 
     mixing = mixing_edits(editor.length, both=rule.kind == "reads")
     edits = [nothing(editor), *rule.edits(tried, editor.kinds), *mixing]
     scores = make_probe(
-        sizes(problem.closed, proof.meetings), editor, (), 0.0, how.batch_size
+        sizes(closed, proof.meetings), editor, (), 0.0, how.batch_size
     ).evaluate(edits)
     return proof.confirmed(scores)
+
+
+def _with_parameters(
+    fn: Callable, x: PyTree, problem: Problem, how: How
+) -> tuple[jex.ClosedJaxpr, frozenset]:
+    """A trace in which parameters are no numbers of the program, and those that are all the same.
+
+    NumPy scalars are. Where they cannot be told by their place, they are by their value.
+    """
+    if not (held := held_numbers(fn)):
+        return problem.closed, held
+    try:
+        told = with_arrays(fn)
+        closed = make_problem(told, x, how.axis, how.out_axis, how.fixed).closed
+        return closed, held_numbers(told)
+    except Exception:  # it needed NumPy's own, for a shape or as a static argument
+        return problem.closed, held
 
 
 def _editor(problem: Problem, how: How) -> Editor:

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._jaxprs import called, opened, scan_counts
+from .._jaxprs import called, opened
+from ._loops import rewritten
 from ._masks import Meeting
 
 Meetings = Mapping[Any, Meeting]  # by the path of the equation and the number of the operand
@@ -65,56 +65,6 @@ class _Run:
         if inside and inner is not None:
             return self.evaluate(inner, args, path)
         if inside:
-            return {"scan": self.scan, "while": self.loop, "cond": self.branch}[name](
-                eqn, args, path
-            )
+            return rewritten(eqn, args, self.evaluate, self.none(), jnp.maximum, path)
         outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
         return outs if eqn.primitive.multiple_results else [outs], self.none()
-
-    def scan(self, eqn: jex.JaxprEqn, args: Sequence[Any], path):
-        held, carried = scan_counts(eqn)
-        consts, init, xs = args[:held], args[held : held + carried], args[held + carried :]
-
-        def step(state, rows):
-            carry, found = state
-            outs, inside = self.evaluate(eqn.params["jaxpr"], [*consts, *carry, *rows], path)
-            return (outs[:carried], jnp.maximum(found, inside)), outs[carried:]
-
-        state = (_strong(init), self.none())
-        length, reverse = eqn.params["length"], eqn.params["reverse"]
-        (carry, found), ys = jax.lax.scan(step, state, list(xs), length=length, reverse=reverse)
-        return [*carry, *ys], found
-
-    def loop(self, eqn: jex.JaxprEqn, args: Sequence[Any], path):
-        test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-        a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        test_consts, body_consts, init = args[:a], args[a : a + b], args[a + b :]
-
-        def holds(carry):
-            (go,), found = self.evaluate(test, [*test_consts, *carry], (*path, 0))
-            return go, found
-
-        def step(state):
-            carry, found = state
-            outs, inside = self.evaluate(body, [*body_consts, *carry], (*path, 1))
-            if jnp.ndim(go := holds(carry)[0]):  # under vmap each row has a loop of its own
-                rows = lambda x: go.reshape(*go.shape, *[1] * (jnp.ndim(x) - go.ndim))
-                outs = [jnp.where(rows(x), x, y) for x, y in zip(outs, carry, strict=True)]
-            return outs, jnp.maximum(jnp.maximum(found, inside), holds(outs)[1])
-
-        state = (_strong(init), holds(init)[1])
-        return jax.lax.while_loop(lambda state: holds(state[0])[0].any(), step, state)
-
-    def branch(self, eqn: jex.JaxprEqn, args: Sequence[Any], path):
-        which, *operands = args
-        branches = [
-            lambda *xs, i=i, branch=branch: self.evaluate(branch, xs, (*path, i))
-            for i, branch in enumerate(eqn.params["branches"])
-        ]
-        return jax.lax.switch(which, branches, *operands)
-
-
-def _strong(values: Sequence[Any]) -> list[Array]:
-    """Arrays that are not weakly typed, as what comes out of an equation."""
-    arrays = map(jnp.asarray, values)
-    return [jax.lax.convert_element_type(x, x.dtype) for x in arrays]
