@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from .._real import Real
-
 from ._edits import MASK, Edit, Editor, TokenValues, called, make_editor, mixing_edits, nothing
 from ._held import held_numbers, with_arrays
 from ._inputs import (
@@ -135,11 +134,14 @@ def assert_causal(
         elsewhere, which noise would make wrong, are left out by hand.
     - `prove`: whether to ask the structure of the traced function first. Where no chain of
         operations leads from an input to an output that must not read it, that holds for every
-        finite input of this shape and any finite values of the floating-point parameters; the
-        status is `"proved"`, and no edit is run. Else the edits decide, and a report without a leak
-        names the operations in the way. `"required"` raises unless proved.
+        finite input of this shape and any finite values of the floating-point parameters, as long
+        as no intermediate value becomes infinite or NaN, what the program makes of its own
+        constants aside; the status is `"proved"`. Else the edits decide, and a report without a
+        leak names the operations in the way. `"required"` raises unless proved.
     - `assume_bounded`: whether the proof may take scores that meet a mask of a large negative
-        number to be below a tenth of its size. `report.assumptions` says where it did.
+        number, on the way to an exponential, to be below a tenth of its size. They are looked at on
+        `x` and on every edit: where one is larger there is no proof. `report.assumptions` says
+        where it did.
     - `err_msg`: a line to begin the error message with.
 
     **Returns:**
@@ -508,9 +510,9 @@ def _proof(
     tried = rule.choose(splits, np.random.default_rng(0))
     mixing = mixing_edits(editor.length, both=rule.kind == "reads")
     edits = [nothing(editor), *rule.edits(tried, editor.kinds), *mixing]
-    scores = make_probe(
-        sizes(closed, proof.meetings), editor, (), 0.0, how.batch_size
-    ).evaluate(edits)
+    scores = make_probe(sizes(closed, proof.meetings), editor, (), 0.0, how.batch_size).evaluate(
+        edits
+    )
     return proof.confirmed(scores)
 
 

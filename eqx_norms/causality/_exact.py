@@ -7,21 +7,25 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from ._flow import largest_index
 from ._known import tiny
 
 # These give a number that was there, a whole one, or one with another sign.
 _ROUND_NOTHING = (
-    "abs broadcast broadcast_in_dim ceil clamp concatenate copy copy_p cummax cummin dynamic_slice "
-    "device_put dynamic_update_slice expand_dims floor gather imag max min neg optimization_barrier "
-    "pad real reduce_max reduce_min reshape rev round scatter select_n sign slice sort split "
-    "squeeze stop_gradient tile transpose iota bitcast_convert_type name sharding_constraint"
+    "abs bitcast_convert_type broadcast broadcast_in_dim ceil clamp concatenate copy copy_p cummax "
+    "cummin device_put dynamic_slice dynamic_update_slice floor gather imag iota max min name neg "
+    "optimization_barrier pad real reduce_max reduce_min reshape rev round scatter select_n "
+    "sharding_constraint sign slice sort split squeeze stop_gradient tile transpose"
 ).split()
+_INDEXED = ("dynamic_slice", "dynamic_update_slice", "gather", "scatter")
 _SUMS = ("reduce_sum", "cumsum", "dot_general")
 
 
 def exact(eqn: jex.JaxprEqn, args: list[Any], out: Any) -> bool:
     """Whether no rounding was needed. Of integers and bools none is, but at a cast from floats."""
     name, dtype = eqn.primitive.name, out.dtype
+    if name.replace("-", "_").startswith(_INDEXED) and any(map(_out_of_range, args[1:])):
+        return False
     if name == "convert_element_type":
         return _converted(np.asarray(args[0]), out)
     if not jnp.issubdtype(dtype, jnp.inexact):
@@ -54,6 +58,14 @@ def exact(eqn: jex.JaxprEqn, args: list[Any], out: Any) -> bool:
     if name in _SUMS:
         return _summed(numbers, digits)
     return False
+
+
+def _out_of_range(index: Any) -> bool:
+    """Whether compilers differ on what it means as an index."""
+    index = np.asarray(index)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        return False
+    return bool((index > min(largest_index(index.dtype), jnp.iinfo(index.dtype).max)).any())
 
 
 def _converted(value: np.ndarray, out: Any) -> bool:

@@ -188,8 +188,8 @@ def _div(context, eqn, a, b):
         settled = (b.low == b.high) & b.finite & (b.low != 0)
         if b.reads is None and settled.all():
             with np.errstate(all="ignore"):
-                inverse = 1 / b.low, 1 / b.high
-            low, high = _product(a, Known(b.shape, b.dtype, None, *inverse))
+                low, high = 1 / b.low, 1 / b.high
+            low, high = _product(a, Known(b.shape, b.dtype, None, low, high))
         elif a.zero is not None:
             never = (b.low == 0) & (b.high == 0)  # 0 / 0
             zero = (a.low == 0) & (a.high == 0) & b.finite & ~never
@@ -532,15 +532,17 @@ def _pad(context, eqn, x, padding):
 @rule("dynamic_slice")
 def _dynamic_slice(context, eqn, x, *starts):
     """Where an index along an axis is not a constant, every entry along it may be meant."""
-    fixed = [start.constant.all() for start in starts]
-    places = [_place(s) if ok else np.int32(0) for s, ok in zip(starts, fixed, strict=True)]
+    fixed = [_settled(start).all() for start in starts]
+    places = [
+        _place(s) if ok else np.zeros((), s.dtype) for s, ok in zip(starts, fixed, strict=True)
+    ]
     x = _any_along(x, [axis for axis, ok in enumerate(fixed) if not ok])
     return [_also(_moved(eqn, _bind(eqn, *_numbers(x), *places), x), everything(*starts))]
 
 
 @rule("dynamic_update_slice")
 def _dynamic_update_slice(context, eqn, x, update, *starts):
-    if not all(start.constant.all() for start in starts):
+    if not all(_settled(start).all() for start in starts):
         return connect_all(context, eqn, x, update, *starts)
     where = list(map(_place, starts))
     return [_moved(eqn, _bind(eqn, *_numbers(x, update), *where), x, update)]
@@ -549,6 +551,18 @@ def _dynamic_update_slice(context, eqn, x, update, *starts):
 def _place(start: Known) -> np.ndarray:
     """An index that is known, in its own dtype: each has its own range."""
     return np.broadcast_to(start.low, start.shape).astype(start.dtype)
+
+
+def _settled(index: Known) -> np.ndarray:
+    """Where an index is known, and means the same to every compiler: those of XLA take a large
+    unsigned one for a negative number in one place and not in the other.
+    """
+    return index.constant & (index.high <= largest_index(index.dtype))
+
+
+def largest_index(dtype) -> int:
+    """That of the signed integers of this size, of 32 bits at most."""
+    return 2 ** min(8 * np.dtype(dtype).itemsize - 1, 31) - 1
 
 
 def _any_along(x: Known, axes: Sequence[int]) -> Known:
@@ -576,7 +590,7 @@ def _also(x: Known, reads) -> Known:
 def _gather(context, eqn, x, indices):
     """Along an axis whose index is not a constant, all entries; the rows of the index besides."""
     dims = eqn.params["dimension_numbers"]
-    constant = indices.constant.reshape(-1, indices.shape[-1]).all(0)
+    constant = _settled(indices).reshape(-1, indices.shape[-1]).all(0)
     unknown = [
         axis for axis, fixed in zip(dims.start_index_map, constant, strict=True) if not fixed
     ]
@@ -596,7 +610,7 @@ def _gather(context, eqn, x, indices):
 @rule("scatter", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "scatter_sub")
 def _scatter(context, eqn, x, indices, updates):
     """Where an update lands is asked of the gather that is its transpose."""
-    if not indices.constant.all():
+    if not _settled(indices).all():
         return connect_all(context, eqn, x, indices, updates)
     dims = eqn.params["dimension_numbers"]
     single = {*dims.inserted_window_dims, *dims.operand_batching_dims}
@@ -682,7 +696,8 @@ def _reduced_bounds(x: Known, axes: tuple[int, ...], name: str):
             count = math.prod(x.shape[axis] for axis in axes)
             slack = size - _outward(size, size, x.dtype, max(count, 1))[0]
             ends = ends[0] - slack, ends[1] + slack
-        whole = Known(size.shape, x.dtype, None, *(_all_along(end, axes) for end in (low, high)))
+        low, high = _all_along(low, axes), _all_along(high, axes)
+        whole = Known(size.shape, x.dtype, None, low, high)
         return tuple(np.where(zero, 0, end) for end in _finite(*ends, whole))
     return None, None
 
@@ -727,8 +742,9 @@ def _along(context, eqn, *operands):
     reads = union(shape, *operands)
     if reads is not None:
         reads = np.bitwise_or.reduce(reads, axes, keepdims=True)
-    wide = lambda aval: reads if reads is None else np.broadcast_to(reads, (*aval.shape, reads.shape[-1]))
-    return [_of(v.aval, wide(v.aval), *operands) for v in eqn.outvars]
+        to = lambda aval: np.broadcast_to(reads, (*aval.shape, reads.shape[-1]))
+    avals = [var.aval for var in eqn.outvars]
+    return [_of(aval, None if reads is None else to(aval), *operands) for aval in avals]
 
 
 # Products and windows
@@ -741,9 +757,7 @@ def _dot_general(context, eqn, a, b):
     aval = eqn.outvars[0].aval
     left, right = _matrices(a, ca, ba), _matrices(b, cb, bb)
     cut = lambda x, zero: zero if context.zeros_cut and x.finite.all() else None
-    reads = either(
-        _half(left[0], cut(a, right[1])), _half(right[0], cut(b, left[1]), turned=True)
-    )
+    reads = either(_half(left[0], cut(a, right[1])), _half(right[0], cut(b, left[1]), turned=True))
     if reads is not None:
         batch = tuple(a.shape[i] for i in ba)
         rows = tuple(n for i, n in enumerate(a.shape) if i not in (*ca, *ba))
@@ -798,8 +812,8 @@ def _convolution(context, eqn, x, kernel):
     is zero.
     """
     row = everything(kernel)
-    cut = kernel.zero is not None and context.zeros_cut and x.finite.all()
-    ones = jnp.asarray(~kernel.zero if cut else np.ones(kernel.shape), jnp.float32)
+    zero = kernel.zero if context.zeros_cut and x.finite.all() else None
+    ones = jnp.asarray(np.ones(kernel.shape) if zero is None else ~zero, jnp.float32)
     settings = dict(preferred_element_type=None, precision=None)
     reads = _each_bit(x, lambda bits: eqn.primitive.bind(bits, ones, **{**eqn.params, **settings}))
     return [_also(_of(eqn.outvars[0].aval, reads, x, kernel), row)]

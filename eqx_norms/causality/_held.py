@@ -20,14 +20,16 @@ _LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib"
 
 def held_numbers(fn: Callable) -> frozenset[Any]:
     """The values of all such floats that `fn` can reach."""
-    found, seen, rest = set(), {}, [fn]
+    found: set[Any] = set()
+    seen: dict[int, Any] = {}
+    rest: list[Any] = [fn]
     while rest:
         node = rest.pop()
         if id(node) in seen:
             continue
         seen[id(node)] = node  # kept, so that no other object gets its id
         if is_scalar(node):
-            found.add(node[()].item())
+            found.add(np.asarray(node).item())
         else:
             rest += _parts(node)
     return frozenset(found)
@@ -86,7 +88,7 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
-def with_arrays(fn: Callable) -> Callable:
+def with_arrays(fn: Any) -> Any:
     """A copy of `fn` whose closures and pytrees hold JAX arrays in the place of such scalars."""
     if is_scalar(fn):
         return jnp.asarray(fn)

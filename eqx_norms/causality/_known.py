@@ -134,8 +134,8 @@ def constant(value: Any) -> Known:
 def parameter(value: Any, large: float) -> Known:
     """An array held by the function: as it is if of integers, any finite values if of floats.
 
-    But for infinities and NaN, which are no finite values. Numbers of `-large` and below are taken for
-    masks, by assumption.
+    But for infinities and NaN, which are no finite values. Numbers of `-large` and below are taken
+    for masks, by assumption.
     """
     if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
         return constant(value)

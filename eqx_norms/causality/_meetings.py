@@ -60,7 +60,7 @@ class _Run:
         return found.at[self.numbers[name]].max(size.max(initial=0))
 
     def equation(self, eqn: jex.JaxprEqn, args: Sequence[Any], path) -> tuple[Sequence, Array]:
-        inner, name = called(eqn), eqn.primitive.name
+        inner = called(eqn)
         inside = any(place[: len(path)] == path for place, _ in self.numbers if place != path)
         if inside and inner is not None:
             return self.evaluate(inner, args, path)

@@ -27,12 +27,10 @@ from ._known import (
     Known,
     constant,
     either,
-    everything,
     free,
     known,
     packed,
     parameter,
-    spread,
     union,
     unknown,
     unpacked,
@@ -127,8 +125,9 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
         if signed:
             operands = _with_signs(context, operands, path)
         computed = _computed(eqn, operands)
-        if computed is not None and None not in computed:
-            return computed
+        settled = [x for x in computed or () if x is not None]
+        if computed is not None and len(settled) == len(computed):
+            return settled
         if name not in RULES:
             context.opaque.add(name)
         results = RULES.get(name, connect_all)(context, eqn, *operands)
@@ -328,7 +327,7 @@ def _loose(x: Known, y: Known) -> Known:
 def _same(x: Known, y: Known) -> bool:
     if (x.reads is None) != (y.reads is None) or x.finite.all() != y.finite.all():
         return False
-    return x.reads is None or np.array_equal(x.reads, y.reads)
+    return x.reads is None or y.reads is None or np.array_equal(x.reads, y.reads)
 
 
 def _while(context: Context, eqn, operands: list[Known], path) -> list[Known]:
@@ -383,7 +382,7 @@ def _wide(x: Known, shape: tuple[int, ...]) -> Known:
     if reads is not None:
         where = tuple(range(len(x.shape), len(shape)))
         reads = np.broadcast_to(np.expand_dims(reads, where), (*shape, reads.shape[-1]))
-    return Known(shape, x.dtype, reads, *ends)
+    return Known(shape, x.dtype, reads, ends[0], ends[1])
 
 
 def _last(count: int) -> tuple[int, ...]:
@@ -524,17 +523,15 @@ def _without_rule_for_refs(eqn: jex.JaxprEqn, allowed) -> Proof:
 
 
 def _assumptions(context: Context, meetings: dict[Any, Meeting]) -> tuple[str, ...]:
-    limits = sorted({f"{meeting.limit:.2g}": meeting.limit for meeting in meetings.values()}.values())
-    return (
-        *(
-            f"Scores that meet a mask of {-10 * limit:.2g} are below {limit:.2g} in size."
-            for limit in limits
-        ),
-        *(
-            f"The function asks for its platform (lax.platform_dependent): this holds on {name}."
-            for name in sorted(context.platforms)
-        ),
-    )
+    scores = [
+        f"Scores that meet a mask of {-10 * limit:.2g} are below {limit:.2g} in size."
+        for limit in sorted(meeting.limit for meeting in meetings.values())
+    ]
+    platforms = [
+        f"The function asks for its platform (lax.platform_dependent): this holds on {name}."
+        for name in sorted(context.platforms)
+    ]
+    return tuple(dict.fromkeys([*scores, *platforms]))
 
 
 def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ...]:
