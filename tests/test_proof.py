@@ -9,6 +9,7 @@ import causality_zoo as zoo
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
+import hard_oracle
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -169,6 +170,17 @@ def test_random_programs(part):
         names = rng.choice(list(STEPS), int(rng.integers(2, 6)))
         full += check(tuple(map(str, names)), seed(1000 * part + number))[1].all()
     assert full < 80  # or else nothing was put to the test
+
+
+@pytest.mark.slow
+def test_hard_programs(pytestconfig):
+    """What no bound may be broken by. `--programs` says how many there are, 6 to 12 steps each."""
+    count, results = pytestconfig.getoption("--programs"), 0
+    for number in range(count):
+        found = hard_oracle.check(seed(number))
+        assert not found.unsound, (seed(number), found)
+        results += found.results
+    assert results > count  # or else nothing was put to the test
 
 
 # Masks
