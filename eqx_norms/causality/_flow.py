@@ -590,7 +590,7 @@ def _also(x: Known, reads) -> Known:
 def _gather(context, eqn, x, indices):
     """Along an axis whose index is not a constant, all entries; the rows of the index besides."""
     dims = eqn.params["dimension_numbers"]
-    constant = _settled(indices).reshape(-1, indices.shape[-1]).all(0)
+    constant = np.atleast_1d(_settled(indices).reshape(-1, indices.shape[-1]).all(0))
     unknown = [
         axis for axis, fixed in zip(dims.start_index_map, constant, strict=True) if not fixed
     ]
@@ -742,9 +742,12 @@ def _along(context, eqn, *operands):
     reads = union(shape, *operands)
     if reads is not None:
         reads = np.bitwise_or.reduce(reads, axes, keepdims=True)
-        to = lambda aval: np.broadcast_to(reads, (*aval.shape, reads.shape[-1]))
     avals = [var.aval for var in eqn.outvars]
-    return [_of(aval, None if reads is None else to(aval), *operands) for aval in avals]
+    return [_of(aval, _broadcast(reads, aval.shape), *operands) for aval in avals]
+
+
+def _broadcast(reads, shape: tuple[int, ...]):
+    return None if reads is None else np.broadcast_to(reads, (*shape, reads.shape[-1]))
 
 
 # Products and windows
