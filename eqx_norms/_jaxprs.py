@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.extend.core as jex
 
 # These hand their operands to code that expects what it was traced with.
@@ -23,6 +24,25 @@ def opened(closed: Any) -> Any:
 
 def is_foreign(eqn: jex.JaxprEqn) -> bool:
     return any(part in eqn.primitive.name for part in _FOREIGN)
+
+
+def is_ref(value: Any) -> bool:
+    """Whether a variable of a jaxpr, or a constant, is a `jax.Ref`."""
+    aval = value.aval if isinstance(value, jex.Var | jex.Literal) else jax.typeof(value)
+    return type(aval).__name__ == "AbstractRef"  # JAX gives the type no public name
+
+
+def first_ref(closed: Any) -> jex.JaxprEqn | None:
+    """The first equation that makes or uses a Ref, but for those inside of kernels."""
+    for eqn in opened(closed).eqns:
+        if is_foreign(eqn):
+            continue
+        if any(map(is_ref, [*eqn.invars, *eqn.outvars])):
+            return eqn
+        for inner in jex.jaxprs_in_params(eqn.params):
+            if (found := first_ref(inner)) is not None:
+                return found
+    return None
 
 
 def called(eqn: jex.JaxprEqn) -> Any:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from .._real import Real
 from ._edits import MASK, Edit, Editor, TokenValues, called, make_editor, mixing_edits, nothing
+from ._held import held_numbers, with_arrays
 from ._inputs import (
     Axes,
     Problem,
@@ -23,6 +24,7 @@ from ._inputs import (
 )
 from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
 from ._matrix import locate, measure_required
+from ._meetings import sizes
 from ._positions import Labels, make_positions
 from ._probe import make_probe
 from ._prove import Proof, Question, prove
@@ -132,11 +134,14 @@ def assert_causal(
         elsewhere, which noise would make wrong, are left out by hand.
     - `prove`: whether to ask the structure of the traced function first. Where no chain of
         operations leads from an input to an output that must not read it, that holds for every
-        finite input of this shape and any finite values of the floating-point parameters; the
-        status is `"proved"`, and no edit is run. Else the edits decide, and a report without a leak
-        names the operations in the way. `"required"` raises unless proved.
+        finite input of this shape and any finite values of the floating-point parameters, as long
+        as no intermediate value becomes infinite or NaN, what the program makes of its own
+        constants aside; the status is `"proved"`. Else the edits decide, and a report without a
+        leak names the operations in the way. `"required"` raises unless proved.
     - `assume_bounded`: whether the proof may take scores that meet a mask of a large negative
-        number to be below a tenth of its size. `report.assumptions` says where it did.
+        number, on the way to an exponential, to be below a tenth of its size. They are looked at on
+        `x` and on every edit: where one is larger there is no proof. `report.assumptions` says
+        where it did.
     - `err_msg`: a line to begin the error message with.
 
     **Returns:**
@@ -375,13 +380,11 @@ def _check(
         allowed=rule.allowed, kind=rule.kind, outputs=outputs, inputs=inputs
     )
     _require_same_trace(problem)
-    proof = _proof(problem, rule, how) if how.prove else None
+    proof = _proof(fn, x, problem, rule, how, splits) if how.prove else None
     report = _proved(rule, proof, common) if proof is not None and proof.holds else None
     if report is not None and rule.required is None:
         return report
-    editor = make_editor(
-        problem.leaves, problem.in_axes, how.scales, how.token_values, how.key, problem.names
-    )
+    editor = _editor(problem, how)
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), how.batch_size)
     judge = Judge(problem, probe, how.noise_ulps, how.confirm_x64)
     try:
@@ -487,11 +490,53 @@ def _pairs(name: str, values: Any, problem: Problem) -> Bool[np.ndarray, "T_out 
     return values
 
 
-def _proof(problem: Problem, rule: Rule, how: How) -> Proof:
+def _proof(
+    fn: Callable,
+    x: PyTree,
+    problem: Problem,
+    rule: Rule,
+    how: How,
+    splits: Sequence[int] | str,
+) -> Proof:
+    closed, held = _with_parameters(fn, x, problem, how)
     question = Question(
-        problem.closed, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths
+        closed, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths, held
     )
-    return prove(question, rule.allowed, how.assume_bounded)
+    proof = prove(question, rule.allowed, how.assume_bounded)
+    if not proof.meetings:
+        return proof
+    # What was assumed of scores has to hold on x, and on every edit that would be tried.
+    editor = _editor(problem, how)
+    tried = rule.choose(splits, np.random.default_rng(0))
+    mixing = mixing_edits(editor.length, both=rule.kind == "reads")
+    edits = [nothing(editor), *rule.edits(tried, editor.kinds), *mixing]
+    scores = make_probe(sizes(closed, proof.meetings), editor, (), 0.0, how.batch_size).evaluate(
+        edits
+    )
+    return proof.confirmed(scores)
+
+
+def _with_parameters(
+    fn: Callable, x: PyTree, problem: Problem, how: How
+) -> tuple[jex.ClosedJaxpr, frozenset]:
+    """A trace in which parameters are no numbers of the program, and those that are all the same.
+
+    NumPy scalars are. Where they cannot be told by their place, they are by their value.
+    """
+    if not (held := held_numbers(fn)):
+        return problem.closed, held
+    try:
+        told = with_arrays(fn)
+        closed = make_problem(told, x, how.axis, how.out_axis, how.fixed).closed
+        return closed, held_numbers(told)
+    except Exception:  # it needed NumPy's own, for a shape or as a static argument
+        return problem.closed, held
+
+
+def _editor(problem: Problem, how: How) -> Editor:
+    return make_editor(
+        problem.leaves, problem.in_axes, how.scales, how.token_values, how.key, problem.names
+    )
 
 
 def _proved(rule: Rule, proof: Proof, common: Mapping[str, Any]) -> CausalityReport:

@@ -2,9 +2,14 @@
 
 A rule takes what is known of the operands and gives what is known of the results. It may claim
 less than is true, never more: an operation that is not in the table connects everything with
-everything. All bounds are of exact arithmetic, widened outward by far more than a rounding.
+everything.
+
+What bounds there are hold in every compilation. Of integers they come from what moves or picks
+numbers and from nothing that computes and may wrap; of floats they are widened by what rounding,
+underflow and flushing to zero may do in their dtype.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,6 +20,7 @@ import numpy as np
 
 from ._known import (
     ANY,
+    WHOLE,
     Known,
     bounds_of,
     either,
@@ -23,7 +29,9 @@ from ._known import (
     known,
     packed,
     spread,
+    tiny,
     union,
+    unknown,
     unpacked,
 )
 
@@ -32,8 +40,6 @@ RULES: dict[str, Rule] = {}
 
 # exp and the like are exactly 0 below, in every dtype (float64: -745, exp2 -1075).
 _UNDERFLOW = -1100.0
-# A number of this size or more, negative, in a sum or a select is a mask.
-LARGE = 1e4
 
 
 def rule(*names: str):
@@ -58,7 +64,16 @@ _WHOLE = (
 def connect_all(context, eqn, *operands: Known) -> list[Known]:
     """Every entry of every result reads what any entry of any operand reads."""
     row = everything(*operands)
-    return [known(var.aval, spread(row, var.aval.shape)) for var in eqn.outvars]
+    avals = [var.aval for var in eqn.outvars]
+    return [_of(aval, spread(row, aval.shape), *operands) for aval in avals]
+
+
+def _of(aval, reads, *operands: Known) -> Known:
+    """A result without bounds: of finite numbers it is finite, else it may be anything."""
+    if all(x.finite.all() for x in operands):
+        return known(aval, reads)
+    none = reads is None or not reads.any()
+    return unknown(aval.shape, aval.dtype, None if none else reads)
 
 
 # Entry by entry. `_BOUNDS` has those whose results have bounds that masks need.
@@ -67,9 +82,24 @@ def connect_all(context, eqn, *operands: Known) -> list[Known]:
 def _elementwise(context, eqn, *operands: Known) -> list[Known]:
     aval = eqn.outvars[0].aval
     bounds = _BOUNDS.get(eqn.primitive.name)
-    low, high = (None, None) if bounds is None else bounds(context, eqn, *operands)
+    low, high = (None, None) if bounds is None else bounds(eqn, *operands)
     parts = [_to_shape(x, aval.shape) for x in operands]
-    return [known(aval, union(aval.shape, *parts), low, high)]
+    return [_entries(aval, union(aval.shape, *parts), low, high, *operands)]
+
+
+def _entries(aval, reads, low, high, *operands: Known) -> Known:
+    """A result entry by entry. Without bounds what is made of finite numbers is finite; what is
+    made of what may be NaN may be NaN.
+    """
+    if jnp.issubdtype(aval.dtype, jnp.inexact):
+        if low is None:
+            low, high = bounds_of(aval.dtype)
+            open_ended = functools.reduce(np.logical_or, [~x.finite for x in operands])
+        else:
+            open_ended = functools.reduce(np.logical_or, [x.unsure for x in operands])
+        if np.any(open_ended):
+            low, high = np.where(open_ended, -np.inf, low), np.where(open_ended, np.inf, high)
+    return known(aval, reads, low, high)
 
 
 def _to_shape(x: Known, shape: tuple[int, ...]) -> Known:
@@ -82,7 +112,7 @@ def _to_shape(x: Known, shape: tuple[int, ...]) -> Known:
 
 for _name in (
     "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "
-    "clamp clz complex conj convert_element_type copy copy_p cos cosh device_put digamma eq "
+    "clamp clz complex conj convert_element_type copy copy_p cos cosh digamma eq "
     "erf erf_inv erfc expm1 floor ge gt imag integer_pow is_finite le "
     "lgamma log log1p lt max min name ne neg nextafter not or polygamma "
     "population_count pow real reduce_precision rem round rsqrt "
@@ -107,7 +137,7 @@ def _bits(context, eqn, x):
     return _elementwise(context, eqn, x) if same else connect_all(context, eqn, x)
 
 
-@rule("optimization_barrier", "stop_gradient")
+@rule("optimization_barrier", "stop_gradient", "device_put")
 @rule("eqx_norms_again", "eqx_norms_apart", "eqx_norms_grouped", "eqx_norms_settled")
 def _each(context, eqn, *operands):
     """Identities, the norms' own included."""
@@ -117,58 +147,69 @@ def _each(context, eqn, *operands):
 @rule("eqx_norms_moments")
 def _moments(context, eqn, x, origin, d, var, *weight):
     """Of all of x: an entry or the mean, the distance from there to the mean, and the variance."""
-    origin, d = (known(m, m.reads) for m in (origin, d))
+    origin, d = (_of(m, m.reads, m) for m in (origin, d))
     return [origin, d, var]
 
 
 @rule("mul")
 def _mul(context, eqn, a, b):
-    """What is multiplied by zero is not read: inputs are finite."""
+    """What is multiplied by zero is not read, if it is finite, but by who asks for its sign."""
     aval = eqn.outvars[0].aval
     parts = []
     for x, other in ((a, b), (b, a)):
-        x = _to_shape(x, aval.shape)
-        parts.append(x if other.zero is None else _without(x, other.zero))
+        whole = _to_shape(x, aval.shape)
+        cut = context.zeros_cut and other.zero is not None
+        parts.append(_without(whole, other.zero & x.finite) if cut else whole)
     low, high = _product(a, b) if is_real(aval.dtype) else (None, None)
-    return [known(aval, union(aval.shape, *parts), low, high)]
+    return [_entries(aval, union(aval.shape, *parts), low, high, a, b)]
 
 
 @rule("add", "add_any", "sub")
 def _sum(context, eqn, a, b):
-    """What is added to minus infinity is not read: inputs are finite."""
+    """What is added to minus infinity is not read, if it is finite."""
     aval = eqn.outvars[0].aval
-    low, high = _sum_bounds(context, eqn, a, b)
+    low = high = None
+    if jnp.issubdtype(aval.dtype, jnp.floating):
+        low, high = _sum_bounds(a, negative(b) if eqn.primitive.name == "sub" else b)
     parts = []
     for x, other in ((a, b), (b, a)):
-        endless = (other.low == other.high) & np.isinf(other.low)
-        finite = np.isfinite(x.low) & np.isfinite(x.high)
+        lost = (other.low == other.high) & np.isinf(other.low) & x.finite
         x = _to_shape(x, aval.shape)
-        parts.append(_without(x, endless & finite) if np.any(endless & finite) else x)
-    return [known(aval, union(aval.shape, *parts), low, high)]
+        parts.append(_without(x, lost) if np.any(lost) else x)
+    return [_entries(aval, union(aval.shape, *parts), low, high, a, b)]
 
 
 @rule("div")
 def _div(context, eqn, a, b):
     """0 / b is 0 or NaN, and which of them only b decides."""
     aval = eqn.outvars[0].aval
-    low, high = bounds_of(aval.dtype)
+    low = high = None
     if jnp.issubdtype(aval.dtype, jnp.floating):
-        if b.bounded and b.reads is None and (b.low == b.high).all() and (b.low != 0).all():
-            low, high = _product(a, Known(b.shape, b.dtype, None, 1 / b.low, 1 / b.high))
+        settled = (b.low == b.high) & b.finite & (b.low != 0)
+        if b.reads is None and settled.all():
+            with np.errstate(all="ignore"):
+                low, high = 1 / b.low, 1 / b.high
+            low, high = _product(a, Known(b.shape, b.dtype, None, low, high))
         elif a.zero is not None:
-            low, high = np.where(a.zero, 0, -ANY), np.where(a.zero, 0, ANY)
+            never = (b.low == 0) & (b.high == 0)  # 0 / 0
+            zero = (a.low == 0) & (a.high == 0) & b.finite & ~never
+            endless = never | ~a.finite | ~b.finite
+            low, high = (
+                np.where(zero, 0, np.where(endless, sign * np.inf, sign * ANY)) for sign in (-1, 1)
+            )
     parts = [_to_shape(x, aval.shape) for x in (a, b)]
-    return [known(aval, union(aval.shape, *parts), low, high)]
+    return [_entries(aval, union(aval.shape, *parts), low, high, a, b)]
 
 
 @rule("select_n")
 def _select(context, eqn, which, *cases):
     """Where the predicate is a constant, the case it chooses; else any, and the predicate."""
-    aval = eqn.outvars[0].aval
-    if is_real(aval.dtype):
-        cases = context.bounded_beside_masks(cases)
+    return [select(eqn.outvars[0].aval, which, *cases)]
+
+
+def select(aval, which: Known, *cases: Known) -> Known:
     which = _to_shape(which, aval.shape)
-    settled = np.broadcast_to(which.low == which.high, aval.shape)
+    settled = np.broadcast_to((which.low == which.high) & (which.low < len(cases)), aval.shape)
     chosen = np.broadcast_to(which.low, aval.shape)
     reads = union(aval.shape, which)
     low, high = np.full(aval.shape, np.inf), np.full(aval.shape, -np.inf)
@@ -179,7 +220,9 @@ def _select(context, eqn, which, *cases):
         if case.reads is not None:
             part = np.where(possible[..., None], case.reads, np.uint64(0))
             reads = either(reads, part)
-    return [known(aval, reads, low, high)]
+    if is_real(aval.dtype):
+        return known(aval, reads, low, high)
+    return _of(aval, reads, *cases)
 
 
 @rule("max", "min")
@@ -192,12 +235,13 @@ def _max(context, eqn, a, b):
     pick = np.maximum if largest else np.minimum
     parts = []
     for x, other in ((a, b), (b, a)):
-        x = _to_shape(x, aval.shape)
         loses = x.high < other.low if largest else x.low > other.high
+        x = _to_shape(x, aval.shape)
         if x.reads is not None and np.any(loses):
             x = _without(x, np.broadcast_to(loses, aval.shape))
         parts.append(x)
-    return [known(aval, union(aval.shape, *parts), pick(a.low, b.low), pick(a.high, b.high))]
+    bounds = pick(a.low, b.low), pick(a.high, b.high)
+    return [_entries(aval, union(aval.shape, *parts), *bounds, a, b)]
 
 
 def _without(x: Known, where: np.ndarray) -> Known:
@@ -211,14 +255,11 @@ def _without(x: Known, where: np.ndarray) -> Known:
 # Bounds
 
 
-def _outward(low, high, dtype):
-    """Rounded outward, and finite where only overflow could have made it infinite."""
-    if not jnp.issubdtype(dtype, jnp.floating):
-        least, most = bounds_of(dtype)
-        wraps = (low < least) | (high > most)
-        return np.where(wraps, least, low), np.where(wraps, most, high)
+def _outward(low, high, dtype, roundings: int = 1):
+    """What rounding, underflow and flushing to zero make of exact bounds; finite ones stay so."""
+    relative, absolute = (4 * roundings * float(a) for a in (jnp.finfo(dtype).eps, tiny(dtype)))
     with np.errstate(all="ignore"):
-        wide = low - np.abs(low) / 64, high + np.abs(high) / 64
+        wide = low - np.abs(low) * relative - absolute, high + np.abs(high) * relative + absolute
     return tuple(
         np.where(np.isfinite(end), np.clip(out, -ANY, ANY), end)
         for end, out in zip((low, high), wide, strict=True)
@@ -226,102 +267,120 @@ def _outward(low, high, dtype):
 
 
 def _finite(low, high, *operands: Known):
-    """A sum or product of finite numbers is taken to be finite."""
-    finite = np.bool_(True)
-    for x in operands:
-        finite = finite & np.isfinite(x.low) & np.isfinite(x.high)
-    low = np.where(np.isnan(low), -np.inf, np.where(finite, np.clip(low, -ANY, ANY), low))
-    high = np.where(np.isnan(high), np.inf, high)
-    return low, np.where(finite, np.clip(high, -ANY, ANY), high)
+    """Of finite numbers the result is taken to be finite; what may be NaN has no bounds."""
+    finite = functools.reduce(np.logical_and, [x.finite for x in operands])
+    nan = np.isnan(low) | np.isnan(high)
+    low, high = np.where(nan, -np.inf, low), np.where(nan, np.inf, high)
+    return tuple(np.where(finite, np.clip(end, -ANY, ANY), end) for end in (low, high))
 
 
-def _sum_bounds(context, eqn, a, b):
-    aval = eqn.outvars[0].aval
-    if not is_real(aval.dtype):
-        return None, None
-    if jnp.issubdtype(aval.dtype, jnp.floating):
-        if eqn.primitive.name == "sub":
-            (negative,) = context.bounded_beside_masks((_negative(b),), beside=(a,))
-            (a,) = context.bounded_beside_masks((a,), beside=(negative,))
-            b = _negative(negative)
-        else:
-            a, b = context.bounded_beside_masks((a, b))
+def _sum_bounds(a: Known, b: Known):
     with np.errstate(all="ignore"):
-        if eqn.primitive.name == "sub":
-            b = _negative(b)
-        both = np.asarray(a.low + b.low), np.asarray(a.high + b.high)
-        return _outward(*_finite(*both, a, b), aval.dtype)
+        low, high = np.asarray(a.low + b.low), np.asarray(a.high + b.high)
+    low, high = _outward(*_finite(low, high, a, b), a.dtype)
+    for x, other in ((a, b), (b, a)):
+        zero = (x.low == 0) & (x.high == 0)
+        low, high = np.where(zero, other.low, low), np.where(zero, other.high, high)
+    return low, high
 
 
-def _negative(x: Known) -> Known:
+def negative(x: Known) -> Known:
     return Known(x.shape, x.dtype, x.reads, -x.high, -x.low)
 
 
 def _product(a: Known, b: Known):
+    """Of integers, which may wrap, only the zeros are known."""
+    zero = ((a.low == 0) & (a.high == 0)) | ((b.low == 0) & (b.high == 0))
+    zero = zero & a.finite & b.finite
+    if not jnp.issubdtype(a.dtype, jnp.floating):
+        least, most = bounds_of(a.dtype)
+        return np.where(zero, 0, least), np.where(zero, 0, most)
     with np.errstate(all="ignore"):
         ends = [np.asarray(x * y) for x in (a.low, a.high) for y in (b.low, b.high)]
-        # 0 * inf: a zero end of one factor is a zero, and an infinite other is not finite.
-        ends = [np.where(np.isnan(end), 0, end) for end in ends]
-        low, high = np.minimum.reduce(ends), np.maximum.reduce(ends)
-    zero = ((a.low == 0) & (a.high == 0)) | ((b.low == 0) & (b.high == 0))
+    low, high = np.minimum.reduce(ends), np.maximum.reduce(ends)  # NaN, of 0 * inf, stays NaN
     low, high = _outward(*_finite(low, high, a, b), a.dtype)
     return np.where(zero, 0, low), np.where(zero, 0, high)
 
 
-def _exp_bounds(context, eqn, x):
+def _exp_bounds(eqn, x):
     """0 where it underflows in every dtype."""
+    power = np.exp if eqn.primitive.name == "exp" else np.exp2
+    if not is_real(x.dtype):
+        return None, None
     with np.errstate(all="ignore"):
-        low, high = (np.where(end < _UNDERFLOW, 0, np.exp(end)) for end in (x.low, x.high))
-    high = np.where(np.isinf(x.high), high, np.clip(high, 0, ANY / 2))
-    return low * 0, np.where(high == 0, 0, high * (1 + 1 / 64))
+        high = power(x.high)
+    high = np.where(np.isinf(x.high), high, np.clip(high, 0, ANY))
+    high = _outward(high, high, x.dtype)[1]
+    return np.zeros_like(x.low), np.where(x.high < _UNDERFLOW, 0, high)
 
 
-def _logistic_bounds(context, eqn, x):
-    return np.zeros_like(x.low), np.where(x.high < _UNDERFLOW, 0.0, 1.0)
+def _logistic_bounds(eqn, x):
+    if not is_real(x.dtype):
+        return None, None
+    most = _outward(1.0, 1.0, x.dtype)[1]
+    return np.zeros_like(x.low), np.where(x.high < _UNDERFLOW, 0.0, most)
 
 
-def _convert_bounds(context, eqn, x):
+def _convert_bounds(eqn, x):
     new = eqn.outvars[0].aval.dtype
-    if not (is_real(eqn.outvars[0].aval.dtype) and is_real(x.dtype)):
+    if not (is_real(new) and is_real(x.dtype)):
         return None, None
     if new == jnp.bool_:
+        low, high = _flushed(x)
         point = x.low == x.high
-        away = (x.low > 0) | (x.high < 0)
+        away = (low > 0) | (high < 0)
         return np.where(point, x.low != 0, away) * 1.0, np.where(point, x.low != 0, 1.0)
     if jnp.issubdtype(new, jnp.integer):
         low, high = np.trunc(x.low), np.trunc(x.high)
         least, most = bounds_of(new)
-        fits = (low >= least) & (high <= most)
+        fits = (low >= least) & (high <= most) & (np.maximum(-low, high) <= WHOLE)
         return np.where(fits, low, least), np.where(fits, high, most)
     # A number beyond a narrower dtype is infinite there; "any finite" stays any finite.
     with np.errstate(all="ignore"):
-        ends = (np.where(np.abs(end) == ANY, end, _rounded(end, new)) for end in (x.low, x.high))
-        return tuple(ends)
+        ends = [_rounded(end, new) for end in (x.low, x.high)]
+        normal = [(end == 0) | (np.abs(end) >= tiny(new)) for end in ends]
+        exact = [
+            ok & (end == old) for end, old, ok in zip(ends, (x.low, x.high), normal, strict=True)
+        ]
+        overflows = (x.low == x.high) & np.isinf(ends[0])
+        low, high = _outward(x.low, x.high, new)
+    low = np.where(overflows, ends[0], np.where(exact[0], x.low, low))
+    return low, np.where(overflows, ends[1], np.where(exact[1], x.high, high))
 
 
 def _rounded(end, dtype):
     return np.asarray(end).astype(dtype).astype(np.float64)
 
 
-def _compare_bounds(context, eqn, a, b):
-    """Decided by the bounds, of integers and bools: a float may be NaN."""
-    if jnp.issubdtype(a.dtype, jnp.inexact) or not is_real(a.dtype):
+def _flushed(x: Known):
+    """The bounds where a subnormal number may count as zero."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x.low, x.high
+    least = tiny(x.dtype)
+    low = np.where((x.low > 0) & (x.low < least), 0, x.low)
+    return low, np.where((x.high < 0) & (x.high > -least), 0, x.high)
+
+
+def _compare_bounds(eqn, a, b):
+    """Decided by the bounds, which what may be NaN has none of."""
+    if not is_real(a.dtype):
         return 0.0, 1.0
-    name = eqn.primitive.name
-    less, more = a.high < b.low, a.low > b.high
+    (low, high), (other_low, other_high) = _flushed(a), _flushed(b)
+    less, more = high < other_low, low > other_high
     same = (a.low == a.high) & (b.low == b.high) & (a.low == b.low)
+    not_more, not_less = high <= other_low, low >= other_high
     yes, no = {
-        "lt": (less, (a.low >= b.high)),
-        "le": (a.high <= b.low, more),
-        "gt": (more, (a.high <= b.low)),
-        "ge": (a.low >= b.high, less),
+        "lt": (less, not_less),
+        "le": (not_more, more),
+        "gt": (more, not_more),
+        "ge": (not_less, less),
         "eq": (same, less | more),
         "ne": (less | more, same),
-    }[name]
+    }[eqn.primitive.name]
     return np.where(yes, 1.0, 0.0), np.where(no, 0.0, 1.0)
 
 
-def _logic_bounds(context, eqn, *operands):
+def _logic_bounds(eqn, *operands):
     if eqn.outvars[0].aval.dtype != jnp.bool_:
         return None, None
     if eqn.primitive.name == "not":
@@ -332,27 +391,30 @@ def _logic_bounds(context, eqn, *operands):
     return pick(a.low, b.low), pick(a.high, b.high)
 
 
-def _clamp_bounds(context, eqn, least, x, most):
+def _clamp_bounds(eqn, least, x, most):
     pick = lambda a, b, c: np.minimum(np.maximum(b, a), c)
     return pick(least.low, x.low, most.low), pick(least.high, x.high, most.high)
 
 
-def _abs_bounds(context, eqn, x):
-    if not is_real(x.dtype):
+def _abs_bounds(eqn, x):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
         return None, None
     across = (x.low < 0) & (x.high > 0)
     ends = np.abs(x.low), np.abs(x.high)
     return np.where(across, 0, np.minimum(*ends)), np.maximum(*ends)
 
 
-_SAME = ("copy", "copy_p", "name", "device_put", "sharding_constraint")
+def _neg_bounds(eqn, x):
+    return (-x.high, -x.low) if jnp.issubdtype(x.dtype, jnp.floating) else (None, None)
+
+
+_SAME = ("copy", "copy_p", "name", "sharding_constraint")
 _BOUNDS: dict[str, Callable] = {
-    "neg": lambda context, eqn, x: (-x.high, -x.low) if is_real(x.dtype) else (None, None),
+    "neg": _neg_bounds,
     **dict.fromkeys(("exp", "exp2"), _exp_bounds),
     "logistic": _logistic_bounds,
     "convert_element_type": _convert_bounds,
-    "reduce_precision": lambda context, eqn, x: _outward(x.low, x.high, x.dtype),
-    **dict.fromkeys(_SAME, lambda context, eqn, x: (x.low, x.high)),
+    **dict.fromkeys(_SAME, lambda eqn, x: (x.low, x.high)),
     "clamp": _clamp_bounds,
     "abs": _abs_bounds,
     **dict.fromkeys(("and", "or", "not"), _logic_bounds),
@@ -371,8 +433,8 @@ def _moved(eqn, sources: np.ndarray, *operands: Known) -> Known:
     outside = sources < 0
     low, high = (_taken(sources, [getattr(x, end) for x in operands], operands) for end in _ENDS)
     if outside.any():
-        least, most = bounds_of(aval.dtype)
-        low, high = np.where(outside, least, low), np.where(outside, most, high)
+        filled = unknown(aval.shape, aval.dtype)
+        low, high = np.where(outside, filled.low, low), np.where(outside, filled.high, high)
     words = [x.reads.shape[-1] for x in operands if x.reads is not None]
     if not words:
         return known(aval, None, low, high)
@@ -440,6 +502,9 @@ _NUMPY_MOVES: dict[str, Callable] = {
 }
 
 
+MOVES = (*_NUMPY_MOVES, *"concatenate dynamic_slice dynamic_update_slice gather pad split".split())
+
+
 @rule(*_NUMPY_MOVES)
 def _move(context, eqn, x, *_):
     return [_moved(eqn, _NUMPY_MOVES[eqn.primitive.name](*_numbers(x), eqn.params), x)]
@@ -467,18 +532,37 @@ def _pad(context, eqn, x, padding):
 @rule("dynamic_slice")
 def _dynamic_slice(context, eqn, x, *starts):
     """Where an index along an axis is not a constant, every entry along it may be meant."""
-    fixed = [start.constant.all() for start in starts]
-    places = [np.int32(s.low if ok else 0) for s, ok in zip(starts, fixed, strict=True)]
+    fixed = [_settled(start).all() for start in starts]
+    places = [
+        _place(s) if ok else np.zeros((), s.dtype) for s, ok in zip(starts, fixed, strict=True)
+    ]
     x = _any_along(x, [axis for axis, ok in enumerate(fixed) if not ok])
     return [_also(_moved(eqn, _bind(eqn, *_numbers(x), *places), x), everything(*starts))]
 
 
 @rule("dynamic_update_slice")
 def _dynamic_update_slice(context, eqn, x, update, *starts):
-    if not all(start.constant.all() for start in starts):
+    if not all(_settled(start).all() for start in starts):
         return connect_all(context, eqn, x, update, *starts)
-    where = [np.int32(start.low) for start in starts]
+    where = list(map(_place, starts))
     return [_moved(eqn, _bind(eqn, *_numbers(x, update), *where), x, update)]
+
+
+def _place(start: Known) -> np.ndarray:
+    """An index that is known, in its own dtype: each has its own range."""
+    return np.broadcast_to(start.low, start.shape).astype(start.dtype)
+
+
+def _settled(index: Known) -> np.ndarray:
+    """Where an index is known, and means the same to every compiler: those of XLA take a large
+    unsigned one for a negative number in one place and not in the other.
+    """
+    return index.constant & (index.high <= largest_index(index.dtype))
+
+
+def largest_index(dtype) -> int:
+    """That of the signed integers of this size, of 32 bits at most."""
+    return 2 ** min(8 * np.dtype(dtype).itemsize - 1, 31) - 1
 
 
 def _any_along(x: Known, axes: Sequence[int]) -> Known:
@@ -506,15 +590,16 @@ def _also(x: Known, reads) -> Known:
 def _gather(context, eqn, x, indices):
     """Along an axis whose index is not a constant, all entries; the rows of the index besides."""
     dims = eqn.params["dimension_numbers"]
-    constant = indices.constant.reshape(-1, indices.shape[-1]).all(0)
+    constant = np.atleast_1d(_settled(indices).reshape(-1, indices.shape[-1]).all(0))
     unknown = [
         axis for axis, fixed in zip(dims.start_index_map, constant, strict=True) if not fixed
     ]
     places = np.where(constant, np.broadcast_to(indices.low, indices.shape), 0)
-    sources = _bind(eqn, *_numbers(x), places.astype(np.int32), fill_value=-1)
+    sources = _bind(eqn, *_numbers(x), places.astype(indices.dtype), fill_value=-1)
     out = _moved(eqn, sources, _any_along(x, unknown))
-    if unknown and jnp.issubdtype(x.dtype, jnp.floating):
-        out = known(out, out.reads)  # an index outside may be filled with anything
+    if unknown and "FILL" in str(eqn.params["mode"]):
+        # With NaN, or with the largest integer; a NaN that depends on the input is excepted.
+        out = _of(eqn.outvars[0].aval, out.reads, out)
     if indices.reads is None:
         return [out]
     rows = np.bitwise_or.reduce(indices.reads, -2)
@@ -525,7 +610,7 @@ def _gather(context, eqn, x, indices):
 @rule("scatter", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "scatter_sub")
 def _scatter(context, eqn, x, indices, updates):
     """Where an update lands is asked of the gather that is its transpose."""
-    if not indices.constant.all():
+    if not _settled(indices).all():
         return connect_all(context, eqn, x, indices, updates)
     dims = eqn.params["dimension_numbers"]
     single = {*dims.inserted_window_dims, *dims.operand_batching_dims}
@@ -533,7 +618,7 @@ def _scatter(context, eqn, x, indices, updates):
     sizes = [1 if axis in single else next(window) for axis in range(len(x.shape))]
     landing = jax.lax.gather(
         jnp.asarray(_numbers(x)[0]),
-        jnp.asarray(np.broadcast_to(indices.low, indices.shape), jnp.int32),
+        jnp.asarray(_place(indices)),
         jax.lax.GatherDimensionNumbers(
             offset_dims=dims.update_window_dims,
             collapsed_slice_dims=dims.inserted_window_dims,
@@ -549,7 +634,7 @@ def _scatter(context, eqn, x, indices, updates):
     inside = landing >= 0
     words = [a.reads.shape[-1] for a in (x, updates) if a.reads is not None]
     if not words:
-        return [known(eqn.outvars[0].aval)]
+        return [_of(eqn.outvars[0].aval, None, x, updates)]
     reads = np.zeros((math.prod(x.shape), words[0]), np.uint64)
     if x.reads is not None:
         reads |= x.reads.reshape(reads.shape)
@@ -557,7 +642,7 @@ def _scatter(context, eqn, x, indices, updates):
         reads[landing[inside]] = 0  # overwritten
     if updates.reads is not None:
         np.bitwise_or.at(reads, landing[inside], updates.reads.reshape(-1, words[0])[inside])
-    return [known(eqn.outvars[0].aval, reads.reshape(*x.shape, -1))]
+    return [_of(eqn.outvars[0].aval, reads.reshape(*x.shape, -1), x, updates)]
 
 
 # Along an axis
@@ -572,7 +657,7 @@ def _reduce(context, eqn, x):
     x = _contenders(x, axes, name)
     reads = None if x.reads is None else np.bitwise_or.reduce(x.reads, axes)
     low, high = _reduced_bounds(x, axes, name)
-    return [known(aval, reads, low, high)]
+    return [_of(aval, reads, x) if low is None else known(aval, reads, low, high)]
 
 
 def _axes(eqn) -> tuple[int, ...]:
@@ -599,19 +684,27 @@ def _reduced_bounds(x: Known, axes: tuple[int, ...], name: str):
     if not is_real(x.dtype):
         return None, None
     low, high = np.broadcast_to(x.low, x.shape), np.broadcast_to(x.high, x.shape)
-    if name == "reduce_max":
-        return low.max(axes), high.max(axes)
-    if name == "reduce_min":
-        return low.min(axes), high.min(axes)
-    if name == "reduce_sum":
+    if name in ("reduce_max", "reduce_min"):
+        pick = np.max if name == "reduce_max" else np.min
+        nan = np.broadcast_to(x.unsure, x.shape).any(axes)
+        return np.where(nan, -np.inf, pick(low, axes)), np.where(nan, np.inf, pick(high, axes))
+    if name == "reduce_sum" and jnp.issubdtype(x.dtype, jnp.floating):
+        zero = ((low == 0) & (high == 0)).all(axes)
         with np.errstate(all="ignore"):
+            size = np.maximum(np.abs(low), np.abs(high)).sum(axes)
             ends = low.sum(axes), high.sum(axes)
-            finite = np.isfinite(low).all(axes) & np.isfinite(high).all(axes)
-        clipped = (np.where(finite, np.clip(end, -ANY, ANY), end) for end in ends)
-        low, high = clipped
-        nan = np.isnan(low) | np.isnan(high)
-        return _outward(np.where(nan, -np.inf, low), np.where(nan, np.inf, high), x.dtype)
+            count = math.prod(x.shape[axis] for axis in axes)
+            slack = size - _outward(size, size, x.dtype, max(count, 1))[0]
+            ends = ends[0] - slack, ends[1] + slack
+        low, high = _all_along(low, axes), _all_along(high, axes)
+        whole = Known(size.shape, x.dtype, None, low, high)
+        return tuple(np.where(zero, 0, end) for end in _finite(*ends, whole))
     return None, None
+
+
+def _all_along(end, axes):
+    """Finite where all along the axes are."""
+    return np.where(np.isfinite(end).all(axes), 0, np.inf)
 
 
 @rule("argmax", "argmin")
@@ -630,7 +723,7 @@ def _cumulative(context, eqn, x):
     if reads is not None:
         turn = lambda a: np.flip(a, axis) if reverse else a
         reads = turn(np.bitwise_or.accumulate(turn(reads), axis))
-    return [known(eqn.outvars[0].aval, reads)]
+    return [_of(eqn.outvars[0].aval, reads, x)]
 
 
 _ALONG: dict[str, Callable[[dict], tuple[int, ...]]] = {
@@ -649,13 +742,12 @@ def _along(context, eqn, *operands):
     reads = union(shape, *operands)
     if reads is not None:
         reads = np.bitwise_or.reduce(reads, axes, keepdims=True)
-    return [
-        known(
-            v.aval,
-            None if reads is None else np.broadcast_to(reads, (*v.aval.shape, reads.shape[-1])),
-        )
-        for v in eqn.outvars
-    ]
+    avals = [var.aval for var in eqn.outvars]
+    return [_of(aval, _broadcast(reads, aval.shape), *operands) for aval in avals]
+
+
+def _broadcast(reads, shape: tuple[int, ...]):
+    return None if reads is None else np.broadcast_to(reads, (*shape, reads.shape[-1]))
 
 
 # Products and windows
@@ -663,11 +755,12 @@ def _along(context, eqn, *operands):
 
 @rule("dot_general")
 def _dot_general(context, eqn, a, b):
-    """Row and column, but for products with zero."""
+    """Row and column, but for products of what is finite with zero."""
     (ca, cb), (ba, bb) = eqn.params["dimension_numbers"]
     aval = eqn.outvars[0].aval
     left, right = _matrices(a, ca, ba), _matrices(b, cb, bb)
-    reads = either(_half(left[0], right[1]), _half(right[0], left[1], turned=True))
+    cut = lambda x, zero: zero if context.zeros_cut and x.finite.all() else None
+    reads = either(_half(left[0], cut(a, right[1])), _half(right[0], cut(b, left[1]), turned=True))
     if reads is not None:
         batch = tuple(a.shape[i] for i in ba)
         rows = tuple(n for i, n in enumerate(a.shape) if i not in (*ca, *ba))
@@ -675,7 +768,7 @@ def _dot_general(context, eqn, a, b):
         shape = (math.prod(batch), math.prod(rows), math.prod(columns))
         reads = np.broadcast_to(reads, (*shape, reads.shape[-1]))
         reads = reads.reshape(*batch, *rows, *columns, -1)
-    return [known(aval, reads)]
+    return [_of(aval, reads, a, b)]
 
 
 def _matrices(x: Known, contracted, batched):
@@ -722,17 +815,18 @@ def _convolution(context, eqn, x, kernel):
     is zero.
     """
     row = everything(kernel)
-    ones = jnp.asarray(np.ones(kernel.shape) if kernel.zero is None else ~kernel.zero, jnp.float32)
+    zero = kernel.zero if context.zeros_cut and x.finite.all() else None
+    ones = jnp.asarray(np.ones(kernel.shape) if zero is None else ~zero, jnp.float32)
     settings = dict(preferred_element_type=None, precision=None)
     reads = _each_bit(x, lambda bits: eqn.primitive.bind(bits, ones, **{**eqn.params, **settings}))
-    return [_also(known(eqn.outvars[0].aval, reads), row)]
+    return [_also(_of(eqn.outvars[0].aval, reads, x, kernel), row)]
 
 
 @rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 def _window(context, eqn, x):
     largest = jex.primitives.reduce_window_max_p
     reads = _each_bit(x, lambda bits: largest.bind(bits, **eqn.params))
-    return [known(eqn.outvars[0].aval, reads)]
+    return [_of(eqn.outvars[0].aval, reads, x)]
 
 
 def _each_bit(x: Known, fn: Callable):

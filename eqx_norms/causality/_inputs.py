@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from .._jaxprs import is_ref
 from .._real import Integer, Real
 from ._edits import is_mask, require_names
 from ._widen import trace
@@ -163,13 +164,24 @@ def _split(leaf: Array, axes: Sequence[int], lengths: Sequence[int]) -> Array:
 def traced(flat: Callable, leaves: Sequence[Array]) -> jex.ClosedJaxpr:
     """The trace of `flat`; an error of the user's function is theirs, with a remark of ours."""
     try:
-        return trace(flat, leaves)
+        return _without_refs_of_others(trace(flat, leaves))
     except jax.errors.JAXTypeError as error:
         error.add_note(
             "The check runs fn under jax.jit: write it with jax.numpy instead of numpy, and "
             "without Python control flow on its input."
         )
         raise
+
+
+def _without_refs_of_others(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
+    """Refuses a function that reads or writes a Ref that it has not made itself."""
+    if any(map(is_ref, closed.consts)):
+        raise ValueError(
+            "fn uses a jax.Ref that was made outside of it, and whose contents change from one "
+            "call to the next; make it inside fn, by jax.new_ref(values), or give fn its values, "
+            "ref[...]"
+        )
+    return closed
 
 
 def require_same_length(problem: Problem, axis: Axes, out_axis: Axes | None) -> None:

@@ -11,6 +11,8 @@ from jaxtyping import Float, UInt64
 # The bounds of a float that may be any finite number. Larger than what any dtype holds, and still
 # finite: minus infinity, the usual mask, stays apart from it.
 ANY = np.finfo(np.float64).max
+# Up to here float64 holds every integer. Larger ones have no bounds but those of their dtype.
+WHOLE = 2.0**53
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +22,13 @@ class Known:
     - `reads`: 64 inputs to a word; a bit is set if the entry may change with that input. `None`
         if it changes with none.
     - `low`, `high`: bounds, of a shape that broadcasts to that of the array. Where both are
-        equal the entry is a constant. A quotient may be NaN besides: then it is either this
-        number or NaN, and which of the two is what it reads.
-    - `value`: the array itself, where it can be computed before any input comes.
+        equal the entry is a constant, but for the sign of a zero. From minus to plus infinity
+        is what may be NaN besides.
+    - `value`: the array itself, where it is the same in every compilation: known before any
+        input comes, and by no rounding.
+    - `assumed`: the same array under the assumption that what meets a mask is small beside it.
+        Nobody may look there but what leads to an exponential, and the exponential itself.
+    - `rests_on`: of such an array, the names of the meetings that were assumed.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +41,8 @@ class Known:
         default_factory=lambda: np.float64(ANY)
     )
     value: Any = None
+    assumed: "Known | None" = None
+    rests_on: frozenset = frozenset()
 
     @property
     def constant(self) -> np.ndarray:
@@ -48,8 +56,19 @@ class Known:
         return np.broadcast_to(zero, self.shape) if zero.any() else None
 
     @property
-    def bounded(self) -> bool:
-        return bool((self.low > -ANY).all() and (self.high < ANY).all())
+    def finite(self) -> np.ndarray | np.bool_:
+        """Which entries are finite numbers, of a shape that broadcasts to that of the array."""
+        return np.isfinite(self.low) & np.isfinite(self.high)
+
+    @property
+    def unsure(self) -> np.ndarray | np.bool_:
+        """Which entries may be NaN, likewise."""
+        return np.isneginf(self.low) & np.isposinf(self.high)
+
+    def reading(self, change) -> "Known":
+        """With other reads, of which `change` makes them: under the assumption as well."""
+        assumed = None if self.assumed is None else self.assumed.reading(change)
+        return dataclasses.replace(self, reads=change(self.reads), value=None, assumed=assumed)
 
 
 def known(aval: Any, reads=None, low=None, high=None) -> Known:
@@ -63,7 +82,10 @@ def known(aval: Any, reads=None, low=None, high=None) -> Known:
         reads = np.where(decided[..., None], np.uint64(0), reads)
     if reads is not None and not reads.any():
         reads = None
-    return Known(aval.shape, aval.dtype, reads, low, high)
+    value = None
+    if jnp.issubdtype(aval.dtype, jnp.integer) and (low == high).all():
+        value = np.broadcast_to(low, aval.shape).astype(aval.dtype)
+    return Known(aval.shape, aval.dtype, reads, low, high, value)
 
 
 def free(shape: tuple[int, ...], dtype: Any, reads=None) -> Known:
@@ -72,37 +94,64 @@ def free(shape: tuple[int, ...], dtype: Any, reads=None) -> Known:
     return Known(shape, dtype, reads, np.float64(low), np.float64(high))
 
 
+def unknown(shape: tuple[int, ...], dtype: Any, reads=None) -> Known:
+    """An array that may hold anything, NaN and infinities as well."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return free(shape, dtype, reads)
+    return Known(shape, dtype, reads, np.float64(-np.inf), np.float64(np.inf))
+
+
 def constant(value: Any) -> Known:
     """An array that is there before any input comes."""
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if not is_real(dtype):
-        return Known(shape, dtype, value=value)
+        key = jnp.issubdtype(dtype, jax.dtypes.extended)
+        finite = key or np.isfinite(np.asarray(value)).all()
+        return dataclasses.replace((free if finite else unknown)(shape, dtype), value=value)
     numbers = np.asarray(value).astype(np.float64)
-    nan = np.isnan(numbers)
-    if nan.any():
-        low, high = (np.where(nan, side, numbers) for side in (-np.inf, np.inf))
-        return Known(shape, dtype, low=low, high=high, value=value)
-    if numbers.size and (numbers == numbers.flat[0]).all():
-        numbers = numbers.reshape(-1)[0]
-    return Known(shape, dtype, low=numbers, high=numbers, value=value)
+    low = high = numbers
+    if jnp.issubdtype(dtype, jnp.integer):
+        large = np.abs(numbers) > WHOLE
+        if large.any():
+            least, most = bounds_of(dtype)
+            low, high = np.where(large, least, low), np.where(large, most, high)
+    elif jnp.issubdtype(dtype, jnp.floating):
+        # Whether a subnormal number is flushed to zero, each compilation decides.
+        small = (np.abs(numbers) < tiny(dtype)) & (numbers != 0)
+        if small.any():
+            value = None
+            low, high = (
+                np.where(small, pick(numbers, 0), numbers) for pick in (np.minimum, np.maximum)
+            )
+        nan = np.isnan(numbers)
+        if nan.any():
+            low, high = np.where(nan, -np.inf, low), np.where(nan, np.inf, high)
+    if low is high and numbers.size and (numbers == numbers.flat[0]).all():
+        low = high = numbers.reshape(-1)[0]
+    return Known(shape, dtype, low=low, high=high, value=value)
 
 
 def parameter(value: Any, large: float) -> Known:
     """An array held by the function: as it is if of integers, any finite values if of floats.
 
-    But for what no parameter is: minus infinity, and numbers of `-large` and below, are masks.
+    But for infinities and NaN, which are no finite values. Numbers of `-large` and below are taken
+    for masks, by assumption.
     """
     if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
         return constant(value)
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        return Known(shape, dtype)
+        return free(shape, dtype)
     numbers = np.asarray(value).astype(np.float64)
-    mask = numbers <= -large
-    if not mask.any():
+    endless, mask = ~np.isfinite(numbers), numbers <= -large
+    if not (endless | mask).any():
         return Known(shape, dtype)
-    low, high = np.where(mask, numbers, -ANY), np.where(mask, numbers, ANY)
-    return Known(shape, dtype, low=low, high=high)
+    exact = constant(value)
+    held = lambda fixed: Known(
+        shape, dtype, None, np.where(fixed, exact.low, -ANY), np.where(fixed, exact.high, ANY)
+    )
+    masked = held(endless | mask) if (mask & ~endless).any() else None
+    return dataclasses.replace(held(endless), assumed=masked)
 
 
 def bounds_of(dtype: Any) -> tuple[float, float]:
@@ -112,6 +161,11 @@ def bounds_of(dtype: Any) -> tuple[float, float]:
         info = jnp.iinfo(dtype)
         return float(info.min), float(info.max)
     return -ANY, ANY
+
+
+def tiny(dtype: Any) -> float:
+    """The smallest normal number."""
+    return float(jnp.finfo(dtype).smallest_normal)
 
 
 def union(shape: tuple[int, ...], *parts: Known):

@@ -71,6 +71,11 @@ class Probe:
         sizes = np.array([self.editor.size(edit) for edit in edits])
         return _combine(leaves, sizes, self.eps)
 
+    def evaluate(self, edits: Sequence[Edit]) -> np.ndarray:
+        """What the function, which here returns one array, gives for each edit."""
+        rows = [self.run(self._inputs(batch)) for batch in _batches(edits, self.batch_size)]
+        return np.concatenate([np.asarray(row) for row in rows])[: len(edits)]
+
     def _inputs(self, batch: Sequence[Edit]) -> tuple[np.ndarray | Array, ...]:
         # A short last batch repeats its last edit: another shape would be another executable.
         full = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]

@@ -2,45 +2,45 @@
 
 The traced function is gone through once, with the inputs that every entry of every intermediate
 result may read in place of its value. What this says holds for every finite input of this shape
-and any finite values of the floating-point parameters.
+and any finite values of the floating-point parameters, as long as no intermediate value becomes
+infinite or NaN but by what the program makes of its own constants.
 """
 
 import dataclasses
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
-from .._jaxprs import called, is_foreign, opened, scan_counts
-from ._flow import LARGE, RULES, connect_all
+from .._jaxprs import called, first_ref, is_foreign, opened, scan_counts
+from ._exact import exact
+from ._flow import RULES, connect_all, select
 from ._inputs import place
 from ._known import (
     Known,
     constant,
     either,
-    everything,
     free,
     known,
     packed,
     parameter,
-    spread,
     union,
+    unknown,
     unpacked,
 )
+from ._masks import LARGE, Meeting, assumed
 
 # As many words of 64 inputs at a time as keep the largest intermediate result below this.
 _BYTES = 2**28
 # A loop is gone through step by step up to so many equations, else to a fixed point.
 _STEPS = 50_000
-# Beyond this a bound is no bound: it comes from a number that may be any finite one.
-_FREE = 1e300
 
 
 @dataclasses.dataclass
@@ -49,7 +49,11 @@ class Context:
 
     - `assume_bounded`: whether scores that meet a mask of a large number are below a tenth of it.
     - `cut`: the equations, by their path, whose results are taken to read nothing.
-    - `masks`: the tenths that were assumed; `opaque`: names of what is not in the table.
+    - `zeros_cut`: whether what is multiplied by zero is not read.
+    - `signs`: for each equation that tells 0 from -0 what its operands read where no zero cuts.
+    - `meetings`: where scores meet masks, `used` those that something was concluded from.
+    - `held`: the numbers that are parameters wherever they stand in the program.
+    - `opaque`: names of what is not in the table; `platforms`: what was asked for.
     - `looking`: whether to look for what may be to blame: `merging` are then the equations that
         bring inputs together, `moving` the others, by path, each with its line.
     - `calls`: the equations that the present one is inside of.
@@ -57,38 +61,26 @@ class Context:
 
     assume_bounded: bool
     cut: frozenset = frozenset()
-    masks: set = dataclasses.field(default_factory=set)
+    zeros_cut: bool = True
+    signs: dict = dataclasses.field(default_factory=dict)
+    meetings: dict[Any, Meeting] = dataclasses.field(default_factory=dict)
+    used: set = dataclasses.field(default_factory=set)
+    held: frozenset = frozenset()
     opaque: set = dataclasses.field(default_factory=set)
+    platforms: set = dataclasses.field(default_factory=set)
     looking: bool = False
     merging: dict = dataclasses.field(default_factory=dict)
     moving: dict = dataclasses.field(default_factory=dict)
     calls: list = dataclasses.field(default_factory=list)
 
-    def bounded_beside_masks(self, values, beside=()) -> Sequence[Known]:
-        if not self.assume_bounded:
-            return values
-        largest = max((_mask_size(x) for x in (*values, *beside)), default=0.0)
-        if not largest:
-            return values
-        limit = largest / 10
-        return [self._clipped(x, limit) for x in values]
+    def line(self, eqn: jex.JaxprEqn) -> str:
+        return _line([*self.calls, eqn])
 
-    def _clipped(self, x: Known, limit: float) -> Known:
-        varies = x.low != x.high
-        below, above = varies & (x.low < -_FREE), varies & (x.high > _FREE)
-        if not ((below | above).any() and jnp.issubdtype(x.dtype, jnp.floating)):
-            return x
-        self.masks.add(limit)
-        low, high = np.where(below, -limit, x.low), np.where(above, limit, x.high)
-        return Known(x.shape, x.dtype, x.reads, low, high)
-
-
-def _mask_size(x: Known) -> float:
-    """The size of the largest negative number that is the whole value of an entry."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return 0.0
-    large = (x.high <= -LARGE) & ((x.low > -_FREE) | (x.low == x.high)) & (x.low > -np.inf)
-    return float(-np.min(np.where(large, x.low, 0.0))) if np.any(large) else 0.0
+    def meet(self, path, new: Meeting) -> None:
+        """Of a loop's steps, each of which may meet another mask, the strictest."""
+        old = self.meetings.get((path, new.operand), new)
+        limit, where = min(old.limit, new.limit), old.where | new.where
+        self.meetings[path, new.operand] = dataclasses.replace(new, limit=limit, where=where)
 
 
 def evaluate(context: Context, closed: Any, args: Sequence[Known], path=()) -> list[Known]:
@@ -100,7 +92,7 @@ def evaluate(context: Context, closed: Any, args: Sequence[Known], path=()) -> l
     last |= dict.fromkeys((v for v in jaxpr.outvars if not _literal(v)), len(jaxpr.eqns))
 
     def read(atom):
-        return constant(atom.val) if _literal(atom) else values[atom]
+        return _scalar(context, atom.val) if _literal(atom) else values[atom]
 
     for i, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
@@ -126,21 +118,68 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
         else:
             results = evaluate(context, inner, operands, path)
         context.calls.pop()
-    elif all(x.value is not None for x in operands) and not (eqn.effects or is_foreign(eqn)):
-        return _computed(eqn, operands)
     else:
+        if name == "platform_index":
+            context.platforms.add(jax.default_backend())
+        signed = _tells_zeros_apart(eqn, operands)
+        if signed:
+            operands = _with_signs(context, operands, path)
+        computed = _computed(eqn, operands)
+        settled = [x for x in computed or () if x is not None]
+        if computed is not None and len(settled) == len(computed):
+            return settled
         if name not in RULES:
             context.opaque.add(name)
         results = RULES.get(name, connect_all)(context, eqn, *operands)
+        if computed is not None:
+            results = list(map(_where_finite, results, _bound(eqn, operands)))
+        if context.assume_bounded:
+            results = assumed(context, eqn, operands, results, path)
         if context.looking:
             merges = _merges(operands, results)
             group = context.merging if merges else context.moving
-            group.setdefault(path, (eqn, _line([*context.calls, eqn])))
+            group.setdefault(path, (eqn, context.line(eqn)))
             if merges:  # What comes later is judged as if this did not.
-                return [dataclasses.replace(x, reads=None) for x in results]
+                return [x.reading(lambda _: None) for x in results]
     if path in context.cut:
-        results = [dataclasses.replace(x, reads=None) for x in results]
+        results = [x.reading(lambda _: None) for x in results]
     return results
+
+
+def _scalar(context: Context, value: Any) -> Known:
+    """A number in the program; a parameter, if it equals one that the function holds."""
+    if np.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+        dtype = jnp.result_type(value)
+        if any(np.asarray(held).astype(dtype) == value for held in context.held):
+            return parameter(value, LARGE)
+    return constant(value)
+
+
+# What tells 0 from -0, which a product with zero does not: of complex numbers, at their branch
+# cuts; bits; and the angle.
+_BRANCHES = "acos acosh asin asinh atan atanh cbrt log log1p log2 pow rsqrt sign sqrt tan tanh"
+
+
+def _tells_zeros_apart(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> bool:
+    name = eqn.primitive.name
+    kinds = [x.dtype for x in operands if x.value is None]
+    is_complex = any(jnp.issubdtype(kind, jnp.complexfloating) for kind in kinds)
+    is_float = any(jnp.issubdtype(kind, jnp.inexact) for kind in kinds)
+    return is_float and (
+        name in ("atan2", "bitcast_convert_type") or (is_complex and name in _BRANCHES.split())
+    )
+
+
+def _with_signs(context: Context, operands: list[Known], path) -> list[Known]:
+    """What decides the signs of zeros is read as well; a pass in which no zero cuts finds it."""
+    if not context.zeros_cut:
+        found = [x.reads for x in operands]
+        old = context.signs.get(path, found)
+        context.signs[path] = [either(a, b) for a, b in zip(old, found, strict=True)]
+        return operands
+    rows = context.signs.setdefault(path, [None] * len(operands))
+    both = zip(operands, rows, strict=True)
+    return [x.reading(lambda old, row=row: either(old, row)) for x, row in both]
 
 
 def _merges(operands: Sequence[Known], results: Sequence[Known]) -> bool:
@@ -150,10 +189,30 @@ def _merges(operands: Sequence[Known], results: Sequence[Known]) -> bool:
     return any(x.reads is not None and not found <= rows(x) for x in operands)
 
 
-def _computed(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> list[Known]:
+def _computed(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> list[Known | None] | None:
+    """The results of constants: `None` in the place of one that another compilation may round
+    otherwise. `None` where not all operands are known.
+    """
+    if not all(x.value is not None for x in operands) or eqn.effects or is_foreign(eqn):
+        return None
+    outs = _bound(eqn, operands)
+    args = [x.value for x in operands]
+    return [constant(out) if exact(eqn, args, out) else None for out in outs]
+
+
+def _bound(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> list[Any]:
     args = [jnp.asarray(x.value) for x in operands]
     outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
-    return [constant(out) for out in (outs if eqn.primitive.multiple_results else [outs])]
+    return outs if eqn.primitive.multiple_results else [outs]
+
+
+def _where_finite(x: Known, value: Any) -> Known:
+    """What was computed shows where the result of constants is no number."""
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return x
+    finite = np.isfinite(np.asarray(value))
+    low, high = np.where(finite, x.low, -np.inf), np.where(finite, x.high, np.inf)
+    return dataclasses.replace(x, low=low, high=high)
 
 
 # Loops and branches
@@ -193,6 +252,25 @@ def _size(closed: Any) -> int:
     )
 
 
+def _also_assumed(fn: Callable[..., Known]) -> Callable[..., Known]:
+    """Applies a function of what is known to what is known under the assumption as well."""
+
+    @functools.wraps(fn)
+    def both(xs, *args):
+        parts = xs if isinstance(xs, Sequence) else [xs]
+        result = fn(xs, *args)
+        if all(x.assumed is None for x in parts):
+            return result
+        twins = [x.assumed or x for x in parts]
+        twin = fn(twins if isinstance(xs, Sequence) else twins[0], *args)
+        rests_on = frozenset().union(*(x.rests_on for x in twins))
+        twin = dataclasses.replace(twin, rests_on=rests_on)
+        return dataclasses.replace(result, assumed=twin)
+
+    return both
+
+
+@_also_assumed
 def _step(x: Known, i: int) -> Known:
     row = lambda a: a[i] if np.ndim(a) == len(x.shape) else a
     reads = None if x.reads is None or not x.reads[i].any() else x.reads[i]
@@ -211,6 +289,7 @@ def _every_step(y: Known, length: int) -> Known:
     return Known((length, *y.shape), y.dtype, reads, y.low, y.high)
 
 
+@_also_assumed
 def _stacked(rows: list[Known], aval: Any) -> Known:
     if not rows:
         return known(aval)
@@ -227,58 +306,93 @@ def _stacked(rows: list[Known], aval: Any) -> Known:
 
 
 def _to_fixed_point(carry: list[Known], step) -> tuple[list[Known], list[Known]]:
-    """The carry joined with its results until it no longer reads more; no bounds survive."""
-    carry = [_loose(x) for x in carry]
+    """The carry joined with its results until it no longer reads more; no bounds survive, but
+    that all is finite.
+    """
+    carry = [_loose(x, x) for x in carry]
     while True:
         outs = step(carry)
-        joined = [_joined(x, y) for x, y in zip(carry, outs, strict=False)]
-        if all(_same_reads(x, y) for x, y in zip(carry, joined, strict=True)):
+        joined = [_loose(x, y) for x, y in zip(carry, outs, strict=False)]
+        if all(_same(x, y) for x, y in zip(carry, joined, strict=True)):
             return carry, outs
         carry = joined
 
 
-def _loose(x: Known) -> Known:
-    return free(x.shape, x.dtype, x.reads)
+def _loose(x: Known, y: Known) -> Known:
+    """What reads as both do; finite if both are."""
+    finite = x.finite.all() and y.finite.all()
+    return (free if finite else unknown)(x.shape, x.dtype, either(x.reads, y.reads))
 
 
-def _joined(x: Known, y: Known) -> Known:
-    return dataclasses.replace(x, reads=either(x.reads, y.reads))
-
-
-def _same_reads(x: Known, y: Known) -> bool:
-    return (x.reads is None and y.reads is None) or (
-        x.reads is not None and y.reads is not None and np.array_equal(x.reads, y.reads)
-    )
+def _same(x: Known, y: Known) -> bool:
+    if (x.reads is None) != (y.reads is None) or x.finite.all() != y.finite.all():
+        return False
+    return x.reads is None or y.reads is None or np.array_equal(x.reads, y.reads)
 
 
 def _while(context: Context, eqn, operands: list[Known], path) -> list[Known]:
-    """As often as the condition is known to hold; where it is not, to a fixed point."""
+    """As often as the condition is known to hold; where it is not, to a fixed point.
+
+    Under `vmap` the condition is an array, and a loop of its own in each of its entries.
+    """
     test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     test_consts, body_consts, carry = operands[:a], operands[a : a + b], operands[a + b :]
+
+    def once(carry, which=None):
+        outs = evaluate(context, body, [*body_consts, *carry], (*path, 1))
+        if which is None:
+            return outs
+        return [_chosen(which, new, old) for new, old in zip(outs, carry, strict=True)]
+
     budget = _STEPS
     while True:
         (holds,) = evaluate(context, test, [*test_consts, *carry], (*path, 0))
         budget -= _size(body) + 1
         if not holds.constant.all() or budget < 0:
             break
-        if not holds.low:
+        which = np.broadcast_to(holds.low > 0, holds.shape)
+        if not which.any():
             return carry
-        carry = evaluate(context, body, [*body_consts, *carry], (*path, 1))
+        carry = once(carry, None if which.all() else holds)
 
     def step(carry):
         (holds,) = evaluate(context, test, [*test_consts, *carry], (*path, 0))
-        outs = evaluate(context, body, [*body_consts, *carry], (*path, 1))
-        row = everything(holds)
-        return [_reading(x, row) for x in outs]
+        return [_decided(x, holds) for x in once(carry)]
 
-    return [_reading(x, everything(holds)) for x in _to_fixed_point(carry, step)[0]]
+    return [_decided(x, holds) for x in _to_fixed_point(carry, step)[0]]
 
 
-def _reading(x: Known, row) -> Known:
-    if row is None:
-        return x
-    return dataclasses.replace(x, reads=either(x.reads, spread(row, x.shape)), value=None)
+def _chosen(which: Known, new: Known, old: Known) -> Known:
+    chosen = select(new, _wide(which, new.shape), old, new)
+    if chosen.value is None and new.value is not None and old.value is not None:
+        rows = np.expand_dims(which.low > 0, _last(len(new.shape) - len(which.shape)))
+        return constant(jnp.where(rows, new.value, old.value))
+    return chosen
+
+
+def _wide(x: Known, shape: tuple[int, ...]) -> Known:
+    """With new axes at its end."""
+    more = len(shape) - len(x.shape)
+    ends = [
+        np.broadcast_to(np.expand_dims(np.broadcast_to(end, x.shape), _last(more)), shape)
+        for end in (x.low, x.high)
+    ]
+    reads = x.reads
+    if reads is not None:
+        where = tuple(range(len(x.shape), len(shape)))
+        reads = np.broadcast_to(np.expand_dims(reads, where), (*shape, reads.shape[-1]))
+    return Known(shape, x.dtype, reads, ends[0], ends[1])
+
+
+def _last(count: int) -> tuple[int, ...]:
+    return tuple(range(-count, 0))
+
+
+def _decided(x: Known, which: Known) -> Known:
+    """Read besides what decides about its entries."""
+    reads = _wide(which, x.shape).reads
+    return x if reads is None else x.reading(lambda old: either(old, reads))
 
 
 def _cond(context: Context, eqn, operands: list[Known], path) -> list[Known]:
@@ -289,10 +403,10 @@ def _cond(context: Context, eqn, operands: list[Known], path) -> list[Known]:
     if which.constant.all():
         return run(int(np.clip(which.low, 0, len(branches) - 1)))
     results = [run(i) for i in range(len(branches))]
-    row = everything(which)
-    return [_reading(_either(parts), row) for parts in zip(*results, strict=True)]
+    return [_decided(_either(parts), which) for parts in zip(*results, strict=True)]
 
 
+@_also_assumed
 def _either(parts: Sequence[Known]) -> Known:
     shape, dtype = parts[0].shape, parts[0].dtype
     low = functools.reduce(np.minimum, [part.low for part in parts])
@@ -314,18 +428,36 @@ class Proof:
     - `connected`: `connected[t, j]`, whether a chain of operations leads from input j to output t.
     - `assumptions`: what else has to hold, in sentences.
     - `obstacles`: what connects forbidden pairs, in sentences.
+    - `meetings`: what was assumed of scores, by path; `confirmed` says whether it is so.
     """
 
     holds: bool
     connected: Bool[np.ndarray, "T_out T_in"]
     assumptions: tuple[str, ...]
     obstacles: tuple[str, ...]
+    meetings: dict[Any, Meeting] = dataclasses.field(default_factory=dict)
+
+    def confirmed(self, sizes: Float[np.ndarray, "E M"]) -> "Proof":
+        """What is left of it, given how large the scores of each meeting are in its limit."""
+        largest = np.where(np.isnan(sizes), np.inf, sizes).max(0)
+        if (largest < 1).all():
+            return self
+        broken = [
+            f"In {meeting.line} scores that meet a mask of {-10 * meeting.limit:.2g} are of size "
+            f"{size * meeting.limit:.2g}, on x or an edit of it. A proof takes them to be below "
+            f"{meeting.limit:.2g}."
+            for meeting, size in zip(self.meetings.values(), largest, strict=True)
+            if not size < 1
+        ]
+        return dataclasses.replace(
+            self, holds=False, assumptions=(), obstacles=tuple(dict.fromkeys(broken)), meetings={}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
     """A traced function, its input, and where positions lie in them; if along several axes, how
-    long those of the output were.
+    long those of the output were. `held` are the numbers that count as parameters.
     """
 
     closed: Any
@@ -333,40 +465,73 @@ class Question:
     in_axes: Sequence[int]
     out_axes: Sequence[int]
     out_lengths: Sequence[int] = ()
+    held: frozenset = frozenset()
 
     def connected(self, context: Context, columns=None) -> Bool[np.ndarray, "T_out columns"]:
         """Whether a chain of operations leads from input `columns[k]` to output t."""
         length = np.shape(self.leaves[0])[self.in_axes[0]]
         columns = np.arange(length) if columns is None else np.asarray(columns)
         words = max(1, min(-(-len(columns) // 64), _BYTES // (8 * _largest(self.closed))))
+        context.held = self.held
         parts = []
         for start in range(0, len(columns), 64 * words):
             chosen = columns[start : start + 64 * words]
             pairs = zip(self.leaves, self.in_axes, strict=True)
-            outs = evaluate(context, self.closed, [_input(x, axis, chosen) for x, axis in pairs])
+            args = [_input(x, axis, chosen) for x, axis in pairs]
+            outs = self._outputs(context, args)
             parts.append(_by_position(outs, self.out_axes, len(chosen)))
         return np.concatenate(parts, 1)
+
+    def _outputs(self, context: Context, args: Sequence[Known]) -> list[Known]:
+        context.signs = {}
+        outs = evaluate(context, self.closed, args)
+        if not context.signs:
+            return outs
+        strict = Context(context.assume_bounded, context.cut, zeros_cut=False, held=self.held)
+        evaluate(strict, self.closed, args)
+        context.signs = strict.signs
+        return evaluate(context, self.closed, args)
 
 
 def prove(
     question: Question, allowed: Bool[np.ndarray, "T_out T_in"], assume_bounded: bool
 ) -> Proof:
     """Whether no chain of operations leads from an input to an output that must not read it."""
+    if (ref := first_ref(question.closed)) is not None:
+        return _without_rule_for_refs(ref, allowed)
     context = Context(assume_bounded=False)
     found = question.connected(context)
     if assume_bounded and (found & ~allowed).any():
         context = Context(assume_bounded=True)
         found = question.connected(context)
-    if not (found & ~allowed).any():
-        return Proof(True, found, _assumptions(context), ())
-    return Proof(False, found, (), _obstacles(question, context, found & ~allowed))
+    if (found & ~allowed).any():
+        return Proof(False, found, (), _obstacles(question, context, found & ~allowed))
+    meetings = {name: context.meetings[name] for name in context.used}
+    return Proof(True, found, _assumptions(context, meetings), (), meetings)
 
 
-def _assumptions(context: Context) -> tuple[str, ...]:
-    return tuple(
-        f"Scores that meet a mask of {-10 * limit:.2g} are below {limit:.2g} in size."
-        for limit in sorted(context.masks)
+def _without_rule_for_refs(eqn: jex.JaxprEqn, allowed) -> Proof:
+    return Proof(
+        False,
+        np.ones(allowed.shape, bool),
+        (),
+        (
+            f"`{eqn.primitive.name}` in {_line([eqn])} makes or uses a Ref. The proof does not "
+            "follow what is written there, and takes every output to read every input.",
+        ),
     )
+
+
+def _assumptions(context: Context, meetings: dict[Any, Meeting]) -> tuple[str, ...]:
+    scores = [
+        f"Scores that meet a mask of {-10 * limit:.2g} are below {limit:.2g} in size."
+        for limit in sorted(meeting.limit for meeting in meetings.values())
+    ]
+    platforms = [
+        f"The function asks for its platform (lax.platform_dependent): this holds on {name}."
+        for name in sorted(context.platforms)
+    ]
+    return tuple(dict.fromkeys([*scores, *platforms]))
 
 
 def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ...]:

@@ -63,7 +63,8 @@ class CausalityReport:
     - `notes`: remarks, in sentences.
     - `kind`: `"causal"`, `"strictly causal"`, `"independent"`, or `"reads"` for any other rule.
     - `outputs`, `inputs`: what the positions are called: `lengths` along the axes, and `labels`.
-    - `assumptions`: what a proof takes for granted beside finite numbers, in sentences.
+    - `assumptions`: what a proof takes for granted beside finite numbers, in sentences. What it
+        says of scores was so on x and on every edit.
     - `obstacles`: what stood in the way of a proof that was asked for: each operation, the line
         that traced to it, and the outputs that it connects.
     """
@@ -182,8 +183,9 @@ _UNDECIDED = (
 
 def _proved_lines(report: CausalityReport) -> list[str]:
     scope = (
-        "For every finite input of this shape, any finite values of the floating-point parameters, "
-        "and as long as no intermediate result overflows."
+        "For every finite input of this shape and any finite values of the floating-point "
+        "parameters, as long as no intermediate value becomes infinite or NaN (what the program "
+        "makes of its own constants, such as a mask of -inf, aside)."
     )
     return [
         f"proved: {_READS_NOT[report.kind]}.",

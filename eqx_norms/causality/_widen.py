@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._jaxprs import called, is_foreign, is_jaxpr, opened, scan_counts
+from .._jaxprs import called, is_foreign, is_jaxpr, is_ref, opened, scan_counts
+from ._loops import BODIES, rewritten
 
 # These hold a traced function of single entries, or read the bits of a dtype.
 _NARROW = ("bitcast_convert_type", "reduce", "reduce_window")
@@ -120,11 +121,11 @@ def _evaluate(closed: Any, args: Sequence[Array], how: _How) -> list[Array]:
         return values[atom]
 
     for eqn in jaxpr.eqns:
-        if not eqn.outvars:
+        if not eqn.outvars and not any(map(is_ref, eqn.invars)):
             continue  # a debug callback: once is enough
         outs = _equation(eqn, [read(atom) for atom in eqn.invars], how)
         for var, out in zip(eqn.outvars, outs, strict=True):
-            values[var] = _wide(_on_grid(out, _aval(var)), how.to)
+            values[var] = out if is_ref(var) else _wide(_on_grid(out, _aval(var)), how.to)
     return [read(atom) for atom in jaxpr.outvars]
 
 
@@ -138,6 +139,8 @@ def _equation(eqn: jex.JaxprEqn, args: list[Array], how: _How) -> Sequence[Array
     inner = called(eqn)
     if inner is not None:
         return _evaluate(inner, args, how)
+    if name in BODIES and any(map(is_ref, args)):
+        return rewritten(eqn, args, lambda body, args, _: (_evaluate(body, args, how), None))[0]
     return _bind(eqn, args, {key: _wide_param(key, value, how) for key, value in params.items()})
 
 
@@ -159,16 +162,23 @@ def _origins(closed: Any, ins: Sequence[frozenset[str]]) -> list[frozenset[str]]
         return frozenset() if isinstance(atom, jex.Literal) else origins.get(atom, frozenset())
 
     for eqn in jaxpr.eqns:
-        outs = _equation_origins(eqn, [read(atom) for atom in eqn.invars])
+        refs = [atom for atom in eqn.invars if is_ref(atom)]
+        outs = _equation_origins(eqn, [read(atom) for atom in eqn.invars], bool(refs))
         origins.update(zip(eqn.outvars, outs, strict=True))
+        # What was put into a Ref: all that went in there.
+        written = frozenset().union(*outs, *map(read, eqn.invars))
+        origins.update({ref: written for ref in refs})
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _equation_origins(eqn: jex.JaxprEqn, ins: list[frozenset[str]]) -> Sequence[frozenset[str]]:
-    inner = None if _is_opaque(eqn) else called(eqn)
+def _equation_origins(
+    eqn: jex.JaxprEqn, ins: list[frozenset[str]], whole: bool = False
+) -> Sequence[frozenset[str]]:
+    """`whole`: results may be made of all that the equation holds, as where it writes to Refs."""
+    inner = None if _is_opaque(eqn) or whole else called(eqn)
     if inner is not None:
         return _origins(inner, ins)
-    if eqn.primitive.name == "scan":
+    if eqn.primitive.name == "scan" and not whole:
         return _scan_origins(eqn, ins)
     made_of = frozenset() if _only_raises(eqn) else frozenset().union(*ins)
     if made_of and _is_opaque(eqn):

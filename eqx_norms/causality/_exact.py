@@ -1,0 +1,115 @@
+"""Which results of constants are the same in every compilation: those that nothing rounds."""
+
+import math
+from typing import Any
+
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from ._flow import largest_index
+from ._known import tiny
+
+# These give a number that was there, a whole one, or one with another sign.
+_ROUND_NOTHING = (
+    "abs bitcast_convert_type broadcast broadcast_in_dim ceil clamp concatenate copy copy_p cummax "
+    "cummin device_put dynamic_slice dynamic_update_slice floor gather imag iota max min name neg "
+    "optimization_barrier pad real reduce_max reduce_min reshape rev round scatter select_n "
+    "sharding_constraint sign slice sort split squeeze stop_gradient tile transpose"
+).split()
+_INDEXED = ("dynamic_slice", "dynamic_update_slice", "gather", "scatter")
+_SUMS = ("reduce_sum", "cumsum", "dot_general")
+
+
+def exact(eqn: jex.JaxprEqn, args: list[Any], out: Any) -> bool:
+    """Whether no rounding was needed. Of integers and bools none is, but at a cast from floats."""
+    name, dtype = eqn.primitive.name, out.dtype
+    if name.replace("-", "_").startswith(_INDEXED) and any(map(_out_of_range, args[1:])):
+        return False
+    if name == "convert_element_type":
+        return _converted(np.asarray(args[0]), out)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return True
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return name in _ROUND_NOTHING
+    if not np.isfinite(np.asarray(out).astype(np.float64)).all():
+        return name in _ROUND_NOTHING
+    if name in _ROUND_NOTHING:
+        return True
+    numbers = [np.asarray(arg).astype(np.float64) for arg in args]
+    if not all(np.isfinite(a).all() for a in numbers):
+        return False
+    digits = jnp.finfo(dtype).nmant + 1
+    small = np.abs(np.asarray(out).astype(np.float64))
+    if ((small < tiny(dtype)) & (small > 0)).any():
+        return False
+    if name in ("add", "sub", "add_any"):
+        a, b = np.broadcast_arrays(*numbers)
+        unit = np.minimum(_unit(a), _unit(b))
+        short = np.abs(a) + np.abs(b) <= np.ldexp(1.0, digits) * unit
+        return bool((short | (a == 0) | (b == 0)).all())
+    if name == "mul":
+        a, b = np.broadcast_arrays(*numbers)
+        zero = (a == 0) | (b == 0)
+        return bool((zero | ((_digits(a) + _digits(b) <= digits) & (small > 0))).all())
+    if name == "div":
+        a, b = np.broadcast_arrays(*numbers)
+        return bool(((b != 0) & ((a == 0) | ((_digits(b) == 1) & (small > 0)))).all())
+    if name in _SUMS:
+        return _summed(numbers, digits)
+    return False
+
+
+def _out_of_range(index: Any) -> bool:
+    """Whether compilers differ on what it means as an index."""
+    index = np.asarray(index)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        return False
+    return bool((index > min(largest_index(index.dtype), jnp.iinfo(index.dtype).max)).any())
+
+
+def _converted(value: np.ndarray, out: Any) -> bool:
+    """A cast that loses nothing: whole numbers, and floats that the new dtype has."""
+    if out.dtype == jnp.bool_ or value.dtype == np.bool_:
+        return True
+    old, new = jnp.issubdtype(value.dtype, jnp.inexact), jnp.issubdtype(out.dtype, jnp.inexact)
+    if not old and not new:
+        return True
+    if jnp.issubdtype(value.dtype, jnp.complexfloating) or jnp.issubdtype(
+        out.dtype, jnp.complexfloating
+    ):
+        return np.array_equal(np.asarray(out), value)
+    after, before = (np.asarray(a).astype(np.float64) for a in (out, value))
+    same = (after == before) & (np.abs(before) <= 2.0**53) if not old else after == before
+    if new:
+        overflowed = np.isinf(after) & ~np.isnan(before)
+        normal = (np.abs(before) >= tiny(out.dtype)) | (before == 0)
+        return bool(((same & normal) | overflowed).all())
+    whole = np.trunc(before) == after
+    return bool((whole & (np.abs(before) <= 2.0**31 - 129)).all())
+
+
+def _summed(numbers: list[np.ndarray], digits: int) -> bool:
+    """Small whole numbers, whose sums are exact in any order and in what matrix units round to."""
+    whole = all((a == np.round(a)).all() and (np.abs(a) <= 256).all() for a in numbers)
+    if not whole:
+        return False
+    count = max((a.size for a in numbers), default=0)
+    largest = math.prod(float(np.abs(a).max(initial=0)) for a in numbers)
+    return count * largest <= 2.0**digits
+
+
+def _unit(a: np.ndarray) -> np.ndarray:
+    """The value of the last digit that is not zero; infinite for 0."""
+    fraction, exponent = np.frexp(a)
+    whole = np.ldexp(fraction, 53).astype(np.int64)
+    lowest = (whole & -whole).astype(np.float64)
+    return np.where(whole == 0, np.inf, np.ldexp(lowest, exponent - 53))
+
+
+def _digits(a: np.ndarray) -> np.ndarray:
+    """How many binary digits there are from the first to the last that is not zero; of 0 none."""
+    fraction, _ = np.frexp(a)
+    whole = np.ldexp(np.abs(fraction), 53).astype(np.int64)
+    lowest = np.where(whole == 0, 1, whole & -whole)
+    return np.where(whole == 0, 0, 53 - np.log2(lowest.astype(np.float64)))

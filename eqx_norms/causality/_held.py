@@ -1,0 +1,113 @@
+"""The numbers that a function holds, and that its trace does not tell from those in its text.
+
+A parameter that is a JAX array, or a NumPy array with axes, is a constant of the trace by itself.
+NumPy's scalars and arrays without axes are written into it as a `0.5` in the program is. So they
+are looked for where the function has them: in closures, attributes, defaults, pytrees and globals.
+"""
+
+import functools
+import sysconfig
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
+
+
+def held_numbers(fn: Callable) -> frozenset[Any]:
+    """The values of all such floats that `fn` can reach."""
+    found: set[Any] = set()
+    seen: dict[int, Any] = {}
+    rest: list[Any] = [fn]
+    while rest:
+        node = rest.pop()
+        if id(node) in seen:
+            continue
+        seen[id(node)] = node  # kept, so that no other object gets its id
+        if is_scalar(node):
+            found.add(np.asarray(node).item())
+        else:
+            rest += _parts(node)
+    return frozenset(found)
+
+
+def is_scalar(node: Any) -> bool:
+    """Whether this is a NumPy float or complex number, as a scalar or as an array."""
+    return isinstance(node, np.generic | np.ndarray) and (
+        node.ndim == 0 and jnp.issubdtype(node.dtype, jnp.inexact)
+    )
+
+
+def _parts(node: Any) -> Iterator[Any]:
+    if isinstance(node, np.ndarray | jax.Array | str | bytes | type | types.ModuleType):
+        return
+    if isinstance(node, Mapping):
+        yield from node.values()
+    elif isinstance(node, list | tuple | set | frozenset):
+        yield from node
+    elif isinstance(node, types.MethodType):
+        yield from (node.__self__, node.__func__)
+    elif isinstance(node, types.FunctionType):
+        yield from _of_function(node)
+    elif isinstance(node, functools.partial):
+        yield from (node.func, *node.args, *node.keywords.values())
+    yield getattr(node, "__wrapped__", None)
+    if type(node).__module__.startswith(("jax", "numpy", "weakref")):
+        return
+    yield from getattr(node, "__dict__", {}).values()
+    yield from (getattr(node, name, None) for name in getattr(type(node), "__slots__", ()))
+    if not isinstance(node, types.FunctionType) and callable(node):
+        yield type(node).__call__
+        yield from (value for value in vars(type(node)).values() if is_scalar(value))
+
+
+def _of_function(fn: types.FunctionType) -> Iterator[Any]:
+    yield from fn.__defaults__ or ()
+    yield from (fn.__kwdefaults__ or {}).values()
+    for cell in fn.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not set yet
+            pass
+    if fn.__code__.co_filename.startswith(_LIBRARIES):
+        return
+    for name in _names(fn.__code__):
+        value = fn.__globals__.get(name)
+        yield value
+        if isinstance(value, types.ModuleType):
+            there = vars(value)
+            yield from (there[at] for at in _names(fn.__code__) if is_scalar(there.get(at)))
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def with_arrays(fn: Any) -> Any:
+    """A copy of `fn` whose closures and pytrees hold JAX arrays in the place of such scalars."""
+    if is_scalar(fn):
+        return jnp.asarray(fn)
+    if isinstance(fn, types.MethodType):
+        return types.MethodType(with_arrays(fn.__func__), with_arrays(fn.__self__))
+    if isinstance(fn, types.FunctionType) and fn.__closure__ and held_numbers(fn):
+        return _with_cells(fn)
+    leaf = lambda node: node is not fn
+    children, tree = jax.tree.flatten(fn, is_leaf=leaf)
+    if children and children[0] is not fn:
+        return jax.tree.unflatten(tree, map(with_arrays, children))
+    return fn
+
+
+def _with_cells(fn: types.FunctionType) -> types.FunctionType:
+    cells = [types.CellType(with_arrays(cell.cell_contents)) for cell in fn.__closure__ or ()]
+    copy = types.FunctionType(
+        fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, tuple(cells)
+    )
+    copy.__kwdefaults__ = fn.__kwdefaults__
+    copy.__dict__.update(fn.__dict__)
+    return copy
