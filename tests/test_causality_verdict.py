@@ -254,6 +254,31 @@ def test_dependency_matrix_refuses_a_function_that_is_not_finite(getkey):
         dependency_matrix(lambda x: x.at[2].set(jnp.nan), x)
 
 
+@pytest.mark.parametrize("features", [3, slow(4097)])  # XLA's maximum loses NaN from 4096 on
+def test_a_gradient_that_is_nan_is_not_lost(features, getkey):
+    # The root of zero has no derivative: times 0, NaN.
+    fn = lambda x: x + 0 * jnp.sqrt(jnp.abs(x[-1, :1] - x[-1, :1]))[None]
+    matrix = dependency_matrix(fn, normal(getkey(), (3, features)), method="vjp")
+    assert np.isnan(matrix[:, -1]).all() and (np.diag(matrix)[:2] > 0).all()
+
+
+def test_a_mapped_function_leaves_no_mesh_behind(getkey):
+    check_causal(jax.pmap(lambda row: row * 2, axis_name="rows"), normal(getkey(), (8, D)))
+    for dtype in (None, "float32", "int32"):
+        assert not jax.typeof(jnp.full((), 1, dtype)).sharding.mesh.axis_names
+
+
+def test_no_features():
+    x, other = jnp.ones((T, 0)), jnp.arange(1.0, T + 1)
+    with pytest.raises(ValueError, match=r"x must hold numbers, got shapes \[\(16, 0\)\]"):
+        assert_causal(lambda x: x, x)
+    with pytest.raises(ValueError, match=r"the output must hold numbers, got shapes"):
+        assert_causal(lambda x: x[:, None][:, :0], other)
+    both = {"x": x, "other": other}
+    assert check_causal(lambda b: b["other"] + b["x"].sum(), both).status == "clear"
+    assert check_causal(lambda b: (b["x"], b["other"][::-1]), both).leak
+
+
 # What a person reads
 
 

@@ -3,6 +3,8 @@
 The oracle is the way a pair is made.
 """
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -11,7 +13,9 @@ import pytest
 from draws import normal, seed
 from jax.sharding import NamedSharding, PartitionSpec as P
 from refused import refused
+from slow import slow
 
+from eqx_norms import RMSNorm
 from eqx_norms.causality import DifferenceError, _compare as comparing, assert_same, check_same
 
 T, D = 6, 4
@@ -287,3 +291,67 @@ def test_options(getkey):
         assert_same(jnp.sin, jnp.sin, rows(getkey), inputs=-1)
     with pytest.raises(ValueError, match=r"scales must be positive and finite, got \(0.0,\)"):
         assert_same(jnp.sin, jnp.sin, rows(getkey), scales=(0,))
+
+
+# Meshes
+
+
+def wrong_by(factor, fn):
+    return lambda x: fn(x) * factor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("within", [False, True])
+def test_one_of_the_two_is_laid_over_a_mesh(within, getkey):
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows_of = NamedSharding(mesh, P("rows"))
+    mapped = jax.shard_map(backwards, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
+    laid = lambda x: backwards(jax.lax.with_sharding_constraint(x, rows_of))
+    x = rows(getkey, 8, 50)  # on one device
+    with jax.set_mesh(mesh) if within else contextlib.nullcontext():
+        for two in (mapped, laid):
+            assert assert_same(lambda x: x.sum(1), two, x).status == "rounding"
+            # A hundred eps: more than 64, which size alone would take for rounding.
+            assert check_same(lambda x: x.sum(1), wrong_by(1.00001, two), x).status == "different"
+
+
+def test_what_a_shard_map_computes_is_run_in_float64(getkey):
+    """A sum over devices, in a loop, whose carry differs by device."""
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def body(x):
+        here = jax.lax.fori_loop(0, len(x), lambda i, s: s + x[-1 - i], 0 * x[0])
+        return x + jax.lax.psum(here, "rows")[None]
+
+    two = jax.shard_map(body, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
+    one = lambda x: x + x.sum(0, keepdims=True)
+    assert assert_same(one, two, rows(getkey, 8, 30), inputs=1).status == "rounding"
+    assert check_same(one, wrong_by(1.00001, two), rows(getkey, 8, 30), inputs=1).ulps64 > 1e9
+
+
+# Constants in float16
+
+
+@pytest.mark.parametrize("eps", [1e-6, slow(1e-5), slow(1e-4), slow(1e-3)])
+def test_a_constant_that_is_subnormal_in_float16(eps, getkey):
+    """Below 6.1e-5 a constant of float16 is rounded by more than an eps of its size."""
+
+    def by_formula(h):
+        square = (h * h).mean(-1, keepdims=True)
+        return h * jax.lax.rsqrt(square + jnp.asarray(eps, h.dtype))
+
+    norm = jax.vmap(RMSNorm(16, eps=eps, use_weight=False, use_bias=False))
+    h = normal(getkey(), (T, 16), jnp.float16)
+    assert assert_same(norm, by_formula, h).status == "rounding"
+    assert check_same(norm, lambda h: by_formula(h) * jnp.asarray(1.25, h.dtype), h).status == (
+        "different"
+    )
+
+
+# Nothing to compare
+
+
+def test_no_features():
+    x = jnp.ones((T, 0))
+    assert assert_same(lambda x: x, lambda x: 2 * x, x).status == "same bits"
+    assert assert_same(lambda x: x.sum(1), lambda x: 0 * x.sum(1), x).status == "same bits"

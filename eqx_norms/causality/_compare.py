@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._real import Real
+from ._probe import placed
 from ._widen import coarsest, float_constants, float_dtypes, is_key, opaque_parts, widen
 
 _EPS32, _EPS64 = (float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64))
@@ -23,7 +24,7 @@ _CONSTANTS = 4.0
 # How much smaller a difference must be in a precision that would show it to be none.
 _HIDDEN = 4.0
 
-Row = Sequence[Array]  # an input, its leaves
+Row = Sequence[Array | np.ndarray]  # an input, its leaves
 Outputs = list[list[np.ndarray]]  # for each of K inputs its L leaves, floats as float64
 
 
@@ -186,9 +187,9 @@ class Judge:
         """How far the outputs of both move when inputs and constants do by an eps of float64."""
         rng = np.random.default_rng(0)
         nudge = lambda value: _nudged(value, rng, _EPS64)
+        lies = [leaf.sharding for leaf in self.rows[0]]
         with jax.enable_x64(True):
-            place = lambda leaf: jax.device_put(nudge(leaf), leaf.sharding)
-            rows = [[place(leaf) for leaf in self.rows[k]] for k in chosen]
+            rows = [list(map(placed, map(nudge, self.rows[k]), lies)) for k in chosen]
         one = gaps([exact.one[k] for k in chosen], _wide(self.one, rows, nudge)).size
         return one + gaps([exact.two[k] for k in chosen], _wide(self.two, rows, nudge)).size
 
@@ -279,22 +280,31 @@ def _rounding(closed, rows: Sequence[Row], own: Outputs, exact: Outputs) -> np.n
 def _nudged(
     value: Any, rng: np.random.Generator, by: float | None = None, where: Any = True
 ) -> Any:
-    """`value` in float64, each entry up or down by `by` of its size, by default half an eps."""
+    """`value` in float64, each entry up or down by `by` of its size, by default by half an ulp.
+
+    That is half an eps of its size, and more below the smallest normal number.
+    """
     if is_key(value) or not jnp.issubdtype((values := np.asarray(value)).dtype, jnp.inexact):
         return value
-    by = float(jnp.finfo(values.dtype).eps) / 2 if by is None else by
-    moves = rng.choice([-by, by], size=values.shape)
-    return _as_float64(values) * (1 + np.where(where & ~_is_exact(values), moves, 0))
+    limits, exact = jnp.finfo(values.dtype), _as_float64(values)
+    if by is None:
+        size = np.where(exact == 0, 1, np.abs(exact))
+        by = np.maximum(float(limits.eps), float(limits.smallest_subnormal) / size) / 2
+    moves = rng.choice([-1, 1], size=values.shape)
+    return exact * (1 + np.where(where & ~_is_exact(values), by * moves, 0))
 
 
 def _is_exact(values: np.ndarray) -> np.ndarray:
-    """Which numbers were hardly rounded: short ones, as 0.5, and those of an array of integers."""
-    bits = (jnp.finfo(values.dtype).nmant + 1) // 2
-    exact = _as_float64(values)
+    """Which numbers were hardly rounded: short ones, as 0.5, and those of an array of integers.
+
+    None below the smallest normal number, where all are short.
+    """
+    limits, exact = jnp.finfo(values.dtype), _as_float64(values)
     parts = np.stack([np.real(exact), np.imag(exact)])
     whole = parts == np.round(parts)
-    shifted = np.ldexp(np.frexp(parts)[0], bits)
-    return np.asarray(((shifted == np.round(shifted)) | whole.all()).all(0))
+    shifted = np.ldexp(np.frexp(parts)[0], (limits.nmant + 1) // 2)
+    normal = (parts == 0) | (np.abs(parts) >= float(limits.tiny))
+    return np.asarray(((normal & (shifted == np.round(shifted))) | whole.all()).all(0))
 
 
 def _about_broken(broken: Bool[np.ndarray, "K L"], exact: Runs) -> list[str]:

@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._real import Integer, Real
-from ._compare import Judge, gaps, host
+from ._compare import Judge, Row, gaps, host
 from ._edits import Edit, TokenValues, make_editor
 from ._inputs import Given, named_leaves, output_leaf, split_input, traced
 from ._judge import DIFFERS_FROM_ITSELF
+from ._probe import placed
 from ._same_report import SameReport, make_report
 from ._widen import coarsest, same_trace
 
@@ -107,7 +108,9 @@ def assert_same(
         for function, before in ((first, verdict.own.one), (second, verdict.own.two)):
             _require_same_again(function, rows[0], before[0], noise_ulps * judge.eps)
     dtype = str(coarsest(first.closed, second.closed))
-    report = make_report(verdict, dtype, [given.whole(row) for row in rows], first.names, axis)
+    report = make_report(
+        verdict, dtype, [given.whole([*map(jnp.asarray, row)]) for row in rows], first.names, axis
+    )
     if report.status in ("different", "undecided"):
         raise DifferenceError(report, err_msg)
     return report
@@ -175,7 +178,7 @@ def _kind(dtype: Any) -> str:
     return next((kind for kind, of in kinds.items() if jnp.issubdtype(dtype, of)), "complex")
 
 
-def _edits(given: Given, count: int, scales, token_values, key) -> Iterator[list[Array]]:
+def _edits(given: Given, count: int, scales, token_values, key) -> Iterator[Row]:
     """Every leaf replaced as a whole, each time in another way."""
     flat = [np.asarray(leaf).reshape(-1) for leaf in given.leaves.values()]
     together = make_editor(flat, [0] * len(flat), scales, token_values, key, [*given.leaves])
@@ -186,12 +189,12 @@ def _edits(given: Given, count: int, scales, token_values, key) -> Iterator[list
             where = np.ones(editor.length, bool)
             edit = Edit(where, number % editor.kinds, seed=3_000_000 + number * len(flat) + place)
             (new,) = editor.apply(edit)
-            row.append(jax.device_put(new.reshape(leaf.shape), leaf.sharding))
+            row.append(placed(new.reshape(leaf.shape), leaf.sharding))
         yield row
 
 
 def _require_same_again(
-    function: _Traced, row: Sequence[Array], before: Sequence[np.ndarray], eps: Real
+    function: _Traced, row: Row, before: Sequence[np.ndarray], eps: Real
 ) -> None:
     """Refuses a function that is another when it is traced again: it draws random numbers."""
     again = traced(function.flat, row)

@@ -27,6 +27,7 @@ from .._jaxprs import called, is_foreign, is_jaxpr, opened, scan_counts
 _NARROW = ("bitcast_convert_type", "reduce", "reduce_window")
 _FINE_MANTISSA = 7  # that of bfloat16
 _INPUT = ""
+_SHARD_MAP = "shard_map"
 
 
 def trace(fn: Callable, leaves: Sequence[Any]) -> jex.ClosedJaxpr:
@@ -130,6 +131,8 @@ def _evaluate(closed: Any, args: Sequence[Array], how: _How) -> list[Array]:
 
 def _equation(eqn: jex.JaxprEqn, args: list[Array], how: _How) -> Sequence[Array]:
     name, params = eqn.primitive.name, eqn.params
+    if name == _SHARD_MAP:
+        return _shard_mapped(eqn, how)(*args)
     if _is_opaque(eqn):
         dtypes = [_aval(atom).dtype for atom in eqn.invars]
         return _bind(eqn, list(map(_narrow, args, dtypes)), params)
@@ -141,13 +144,27 @@ def _equation(eqn: jex.JaxprEqn, args: list[Array], how: _How) -> Sequence[Array
     return _bind(eqn, args, {key: _wide_param(key, value, how) for key, value in params.items()})
 
 
+def _shard_mapped(eqn: jex.JaxprEqn, how: _How) -> Callable[..., Sequence[Array]]:
+    """The same map of what is widened inside it."""
+    params = eqn.params
+    return jax.shard_map(
+        lambda *args: tuple(_evaluate(params["jaxpr"], args, how)),
+        mesh=params["mesh"],
+        in_specs=params["in_specs"],
+        out_specs=params["out_specs"],
+        axis_names=params["newly_manual_axes"],
+        check_vma=params["check_vma"],
+    )
+
+
 def _bind(eqn: jex.JaxprEqn, args: Sequence[Array], params: dict) -> Sequence[Array]:
     outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(params))
     return outs if eqn.primitive.multiple_results else [outs]
 
 
 def _is_opaque(eqn: jex.JaxprEqn) -> bool:
-    return is_foreign(eqn) or eqn.primitive.name in _NARROW
+    name = eqn.primitive.name
+    return name in _NARROW or (is_foreign(eqn) and name != _SHARD_MAP)
 
 
 def _origins(closed: Any, ins: Sequence[frozenset[str]]) -> list[frozenset[str]]:
@@ -166,6 +183,8 @@ def _origins(closed: Any, ins: Sequence[frozenset[str]]) -> list[frozenset[str]]
 
 def _equation_origins(eqn: jex.JaxprEqn, ins: list[frozenset[str]]) -> Sequence[frozenset[str]]:
     inner = None if _is_opaque(eqn) else called(eqn)
+    if eqn.primitive.name == _SHARD_MAP:
+        inner = eqn.params["jaxpr"]
     if inner is not None:
         return _origins(inner, ins)
     if eqn.primitive.name == "scan":
@@ -211,7 +230,12 @@ def _wide_jaxpr(closed: Any, how: _How) -> Any:
         return closed
     avals = [_aval(var) for var in opened(closed).invars]
     structs = [
-        jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype, how.to), sharding=a.sharding)
+        jax.ShapeDtypeStruct(
+            a.shape,
+            _wide_dtype(a.dtype, how.to),
+            sharding=a.sharding,
+            manual_axis_type=a.manual_axis_type,
+        )
         for a in avals
     ]
     wide = jax.make_jaxpr(lambda *args: _evaluate(closed, args, how))(*structs)
@@ -263,7 +287,9 @@ def _all_consts(closed: Any) -> list[Any]:
 
 def is_key(value: Any) -> bool:
     """Whether `value` is an array of random keys."""
-    return jnp.issubdtype(jnp.asarray(value).dtype, jax.dtypes.prng_key)
+    # Not by `jnp.asarray`: a literal out of a `jax.pmap` has the mesh of that in its type, and JAX
+    # would keep what it makes of it for every array of this shape.
+    return jnp.issubdtype(getattr(value, "dtype", type(value)), jax.dtypes.prng_key)
 
 
 def _same_bits(a: Any, b: Any) -> bool:
