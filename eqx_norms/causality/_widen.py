@@ -36,20 +36,30 @@ def trace(fn: Callable, leaves: Sequence[Any]) -> jex.ClosedJaxpr:
 
 
 class _How(NamedTuple):
-    """Every float becomes one of `to`; a constant is what `constant` makes of it."""
+    """Every float becomes one of `to`; a constant is what `constant` makes of it.
+
+    `calls` are the equations that this one is inside of, for `watch`.
+    """
 
     to: np.dtype
     constant: Callable[[Any], Any]
+    watch: Callable[..., Sequence[Array]] | None = None
+    calls: tuple[jex.JaxprEqn, ...] = ()
 
 
 def widen(
-    closed: jex.ClosedJaxpr, to: Any = np.float64, constant: Callable[[Any], Any] = lambda c: c
+    closed: jex.ClosedJaxpr,
+    to: Any = np.float64,
+    constant: Callable[[Any], Any] = lambda c: c,
+    watch: Callable[..., Sequence[Array]] | None = None,
 ) -> Callable[..., tuple[Array, ...]]:
     """A function of the same leaves that evaluates `closed` with every float as `to`.
 
-    `constant` may put others in the place of the constants. Call it under `jax.enable_x64(True)`.
+    `constant` may put others in the place of the constants, and `watch(eqn, args, outs, calls)` in
+    that of the results of each operation; it sees loops and branches as a whole, and calls never.
+    Call it under `jax.enable_x64(True)`.
     """
-    how = _How(np.dtype(to), constant)
+    how = _How(np.dtype(to), constant, watch)
 
     def wide(*leaves: Array) -> tuple[Array, ...]:
         return tuple(_evaluate(closed, [_wide(leaf, how.to) for leaf in leaves], how))
@@ -132,16 +142,24 @@ def _evaluate(closed: Any, args: Sequence[Array], how: _How) -> list[Array]:
 def _equation(eqn: jex.JaxprEqn, args: list[Array], how: _How) -> Sequence[Array]:
     name, params = eqn.primitive.name, eqn.params
     if name == _SHARD_MAP:
-        return _shard_mapped(eqn, how)(*args)
+        return _shard_mapped(eqn, how._replace(watch=None))(*args)
     if _is_opaque(eqn):
-        dtypes = [_aval(atom).dtype for atom in eqn.invars]
-        return _bind(eqn, list(map(_narrow, args, dtypes)), params)
+        return narrowed(eqn, args)
     if name == "reduce_precision" and params["mantissa_bits"] >= _FINE_MANTISSA:
         return args
     inner = called(eqn)
     if inner is not None:
-        return _evaluate(inner, args, how)
-    return _bind(eqn, args, {key: _wide_param(key, value, how) for key, value in params.items()})
+        return _evaluate(inner, args, how._replace(calls=(*how.calls, eqn)))
+    inside = how._replace(watch=None)
+    params = {key: _wide_param(key, value, inside) for key, value in params.items()}
+    outs = _bind(eqn, args, params)
+    return outs if how.watch is None else how.watch(eqn, args, outs, how.calls)
+
+
+def narrowed(eqn: jex.JaxprEqn, args: Sequence[Array]) -> Sequence[Array]:
+    """What an equation gives in the precision in which it was traced."""
+    dtypes = [_aval(atom).dtype for atom in eqn.invars]
+    return _bind(eqn, list(map(_narrow, args, dtypes)), eqn.params)
 
 
 def _shard_mapped(eqn: jex.JaxprEqn, how: _How) -> Callable[..., Sequence[Array]]:
