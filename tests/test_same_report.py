@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from refused import refused
 from slow import slow
 
-from eqx_norms import RMSNorm
+from eqx_norms import LayerNorm, RMSNorm
 from eqx_norms.causality import DifferenceError, _compare as comparing, assert_same, check_same
 
 T, D = 6, 4
@@ -123,10 +123,10 @@ def test_an_argmax_that_rounding_flips_is_said_to(getkey):
     coarse = lambda x: (x @ w).astype(jnp.bfloat16).argmax(1)
     # Of 64 scores in bfloat16 the best two are one number in some per cent of 400 rows.
     report = check_same(fine, coarse, rows(getkey, 400, D))
-    assert report.status == "different"
-    assert "In float64 both give the same integers: those that differ stand where" in words(report)
+    assert report.status == "imprecise"
+    assert "It is the second function that is off. Integers differ where two" in words(report)
     other = check_same(fine, lambda x: (x @ w).argsort(1)[:, -2], rows(getkey, 400, D))
-    assert "In float64" not in words(other)
+    assert other.status == "different"
 
 
 def test_nan_where_the_other_has_none(getkey):
@@ -136,11 +136,89 @@ def test_nan_where_the_other_has_none(getkey):
 
     x = jnp.clip(rows(getkey), -4, 4).at[2, 0].set(4.0)  # exp(240): too large for float32 alone
     report = check_same(lambda x: jax.nn.softmax(60 * x), naive, x, inputs=0)
-    assert report.status == "different" and report.index[0] <= 2
+    assert report.status == "imprecise" and report.index[0] <= 2
     assert np.isnan(report.values[1]) and np.isfinite(report.values[0])
-    assert "one of them overflows in its own precision" in words(report)
+    assert "It is the second function that is off. The precision goes at `exp`" in words(report)
+    assert "overflow: " in words(report) and "float32 ends at 3.4e+38" in words(report)
     both = lambda x: jnp.log(x - 100)
     assert assert_same(both, lambda x: both(x) * 1, x).status == "same bits"
+
+
+# The same in exact arithmetic alone
+
+
+def by_formula(h, eps=1e-5):
+    return h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + jnp.asarray(eps, h.dtype))
+
+
+def one_pass(x):
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) - mean * mean + 1e-5)
+
+
+def two_passes(x):
+    rest = x - x.mean(-1, keepdims=True)
+    return rest * jax.lax.rsqrt((rest * rest).mean(-1, keepdims=True) + 1e-5)
+
+
+def test_squares_that_overflow_in_float16(getkey):
+    norm = jax.vmap(RMSNorm(16, eps=1e-5, use_weight=False, use_bias=False))
+    h = 300 * normal(getkey(), (T, 16), jnp.float16)
+    with pytest.raises(DifferenceError, match=r"^imprecise: .* the same in exact") as caught:
+        assert_same(by_formula, norm, h, inputs=0)
+    report = caught.value.report
+    assert report.status == "imprecise" and 0 in report.values
+    assert f"It is the first function that is off. The precision goes at `mul` in {__file__}" in (
+        words(report)
+    )
+    assert "(by_formula): overflow: " in words(report)
+
+
+@pytest.mark.slow
+def test_what_is_the_same_in_exact_arithmetic_may_be_allowed(getkey):
+    x = rows(getkey) + 1e4
+    report = assert_same(two_passes, one_pass, x, inputs=0, allow_imprecise=True)
+    assert report.status == "imprecise"
+    with pytest.raises(DifferenceError, match=r"^different"):
+        assert_same(two_passes, lambda x: 2 * one_pass(x), x, inputs=0, allow_imprecise=True)
+
+
+@pytest.mark.slow
+def test_squares_that_underflow_in_float16(getkey):
+    # Of size 1e-4: their squares are below the smallest number of float16, 6e-8, and so is eps.
+    norm = jax.vmap(RMSNorm(16, eps=0, use_weight=False, use_bias=False))
+    h = normal(getkey(), (T, 16), jnp.float16) / 10_000 + 1e-4
+    report = check_same(norm, lambda h: by_formula(h, 0), h, inputs=0)
+    assert report.status == "imprecise" and "underflow" in words(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [1e4, 1e3, 300.0])
+def test_a_variance_that_cancels(offset, getkey):
+    # The squares round by offset**2 * 6e-8 / 2, and that is in the variance of 1: thousands of eps.
+    report = check_same(two_passes, one_pass, rows(getkey) + offset, inputs=0)
+    assert report.status == "imprecise"
+    assert "It is the second function that is off. The precision goes at `sub`" in words(report)
+    assert "(one_pass): cancellation" in words(report)
+
+
+@pytest.mark.slow
+def test_what_the_input_itself_does_not_say_is_rounding(getkey):
+    """At 1e4 an ulp of x is 1e-3, and so is what a mean in float32 loses: both do what they can."""
+    norm = jax.vmap(LayerNorm(50, use_weight=False, use_bias=False))
+    assert check_same(two_passes, norm, rows(getkey) + 1e4, inputs=0).status == "rounding"
+
+
+@pytest.mark.slow
+def test_angles_in_bfloat16(getkey):
+    """Positions of some hundreds times a frequency, in eight bits."""
+    at = lambda dtype: jnp.sin(
+        (jnp.arange(400.0, 400 + T).astype(dtype)) * jnp.asarray(0.37, dtype)
+    )
+    x = rows(getkey, T)
+    coarse = lambda x: x + at(jnp.bfloat16).astype(x.dtype)
+    report = check_same(lambda x: x + at(x.dtype), coarse, x)
+    assert report.status in ("imprecise", "different")
 
 
 # What nothing can tell
@@ -332,7 +410,7 @@ def test_what_a_shard_map_computes_is_run_in_float64(getkey):
 # Constants in float16
 
 
-@pytest.mark.parametrize("eps", [1e-6, slow(1e-5), slow(1e-4), slow(1e-3)])
+@pytest.mark.parametrize("eps", [1e-6, *map(slow, (1e-5, 1e-4, 1e-3))])
 def test_a_constant_that_is_subnormal_in_float16(eps, getkey):
     """Below 6.1e-5 a constant of float16 is rounded by more than an eps of its size."""
 

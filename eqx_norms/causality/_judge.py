@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -199,7 +200,8 @@ class Judge:
 
         But for near ties, which are ties at this `x` alone.
         """
-        large = watch & (changes.size > _LARGE * changes.scale)
+        share = max(_LARGE, float(self.noise_ulps) * self.probe.eps)
+        large = watch & (changes.size > share * changes.scale)
         if not large.any() or self._is_exact:
             return large & False, []
         largest = np.where(large, changes.size, 0).max(1)
@@ -208,17 +210,17 @@ class Judge:
         for seed in (1, 2):
             editor = beside(self.probe.editor, min(_APART_EPS * self.probe.eps, 0.125), seed)
             again = _at(editor, self.probe, [edits[0], *(edits[row] for row in some)])
-            kept = kept & ((again.size > _LARGE * again.scale) | again.broken)
+            kept = kept & ((again.size > share * again.scale) | again.broken)
+        most = float((changes.size[large] / changes.scale[large]).max())
         dtype = coarsest(self.problem.closed)
-        said = (
-            f"In {dtype} outputs change by {(changes.size[large] / changes.scale[large]).max():.2g} "
-            "of their size, in float64 they do not"
-        )
+        said = f"In {dtype} outputs change by {most:.2g} of their size, in float64 they do not"
         if not kept.any():
             return kept[:1] & large, [f"{said}, nor at an x beside this one: values nearly tie."]
         return large, [
             f"{said}: in exact arithmetic this is no leak, in {dtype} it is one.",
-            *self._blamed(edits[some[0]], largest[some[0]]),
+            *self._blamed(edits[some[0]], float(largest[some[0]])),
+            f"Smaller scales= keep to inputs like x; noise_ulps={math.ceil(most / self.probe.eps)} "
+            "takes it for rounding.",
         ]
 
     def _blamed(self, edit: Edit, error: float) -> list[str]:

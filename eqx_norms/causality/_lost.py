@@ -46,7 +46,7 @@ def blame(closed: jex.ClosedJaxpr, row: Sequence[Any], leaf: int, error: float) 
     """
     with jax.enable_x64(True), np.errstate(over="ignore"):
         steps, found, size = _measured(closed, row, leaf)
-    enough = min(error, size) / 8
+    enough = min(error, size) / 64
     told = [step for step, off in zip(steps, found, strict=True) if off >= enough]
     return _sentence(max(told, key=lambda step: step.error)) if told else ""
 

@@ -51,6 +51,10 @@ def assert_same(
     rounding shrinks there, a difference does not. No tolerance is to be guessed; what rounding
     can be in float64 is measured. It is for caches, refactorings, `replace_norms`, fused forms.
 
+    Two functions that are the same there may still give other numbers in their own precision, as
+    where one overflows or cancels. What is beyond what rounding can be is no success: see
+    `allow_imprecise`.
+
     ```python
     import jax
     from eqx_norms.causality import assert_same
@@ -79,6 +83,12 @@ def assert_same(
         any case, and how many times as far as outputs move when inputs and constants do by an eps.
     - `confirm_x64`: whether to ask float64. If not, size decides: what is below `noise_ulps` eps
         of the least precise dtype in the functions is rounding, what is above a difference.
+    - `allow_imprecise`: whether it will do that the two are the same in exact arithmetic. If not, it
+        is an error that one of them loses so much in its own precision that the two differ by
+        more than 1024 eps of the outputs (or a quarter of them, in half precision; or
+        `noise_ulps`, if that is more), and by more than 8 times what half an ulp in inputs and
+        constants does to them. The report says which of the two, and at which operation if one is
+        to blame. Not asked for functions of float64, nor with `confirm_x64=False`.
     - `err_msg`: a line to begin the error message with.
 
     **Returns:**
@@ -88,8 +98,8 @@ def assert_same(
 
     **Raises:**
 
-    - `DifferenceError`, an `AssertionError`, if the status is `"different"` or `"undecided"`; it
-        carries `.report`.
+    - `DifferenceError`, an `AssertionError`, if the status is `"different"`, `"undecided"` or, unless
+        allowed, `"imprecise"`; it carries `.report`.
     - `ValueError` or `TypeError` if the question cannot be answered: outputs of other structures,
         shapes or kinds of numbers, a function that differs from itself, or a wrong option.
     """
@@ -112,10 +122,8 @@ def assert_same(
     report = make_report(
         verdict, dtype, [given.whole([*map(jnp.asarray, row)]) for row in rows], first.names, axis
     )
-    raised = (
-        ("different", "undecided") if allow_imprecise else ("different", "imprecise", "undecided")
-    )
-    if report.status in raised:
+    passes = ("same bits", "rounding", *["imprecise"] * allow_imprecise)
+    if report.status not in passes:
         raise DifferenceError(report, err_msg)
     return report
 

@@ -19,8 +19,9 @@ class SameReport:
     **Fields:**
 
     - `status`: `"same bits"`, all values are equal; `"rounding"`, what differs is rounding;
-        `"different"`; or `"undecided"`, they differ, and nothing tells by what. `assert_same`
-        raises on the last two.
+        `"imprecise"`, they are the same in exact arithmetic, and one of them is off in its own
+        precision; `"different"`; or `"undecided"`, they differ, and nothing tells by what.
+        `assert_same` raises on the last three.
     - `leaf`: the path of the output array that the next fields are about, `""` where the output is
         one array. It is the one in which most speaks for the status. None if all bits are the same,
         as are the next.
