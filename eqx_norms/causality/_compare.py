@@ -248,15 +248,13 @@ class Judge:
         name, closed = (("first", self.one), ("second", self.two))[worse]
         notes = [f"It is the {name} function that is off."]
         if exact.discrete[leaf]:
-            return notes + [
-                "Integers differ where two scores nearly tie, or at a threshold, and rounding "
-                "decides. Compare what they come from."
-            ]
+            why = "Integers differ where two scores nearly tie, or at a threshold, and rounding "
+            return [*notes, f"{why}decides. Compare what they come from."]
         try:
             told = blame(closed, self.rows[row], int(leaf), float(errors[worse, row, leaf]))
         except Exception:  # what cannot be run operation by operation may raise what it likes
             told = ""
-        return notes + [told] * bool(told)
+        return [*notes, told] if told else notes
 
     def _moved(self, chosen: np.ndarray, exact: Runs) -> Float[np.ndarray, "C L"]:
         """How far the outputs of both move when inputs and constants do by an eps of float64."""

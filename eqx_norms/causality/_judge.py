@@ -166,8 +166,8 @@ class Judge:
         probe = self.probe if self._is_exact else self._second
         chaos = leaks & (exact.size <= self._chaos(probe) * exact.hidden)
         notes = [
-            "The function is chaotic: an eps of float64 in x moves outputs by thousands of that, so "
-            "that rounding may do as much. Check fewer steps of it."
+            "The function is chaotic: an eps of float64 in x moves outputs by thousands of that, "
+            "so that rounding may do as much. Check fewer steps of it."
         ] * bool(chaos.any())
         leaks = leaks & ~chaos
         editor = beside(probe.editor, _APART, wide=True)

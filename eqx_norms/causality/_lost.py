@@ -4,6 +4,7 @@ The traced function is run in float64 but for one operation, which is done in it
 operation after which the output is as far off as it was seen to be is the one to blame.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -86,29 +87,29 @@ def _measured(closed: jex.ClosedJaxpr, row, leaf: int) -> tuple[list[_Step], lis
 
 
 def _numbers(eqn: jex.JaxprEqn, args, own, outs) -> tuple[Array, ...]:
-    floats = [a for a in args if jnp.issubdtype(a.dtype, jnp.inexact)]
-    coarse = [
-        a.astype(v.aval.dtype).astype(a.dtype)
-        for a, v in zip(args, eqn.invars, strict=True)
+    """Of a step what is measured."""
+    floats = [
+        (a.astype(atom.aval.dtype).astype(a.dtype), a)
+        for a, atom in zip(args, eqn.invars, strict=True)
         if jnp.issubdtype(a.dtype, jnp.inexact)
     ]
-    own = [a.astype(b.dtype) for a, b in zip(own, outs, strict=True)]
-    worst = lambda found: jnp.stack([jnp.max(v, initial=0) for v in found]).max(initial=0)
-    size = worst([jnp.abs(out) for out in outs])
-    apart = [jnp.abs(a - b) for a, b in zip(own, outs, strict=True)]
-    apart = [
-        jnp.where(jnp.isfinite(b), jnp.where(jnp.isfinite(d), d, jnp.inf), 0)
-        for d, b in zip(apart, outs, strict=True)
-    ]
-    gone = [((a == 0) & (b != 0)).any() for a, b in [*zip(own, outs), *zip(coarse, floats)]]
-    broken = [(~jnp.isfinite(a) & jnp.isfinite(b)).any() for a, b in zip(coarse, floats)]
+    results = [(a.astype(b.dtype), b) for a, b in zip(own, outs, strict=True)]
+    worst = lambda sizes: functools.reduce(jnp.maximum, [size.max(initial=0) for size in sizes])
+    zero = jnp.zeros(())
+    size = worst([zero, *(jnp.abs(b) for _, b in results)])
     return (
-        worst(apart) / jnp.where(size > 0, size, 1),
+        worst([zero, *(_apart(a, b) for a, b in results)]) / jnp.where(size > 0, size, 1),
         size,
-        worst([jnp.abs(a) for a in floats]),
-        jnp.stack([jnp.asarray(False), *gone]).any(),
-        jnp.stack([jnp.asarray(False), *broken]).any(),
+        worst([zero, *(jnp.abs(b) for _, b in floats)]),
+        worst([zero, *(((a == 0) & (b != 0)).astype(float) for a, b in [*results, *floats])]) > 0,
+        ~jnp.isfinite(worst([zero, *(_apart(a, b) for a, b in floats)])),
     )
+
+
+def _apart(a: Array, b: Array) -> Array:
+    """How far `a` is from `b`, infinitely if it alone is not finite."""
+    size = jnp.abs(a - b)
+    return jnp.where(jnp.isfinite(b), jnp.where(jnp.isfinite(size), size, jnp.inf), 0)
 
 
 def _sentence(step: _Step) -> str:

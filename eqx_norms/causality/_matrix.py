@@ -48,8 +48,8 @@ def dependency_matrix(
     projections of output `t`. A gradient is local and has no size of rounding to compare with:
     this method does not see what rounding, argmax, routing or a stopped gradient pass on, nor
     what a saturated or dead unit would pass on elsewhere, and a `custom_vjp` may tell it
-    anything. It is NaN where such a gradient is. Never project with ones: a norm's outputs have a fixed sum, so that the gradient of
-    their sum is 0 however much they read.
+    anything. It is NaN where such a gradient is. Never project with ones: a norm's outputs have a
+    fixed sum, so that the gradient of their sum is 0 however much they read.
 
     **Arguments:**
 

@@ -83,8 +83,8 @@ def assert_same(
         any case, and how many times as far as outputs move when inputs and constants do by an eps.
     - `confirm_x64`: whether to ask float64. If not, size decides: what is below `noise_ulps` eps
         of the least precise dtype in the functions is rounding, what is above a difference.
-    - `allow_imprecise`: whether it will do that the two are the same in exact arithmetic. If not, it
-        is an error that one of them loses so much in its own precision that the two differ by
+    - `allow_imprecise`: whether it will do that the two are the same in exact arithmetic. If not,
+        it is an error that one of them loses so much in its own precision that the two differ by
         more than 1024 eps of the outputs (or a quarter of them, in half precision; or
         `noise_ulps`, if that is more), and by more than 8 times what half an ulp in inputs and
         constants does to them. The report says which of the two, and at which operation if one is
@@ -98,8 +98,8 @@ def assert_same(
 
     **Raises:**
 
-    - `DifferenceError`, an `AssertionError`, if the status is `"different"`, `"undecided"` or, unless
-        allowed, `"imprecise"`; it carries `.report`.
+    - `DifferenceError`, an `AssertionError`, if the status is `"different"`, `"undecided"` or,
+        unless allowed, `"imprecise"`; it carries `.report`.
     - `ValueError` or `TypeError` if the question cannot be answered: outputs of other structures,
         shapes or kinds of numbers, a function that differs from itself, or a wrong option.
     """
