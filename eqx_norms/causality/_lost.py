@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ._prove import _line as line_of
-from ._widen import narrowed, widen
+from ._widen import dtype_of, narrowed, widen
 
 _SUMS = ("add", "sub", "add_any", "reduce_sum", "cumsum", "dot_general", "conv_general_dilated")
 _CANDIDATES = 8
@@ -89,7 +89,7 @@ def _measured(closed: jex.ClosedJaxpr, row, leaf: int) -> tuple[list[_Step], lis
 def _numbers(eqn: jex.JaxprEqn, args, own, outs) -> tuple[Array, ...]:
     """Of a step what is measured."""
     floats = [
-        (a.astype(atom.aval.dtype).astype(a.dtype), a)
+        (a.astype(dtype_of(atom)).astype(a.dtype), a)
         for a, atom in zip(args, eqn.invars, strict=True)
         if jnp.issubdtype(a.dtype, jnp.inexact)
     ]
@@ -114,7 +114,7 @@ def _apart(a: Array, b: Array) -> Array:
 
 def _sentence(step: _Step) -> str:
     eqn = step.eqn
-    dtype = eqn.outvars[0].aval.dtype
+    dtype = dtype_of(eqn.outvars[0])
     limits = jnp.finfo(dtype)
     if not np.isfinite(step.error) and step.size > float(limits.max):
         why = f"overflow: {step.size:.2g} in float64, and {dtype} ends at {float(limits.max):.2g}"

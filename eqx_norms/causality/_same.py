@@ -209,7 +209,7 @@ def _require_same_again(
     function: _Traced, row: Row, before: Sequence[np.ndarray], eps: Real
 ) -> None:
     """Refuses a function that is another when it is traced again: it draws random numbers."""
-    again = traced(function.flat, row)
+    again = traced(function.flat, [*map(jnp.asarray, row)])
     if same_trace(function.closed, again):
         return
     # The text of a trace may also differ by an address. Then only the values can tell.

@@ -158,8 +158,12 @@ def _equation(eqn: jex.JaxprEqn, args: list[Array], how: _How) -> Sequence[Array
 
 def narrowed(eqn: jex.JaxprEqn, args: Sequence[Array]) -> Sequence[Array]:
     """What an equation gives in the precision in which it was traced."""
-    dtypes = [_aval(atom).dtype for atom in eqn.invars]
-    return _bind(eqn, list(map(_narrow, args, dtypes)), eqn.params)
+    return _bind(eqn, list(map(_narrow, args, map(dtype_of, eqn.invars))), eqn.params)
+
+
+def dtype_of(atom: Any) -> Any:
+    """That of a variable or a literal of a trace."""
+    return _aval(atom).dtype
 
 
 def _shard_mapped(eqn: jex.JaxprEqn, how: _How) -> Callable[..., Sequence[Array]]:
