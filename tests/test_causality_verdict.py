@@ -205,6 +205,66 @@ def test_rounding_of_large_edits_is_judged_by_their_size(getkey):
     assert one.status == "clear (float noise)"
 
 
+# Lost precision, ties and chaos
+
+
+def overflowing_gate(x):
+    """Whether the sum of all squares is infinite."""
+    return jnp.tanh(x) + jnp.isinf((x * x).sum()).astype(x.dtype)
+
+
+def large_gates(x):
+    """An average up to each position, whose sums are the total minus the rest: exact, but..."""
+    gate = jnp.exp(3 * jnp.clip(x, -5, 5))
+    before = lambda v: v.sum(0, keepdims=True) - v[::-1].cumsum(0)[::-1] + v
+    return before(x * gate) / (jnp.abs(before(gate)) + 1e-3)
+
+
+@pytest.mark.parametrize("fn, dtype", [(overflowing_gate, "float16"), slow(large_gates, "float32")])
+def test_a_change_of_the_size_of_the_outputs_is_not_noise(fn, dtype, getkey):
+    x = normal(getkey(), (T, D), dtype)
+    with pytest.raises(CausalityError, match=r"^undecided: ") as caught:
+        assert_causal(fn, x)
+    text = words(caught.value)
+    assert f"In {dtype} outputs change by" in text and "in float64 they do not" in text
+    passing = int(text.split("noise_ulps=")[1].split()[0])
+    assert check_causal(fn, x, noise_ulps=passing).status == "clear (float noise)"
+
+
+def fft_then_chaos(x):
+    step = lambda _, v: 3.99 * v * (1 - v)
+    return jax.lax.fori_loop(0, 30, step, jax.nn.sigmoid(zoo.fft_convolution(x)))
+
+
+def halves(x):
+    """A convolution with powers of two, by way of an FFT, rounded to integers."""
+    kernel = 0.5 ** jnp.arange(len(x))[:, None].astype(x.dtype)
+    n = 2 * len(x)
+    mixed = jnp.fft.irfft(jnp.fft.rfft(x, n, 0) * jnp.fft.rfft(kernel, n, 0), n, 0)[: len(x)]
+    return jnp.round(mixed * 4).astype(jnp.int8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fn", [halves, fft_then_chaos])
+def test_ties_and_chaos_are_no_leak(fn, getkey):
+    # Quarters: many a sum of halves of these lies in the middle between two integers.
+    x = jnp.round(normal(getkey(), (T, D)) * 4) / 4
+    report = check_causal(fn, x)
+    assert report.status == "undecided", str(report)
+    assert ("values tie" in words(report)) == (fn is halves)
+    assert check_causal(lambda x: fn(leaky_mean(x)), x).leak
+
+
+@pytest.mark.slow
+def test_a_leak_that_looks_for_equal_or_special_numbers_is_kept(getkey):
+    """At an input beside this one equal numbers are still equal, and zero is zero."""
+    x = normal(getkey(), (T, D)).at[2].set(0.0).at[5].set(0.25).at[6].set(0.25)
+    later = lambda x: x[::-1].cumsum(0)[::-1]
+    same = lambda x: (x == jnp.roll(x, 1, 0)).astype(x.dtype)
+    assert check_causal(lambda x: x + same(x) * later(x), x).leak
+    assert check_causal(lambda x: x + jnp.where(x == 0, later(x), 0), x).leak
+
+
 # Discrete outputs
 
 
@@ -252,6 +312,31 @@ def test_dependency_matrix_refuses_a_function_that_is_not_finite(getkey):
     x = normal(getkey(), (T, D))
     with pytest.raises(ValueError, match=r"must return finite numbers .* output 2 holds NaN"):
         dependency_matrix(lambda x: x.at[2].set(jnp.nan), x)
+
+
+@pytest.mark.parametrize("features", [3, slow(4097)])  # XLA's maximum loses NaN from 4096 on
+def test_a_gradient_that_is_nan_is_not_lost(features, getkey):
+    # The root of zero has no derivative: times 0, NaN.
+    fn = lambda x: x + 0 * jnp.sqrt(jnp.abs(x[-1, :1] - x[-1, :1]))[None]
+    matrix = dependency_matrix(fn, normal(getkey(), (3, features)), method="vjp")
+    assert np.isnan(matrix[:, -1]).all() and (np.diag(matrix)[:2] > 0).all()
+
+
+def test_a_mapped_function_leaves_no_mesh_behind(getkey):
+    check_causal(jax.pmap(lambda row: row * 2, axis_name="rows"), normal(getkey(), (8, D)))
+    for dtype in (None, "float32", "int32"):
+        assert not jax.typeof(jnp.full((), 1, dtype)).sharding.mesh.axis_names
+
+
+def test_no_features():
+    x, other = jnp.ones((T, 0)), jnp.arange(1.0, T + 1)
+    with pytest.raises(ValueError, match=r"x must hold numbers, got shapes \[\(16, 0\)\]"):
+        assert_causal(lambda x: x, x)
+    with pytest.raises(ValueError, match=r"the output must hold numbers, got shapes"):
+        assert_causal(lambda x: x[:, None][:, :0], other)
+    both = {"x": x, "other": other}
+    assert check_causal(lambda b: b["other"] + b["x"].sum(), both).status == "clear"
+    assert check_causal(lambda b: (b["x"], b["other"][::-1]), both).leak
 
 
 # What a person reads

@@ -3,6 +3,8 @@
 The oracle is the way a pair is made.
 """
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -11,7 +13,9 @@ import pytest
 from draws import normal, seed
 from jax.sharding import NamedSharding, PartitionSpec as P
 from refused import refused
+from slow import slow
 
+from eqx_norms import LayerNorm, RMSNorm
 from eqx_norms.causality import DifferenceError, _compare as comparing, assert_same, check_same
 
 T, D = 6, 4
@@ -119,10 +123,10 @@ def test_an_argmax_that_rounding_flips_is_said_to(getkey):
     coarse = lambda x: (x @ w).astype(jnp.bfloat16).argmax(1)
     # Of 64 scores in bfloat16 the best two are one number in some per cent of 400 rows.
     report = check_same(fine, coarse, rows(getkey, 400, D))
-    assert report.status == "different"
-    assert "In float64 both give the same integers: those that differ stand where" in words(report)
+    assert report.status == "imprecise"
+    assert "It is the second function that is off. Integers differ where two" in words(report)
     other = check_same(fine, lambda x: (x @ w).argsort(1)[:, -2], rows(getkey, 400, D))
-    assert "In float64" not in words(other)
+    assert other.status == "different"
 
 
 def test_nan_where_the_other_has_none(getkey):
@@ -132,11 +136,89 @@ def test_nan_where_the_other_has_none(getkey):
 
     x = jnp.clip(rows(getkey), -4, 4).at[2, 0].set(4.0)  # exp(240): too large for float32 alone
     report = check_same(lambda x: jax.nn.softmax(60 * x), naive, x, inputs=0)
-    assert report.status == "different" and report.index[0] <= 2
+    assert report.status == "imprecise" and report.index[0] <= 2
     assert np.isnan(report.values[1]) and np.isfinite(report.values[0])
-    assert "one of them overflows in its own precision" in words(report)
+    assert "It is the second function that is off. The precision goes at `exp`" in words(report)
+    assert "overflow: " in words(report) and "float32 ends at 3.4e+38" in words(report)
     both = lambda x: jnp.log(x - 100)
     assert assert_same(both, lambda x: both(x) * 1, x).status == "same bits"
+
+
+# The same in exact arithmetic alone
+
+
+def by_formula(h, eps=1e-5):
+    return h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + jnp.asarray(eps, h.dtype))
+
+
+def one_pass(x):
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) - mean * mean + 1e-5)
+
+
+def two_passes(x):
+    rest = x - x.mean(-1, keepdims=True)
+    return rest * jax.lax.rsqrt((rest * rest).mean(-1, keepdims=True) + 1e-5)
+
+
+def test_squares_that_overflow_in_float16(getkey):
+    norm = jax.vmap(RMSNorm(16, eps=1e-5, use_weight=False, use_bias=False))
+    h = 300 * normal(getkey(), (T, 16), jnp.float16)
+    with pytest.raises(DifferenceError, match=r"^imprecise: .* the same in exact") as caught:
+        assert_same(by_formula, norm, h, inputs=0)
+    report = caught.value.report
+    assert report.status == "imprecise" and 0 in report.values
+    assert f"It is the first function that is off. The precision goes at `mul` in {__file__}" in (
+        words(report)
+    )
+    assert "(by_formula): overflow: " in words(report)
+
+
+@pytest.mark.slow
+def test_what_is_the_same_in_exact_arithmetic_may_be_allowed(getkey):
+    x = rows(getkey) + 1e4
+    report = assert_same(two_passes, one_pass, x, inputs=0, allow_imprecise=True)
+    assert report.status == "imprecise"
+    with pytest.raises(DifferenceError, match=r"^different"):
+        assert_same(two_passes, lambda x: 2 * one_pass(x), x, inputs=0, allow_imprecise=True)
+
+
+@pytest.mark.slow
+def test_squares_that_underflow_in_float16(getkey):
+    # Of size 1e-4: their squares are below the smallest number of float16, 6e-8, and so is eps.
+    norm = jax.vmap(RMSNorm(16, eps=0, use_weight=False, use_bias=False))
+    h = normal(getkey(), (T, 16), jnp.float16) / 10_000 + 1e-4
+    report = check_same(norm, lambda h: by_formula(h, 0), h, inputs=0)
+    assert report.status == "imprecise" and "underflow" in words(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [1e4, 1e3, 300.0])
+def test_a_variance_that_cancels(offset, getkey):
+    # The squares round by offset**2 * 6e-8 / 2, and that is in the variance of 1: thousands of eps.
+    report = check_same(two_passes, one_pass, rows(getkey) + offset, inputs=0)
+    assert report.status == "imprecise"
+    assert "It is the second function that is off. The precision goes at `sub`" in words(report)
+    assert "(one_pass): cancellation" in words(report)
+
+
+@pytest.mark.slow
+def test_what_the_input_itself_does_not_say_is_rounding(getkey):
+    """At 1e4 an ulp of x is 1e-3, and so is what a mean in float32 loses: both do what they can."""
+    norm = jax.vmap(LayerNorm(50, use_weight=False, use_bias=False))
+    assert check_same(two_passes, norm, rows(getkey) + 1e4, inputs=0).status == "rounding"
+
+
+@pytest.mark.slow
+def test_angles_in_bfloat16(getkey):
+    """Positions of some hundreds times a frequency, in eight bits."""
+    at = lambda dtype: jnp.sin(
+        (jnp.arange(400.0, 400 + T).astype(dtype)) * jnp.asarray(0.37, dtype)
+    )
+    x = rows(getkey, T)
+    coarse = lambda x: x + at(jnp.bfloat16).astype(x.dtype)
+    report = check_same(lambda x: x + at(x.dtype), coarse, x)
+    assert report.status in ("imprecise", "different")
 
 
 # What nothing can tell
@@ -287,3 +369,67 @@ def test_options(getkey):
         assert_same(jnp.sin, jnp.sin, rows(getkey), inputs=-1)
     with pytest.raises(ValueError, match=r"scales must be positive and finite, got \(0.0,\)"):
         assert_same(jnp.sin, jnp.sin, rows(getkey), scales=(0,))
+
+
+# Meshes
+
+
+def wrong_by(factor, fn):
+    return lambda x: fn(x) * factor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("within", [False, True])
+def test_one_of_the_two_is_laid_over_a_mesh(within, getkey):
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows_of = NamedSharding(mesh, P("rows"))
+    mapped = jax.shard_map(backwards, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
+    laid = lambda x: backwards(jax.lax.with_sharding_constraint(x, rows_of))
+    x = rows(getkey, 8, 50)  # on one device
+    with jax.set_mesh(mesh) if within else contextlib.nullcontext():
+        for two in (mapped, laid):
+            assert assert_same(lambda x: x.sum(1), two, x).status == "rounding"
+            # A hundred eps: more than 64, which size alone would take for rounding.
+            assert check_same(lambda x: x.sum(1), wrong_by(1.00001, two), x).status == "different"
+
+
+def test_what_a_shard_map_computes_is_run_in_float64(getkey):
+    """A sum over devices, in a loop, whose carry differs by device."""
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def body(x):
+        here = jax.lax.fori_loop(0, len(x), lambda i, s: s + x[-1 - i], 0 * x[0])
+        return x + jax.lax.psum(here, "rows")[None]
+
+    two = jax.shard_map(body, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
+    one = lambda x: x + x.sum(0, keepdims=True)
+    assert assert_same(one, two, rows(getkey, 8, 30), inputs=1).status == "rounding"
+    assert check_same(one, wrong_by(1.00001, two), rows(getkey, 8, 30), inputs=1).ulps64 > 1e9
+
+
+# Constants in float16
+
+
+@pytest.mark.parametrize("eps", [1e-6, *map(slow, (1e-5, 1e-4, 1e-3))])
+def test_a_constant_that_is_subnormal_in_float16(eps, getkey):
+    """Below 6.1e-5 a constant of float16 is rounded by more than an eps of its size."""
+
+    def by_formula(h):
+        square = (h * h).mean(-1, keepdims=True)
+        return h * jax.lax.rsqrt(square + jnp.asarray(eps, h.dtype))
+
+    norm = jax.vmap(RMSNorm(16, eps=eps, use_weight=False, use_bias=False))
+    h = normal(getkey(), (T, 16), jnp.float16)
+    assert assert_same(norm, by_formula, h).status == "rounding"
+    assert check_same(norm, lambda h: by_formula(h) * jnp.asarray(1.25, h.dtype), h).status == (
+        "different"
+    )
+
+
+# Nothing to compare
+
+
+def test_no_features():
+    x = jnp.ones((T, 0))
+    assert assert_same(lambda x: x, lambda x: 2 * x, x).status == "same bits"
+    assert assert_same(lambda x: x.sum(1), lambda x: 0 * x.sum(1), x).status == "same bits"

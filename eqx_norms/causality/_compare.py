@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._real import Real
+from ._lost import blame
+from ._probe import placed
 from ._widen import coarsest, float_constants, float_dtypes, is_key, opaque_parts, widen
 
 _EPS32, _EPS64 = (float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64))
@@ -22,8 +24,14 @@ _SHRINK = 2.0**23
 _CONSTANTS = 4.0
 # How much smaller a difference must be in a precision that would show it to be none.
 _HIDDEN = 4.0
+# In its own precision a function may lose up to so many eps of the largest entry, as long sums do,
+# but no more than a share of it.
+_LOST_EPS = 1024.0
+_LOST_SHARE = 0.25
+# And so many times as much as its outputs move when its inputs and constants do by half an ulp.
+_CONDITION = 8.0
 
-Row = Sequence[Array]  # an input, its leaves
+Row = Sequence[Array | np.ndarray]  # an input, its leaves
 Outputs = list[list[np.ndarray]]  # for each of K inputs its L leaves, floats as float64
 
 
@@ -115,12 +123,16 @@ class Judge:
             unknown = by_size._replace(status="undecided", where=changed)
             return (by_size if large.any() else unknown)._replace(notes=(note,))
         exact, undecided, notes = self._tell(own, exact)
-        if broken.any():
-            notes = [*notes, *_about_broken(broken, exact)]
-            return Verdict("different", broken, own, exact, own, notes)
-        different = (exact.gaps.size > exact.limit) & ~undecided
+        above = exact.gaps.size > exact.limit
+        if (broken & above).any():
+            return Verdict("different", broken & above, own, exact, own, notes)
+        different = above & ~undecided
         if different.any():
             return Verdict("different", different, own, exact, exact, notes)
+        own, lost, why = self._lost(own, exact, broken)
+        notes = [*notes, *why]
+        if lost.any():
+            return Verdict("imprecise", lost, own, exact, own, notes)
         status = "undecided" if undecided.any() else "rounding"
         return Verdict(status, undecided, own, exact, exact if undecided.any() else own, notes)
 
@@ -182,13 +194,75 @@ class Judge:
             ]
         return blurred | behind | hidden, notes
 
+    def _lost(
+        self, own: Runs, exact: Runs, broken: Bool[np.ndarray, "K L"]
+    ) -> tuple[Runs, Bool[np.ndarray, "K L"], list[str]]:
+        """With what rounding may do in their own precision, where one of the two does more.
+
+        So it does where it is further from itself in float64 than a small change of its inputs and
+        constants would take it; or where it is so by the size of the outputs, and the other not.
+        """
+        size, scale = own.gaps
+        share = max(min(_LOST_EPS * self.eps, _LOST_SHARE), float(self.noise_ulps) * self.eps)
+        far = broken | (size > share * scale)
+        if self.eps <= _EPS64 or not far.any():
+            return own, far & broken, []
+        chosen = np.flatnonzero(far.any(1))
+        errors, moves = (np.zeros((2, *size.shape)) for _ in range(2))
+        both = (self.one, own.one, exact.one), (self.two, own.two, exact.two)
+        for k, (closed, coarse, wide) in enumerate(both):
+            of = lambda outs: [outs[row] for row in chosen]
+            errors[k][chosen] = gaps(of(coarse), of(wide)).size
+            moves[k][chosen] = gaps(of(wide), self._nudged_by_half_an_ulp(closed, chosen)).size
+        limit = share * scale + _CONDITION * moves
+        alone = (size > scale / 2) & (errors.min(0) <= share * scale)
+        lost = broken | (far & ((errors > limit).any(0) | alone))
+        own = own._replace(limit=np.where(broken, 0, limit.max(0)))
+        if not lost.any():
+            return own, lost, [self._sensitive(size[far] / scale[far])]
+        return own, lost, self._where_lost(lost, errors, exact)
+
+    def _nudged_by_half_an_ulp(self, closed: jex.ClosedJaxpr, chosen: np.ndarray) -> Outputs:
+        rng = np.random.default_rng(0)
+        nudge = lambda value: _nudged(value, rng)
+        lies = [leaf.sharding for leaf in self.rows[0]]
+        with jax.enable_x64(True):
+            rows = [list(map(placed, map(nudge, self.rows[k]), lies)) for k in chosen]
+        return _wide(closed, rows, nudge)
+
+    def _sensitive(self, shares: Float[np.ndarray, " far"]) -> str:
+        return (
+            f"They differ by {shares.max():.2g} of their size, and would about as much if inputs "
+            "and constants moved by an ulp of their own: no precision of these numbers says more."
+        )
+
+    def _where_lost(
+        self,
+        lost: Bool[np.ndarray, "K L"],
+        errors: Float[np.ndarray, "2 K L"],
+        exact: Runs,
+    ) -> list[str]:
+        """Which of the two loses its precision, and at which operation."""
+        row, leaf = np.unravel_index(np.where(lost, errors.max(0), -1).argmax(), lost.shape)
+        worse = int(errors[1, row, leaf] > errors[0, row, leaf])
+        name, closed = (("first", self.one), ("second", self.two))[worse]
+        notes = [f"It is the {name} function that is off."]
+        if exact.discrete[leaf]:
+            why = "Integers differ where two scores nearly tie, or at a threshold, and rounding "
+            return [*notes, f"{why}decides. Compare what they come from."]
+        try:
+            told = blame(closed, self.rows[row], int(leaf), float(errors[worse, row, leaf]))
+        except Exception:  # what cannot be run operation by operation may raise what it likes
+            told = ""
+        return [*notes, told] if told else notes
+
     def _moved(self, chosen: np.ndarray, exact: Runs) -> Float[np.ndarray, "C L"]:
         """How far the outputs of both move when inputs and constants do by an eps of float64."""
         rng = np.random.default_rng(0)
         nudge = lambda value: _nudged(value, rng, _EPS64)
+        lies = [leaf.sharding for leaf in self.rows[0]]
         with jax.enable_x64(True):
-            place = lambda leaf: jax.device_put(nudge(leaf), leaf.sharding)
-            rows = [[place(leaf) for leaf in self.rows[k]] for k in chosen]
+            rows = [list(map(placed, map(nudge, self.rows[k]), lies)) for k in chosen]
         one = gaps([exact.one[k] for k in chosen], _wide(self.one, rows, nudge)).size
         return one + gaps([exact.two[k] for k in chosen], _wide(self.two, rows, nudge)).size
 
@@ -279,36 +353,29 @@ def _rounding(closed, rows: Sequence[Row], own: Outputs, exact: Outputs) -> np.n
 def _nudged(
     value: Any, rng: np.random.Generator, by: float | None = None, where: Any = True
 ) -> Any:
-    """`value` in float64, each entry up or down by `by` of its size, by default half an eps."""
+    """`value` in float64, each entry up or down by `by` of its size, by default by half an ulp.
+
+    That is half an eps of its size, and more below the smallest normal number.
+    """
     if is_key(value) or not jnp.issubdtype((values := np.asarray(value)).dtype, jnp.inexact):
         return value
-    by = float(jnp.finfo(values.dtype).eps) / 2 if by is None else by
-    moves = rng.choice([-by, by], size=values.shape)
-    return _as_float64(values) * (1 + np.where(where & ~_is_exact(values), moves, 0))
+    limits, exact = jnp.finfo(values.dtype), _as_float64(values)
+    size = np.where(exact == 0, 1, np.abs(exact))
+    half_ulp = np.maximum(float(limits.eps), float(limits.smallest_subnormal) / size) / 2
+    moves = rng.choice([-1, 1], size=values.shape)
+    return exact * (
+        1 + np.where(where & ~_is_exact(values), moves * (half_ulp if by is None else by), 0)
+    )
 
 
 def _is_exact(values: np.ndarray) -> np.ndarray:
-    """Which numbers were hardly rounded: short ones, as 0.5, and those of an array of integers."""
-    bits = (jnp.finfo(values.dtype).nmant + 1) // 2
-    exact = _as_float64(values)
+    """Which numbers were hardly rounded: short ones, as 0.5, and those of an array of integers.
+
+    None below the smallest normal number, where all are short.
+    """
+    limits, exact = jnp.finfo(values.dtype), _as_float64(values)
     parts = np.stack([np.real(exact), np.imag(exact)])
     whole = parts == np.round(parts)
-    shifted = np.ldexp(np.frexp(parts)[0], bits)
-    return np.asarray(((shifted == np.round(shifted)) | whole.all()).all(0))
-
-
-def _about_broken(broken: Bool[np.ndarray, "K L"], exact: Runs) -> list[str]:
-    """What float64 says about integers, NaN and infinities that only one of the two has."""
-    alike = broken & ~(exact.gaps.size > exact.limit)
-    notes = []
-    if (alike & exact.discrete).any():
-        notes += [
-            "In float64 both give the same integers: those that differ stand where two scores "
-            "nearly tie, or at a threshold, and rounding decides. Compare what they come from."
-        ]
-    if (alike & ~exact.discrete).any():
-        notes += [
-            "In float64 both are finite alike: one of them overflows in its own precision. Smaller "
-            "scales= keep to inputs like x."
-        ]
-    return notes
+    shifted = np.ldexp(np.frexp(parts)[0], (limits.nmant + 1) // 2)
+    normal = (parts == 0) | (np.abs(parts) >= float(limits.tiny))
+    return np.asarray(((normal & (shifted == np.round(shifted))) | whole.all()).all(0))

@@ -81,6 +81,7 @@ def make_problem(
             "x must have at least 2 positions along axis "
             f"{axis}, got shape {edited[0].shape}; is axis= the sequence axis?"
         )
+    _require_numbers("x", edited)
 
     def apply(*args: Array) -> tuple[Array, ...]:
         leaves = [_split(arg, axes, in_lengths) for arg, axes in zip(args, in_axes, strict=True)]
@@ -95,6 +96,7 @@ def make_problem(
     outs = _shapes(closed)
     if not outs:
         raise TypeError("fn returned no array; it must return an array or a pytree of arrays")
+    _require_numbers("the output", outs)
     out_axes = _output_axes(outs, axis if out_axis is None else out_axis)
     out_lengths = _lengths(outs[0], out_axes[0])
     flat = apply if len(out_lengths) == 1 else merged
@@ -132,6 +134,14 @@ def split_input(x: PyTree, fixed: str | Iterable[str]) -> Given:
         return jax.tree.unflatten(treedef, [all_leaves[name] for name in named])
 
     return Given(leaves, kept, whole)
+
+
+def _require_numbers(what: str, leaves: Sequence[Any]) -> None:
+    if not any(leaf.size for leaf in leaves):
+        raise ValueError(
+            f"{what} must hold numbers, got shapes {[leaf.shape for leaf in leaves]}; nothing can "
+            "be read from an axis of length 0, or by it"
+        )
 
 
 def _shapes(closed: jex.ClosedJaxpr) -> tuple[jax.ShapeDtypeStruct, ...]:

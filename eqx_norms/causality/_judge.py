@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,14 +11,23 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from .._real import Real
-from ._edits import Edit
+from ._edits import Edit, Editor, nothing
 from ._inputs import Problem
+from ._lost import blame
+from ._nudge import Shaken, beside
 from ._probe import Changes, Probe, make_probe
 from ._widen import coarsest, float_dtypes, opaque_parts, widen
 
 # Rounding shrinks 5e8-fold from float32 to float64, a leak not at all.
 _SHRINK = 1000.0
 _EPS64 = float(np.finfo(np.float64).eps)
+# Of the size of the outputs: what float64 says to be rounding is not passed over without a word.
+_LARGE = 0.25
+# What two numbers that tie are moved apart by, relative to the input: in float64, where FFTs of
+# edits a hundred times as large round by 1e-13 of it; and in the function's own precision, in eps.
+_APART, _APART_EPS = 2.0**-20, 16.0
+_CHAOTIC = 2.0**12  # how many eps an eps of the inputs is, at least
+_NUDGES = 7  # with the unedited input a batch of 8
 
 
 class Findings(NamedTuple):
@@ -139,7 +149,86 @@ class Judge:
         if names:
             notes += [f"The {self._other} re-run is not conclusive: {names} has no such form."]
             return by_size._replace(leaks=leaks & large, undecided=leaks & ~large)
-        return Findings(changes, exact, leaks, none, notes)
+        vague, more = none, []
+        if leaks.any():
+            leaks, vague, more = self._certain(edits, leaks, exact)
+        lost, why = self._lost(edits, watch & ~leaks & ~vague, changes)
+        return Findings(changes, exact, leaks, vague | lost, [*notes, *more, *why])
+
+    def _certain(
+        self, edits: Sequence[Edit], leaks: Bool[np.ndarray, "E T"], exact: Changes
+    ) -> tuple[Bool[np.ndarray, "E T"], Bool[np.ndarray, "E T"], list[str]]:
+        """The leaks that are neither chaos nor ties, what may be one of these, and remarks.
+
+        Chaos makes what float64 rounds as large as the values: then outputs move as far when `x`
+        does by an eps. A tie is decided by rounding in any precision, but only at this very `x`.
+        """
+        probe = self.probe if self._is_exact else self._second
+        chaos = leaks & (exact.size <= self._chaos(probe) * exact.hidden)
+        notes = [
+            "The function is chaotic: an eps of float64 in x moves outputs by thousands of that, "
+            "so that rounding may do as much. Check fewer steps of it."
+        ] * bool(chaos.any())
+        leaks = leaks & ~chaos
+        editor = beside(probe.editor, _APART, wide=True)
+        rows = np.flatnonzero(leaks.any(1))
+        for some in (rows[k : k + _NUDGES] for k in range(0, len(rows), _NUDGES)):
+            again = _at(editor, probe, [edits[0], *(edits[row] for row in some)])
+            enough = np.minimum(exact.ulps[some], 1 / _EPS64) / _SHRINK
+            if (leaks[some] & ((again.ulps > enough) | again.broken)).any():
+                return leaks, chaos, notes
+        tie = (
+            "In float64 too outputs changed, but not at an x that is moved by a millionth of its "
+            "size: there values tie, and rounding decides. Pass an x without round numbers."
+        )
+        return leaks & False, leaks | chaos, notes + [tie] * bool(len(rows))
+
+    def _chaos(self, probe: Probe) -> float:
+        """How far rounding moves outputs in float64 if any is chaotic; of floats alone.
+
+        The largest of all, for one may be lucky.
+        """
+        editor = Shaken(**vars(probe.editor))
+        moved = _at(editor, probe, [nothing(editor)._replace(seed=k) for k in range(_NUDGES + 1)])
+        chaotic = (moved.ulps > _CHAOTIC) & np.isfinite(moved.ulps)
+        return float(self.noise_ulps * moved.size.max(initial=0, where=chaotic))
+
+    def _lost(
+        self, edits: Sequence[Edit], watch: Bool[np.ndarray, "E T"], changes: Changes
+    ) -> tuple[Bool[np.ndarray, "E T"], list[str]]:
+        """What float64 does not show, and is as large as outputs are in their own precision.
+
+        But for near ties, which are ties at this `x` alone.
+        """
+        share = max(_LARGE, float(self.noise_ulps) * self.probe.eps)
+        large = watch & (changes.size > share * changes.scale)
+        if not large.any() or self._is_exact:
+            return large & False, []
+        largest = np.where(large, changes.size, 0).max(1)
+        some = np.argsort(-largest, kind="stable")[: min(_NUDGES, np.count_nonzero(largest))]
+        kept = large[some]
+        for seed in (1, 2):
+            editor = beside(self.probe.editor, min(_APART_EPS * self.probe.eps, 0.125), seed)
+            again = _at(editor, self.probe, [edits[0], *(edits[row] for row in some)])
+            kept = kept & ((again.size > share * again.scale) | again.broken)
+        most = float((changes.size[large] / changes.scale[large]).max())
+        dtype = coarsest(self.problem.closed)
+        said = f"In {dtype} outputs change by {most:.2g} of their size, in float64 they do not"
+        if not kept.any():
+            return kept[:1] & large, [f"{said}, nor at an x beside this one: values nearly tie."]
+        return large, [
+            f"{said}: in exact arithmetic this is no leak, in {dtype} it is one.",
+            *self._blamed(edits[some[0]], float(largest[some[0]])),
+            f"Smaller scales= keep to inputs like x; noise_ulps={math.ceil(most / self.probe.eps)} "
+            "takes it for rounding.",
+        ]
+
+    def _blamed(self, edit: Edit, error: float) -> list[str]:
+        try:
+            told = blame(self.problem.closed, self.probe.editor.apply(edit), 0, error)
+        except Exception:  # what cannot be run operation by operation may raise what it likes
+            told = ""
+        return [told] * bool(told)
 
     def beyond_rounding(self, changes: Changes) -> Float[np.ndarray, "E T"]:
         """The size of a change; 0 if it may be the rounding of numbers that an edit made large."""
@@ -210,6 +299,12 @@ class Judge:
         fn, eps = widen(self.problem.closed, self._other), float(np.finfo(self._other).eps)
         probe = self.probe
         return make_probe(fn, probe.editor, probe.out_axes, eps, probe.batch_size, self._other)
+
+
+def _at(editor: Editor, probe: Probe, edits: Sequence[Edit]) -> Changes:
+    """What edits do to the inputs of another editor, the first of them left out."""
+    found = dataclasses.replace(probe, editor=editor).measure(edits, "nudged inputs")
+    return Changes(*(values[1:] for values in found))
 
 
 def _status(found: Findings, changed) -> tuple[str, Bool[np.ndarray, "E T"]]:

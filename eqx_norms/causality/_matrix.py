@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
+from .._largest import largest
 from .._real import Real
 from ._edits import Edit, TokenValues, at_one, make_editor, nothing, single_edits
 from ._inputs import Axes, Problem, make_problem
@@ -47,8 +48,8 @@ def dependency_matrix(
     projections of output `t`. A gradient is local and has no size of rounding to compare with:
     this method does not see what rounding, argmax, routing or a stopped gradient pass on, nor
     what a saturated or dead unit would pass on elsewhere, and a `custom_vjp` may tell it
-    anything. Never project with ones: a norm's outputs have a fixed sum, so that the gradient of
-    their sum is 0 however much they read.
+    anything. It is NaN where such a gradient is. Never project with ones: a norm's outputs have a
+    fixed sum, so that the gradient of their sum is 0 however much they read.
 
     **Arguments:**
 
@@ -243,7 +244,7 @@ def _float_axes(leaves: Sequence[Any], axes: Sequence[int]) -> dict[int, int]:
 
 def _largest(grad: Array, axis: int) -> Array:
     """The largest entry at each position of `axis`."""
-    return jnp.abs(grad).max(tuple(i for i in range(grad.ndim) if i != axis))
+    return largest(grad, tuple(i for i in range(grad.ndim) if i != axis))
 
 
 def _at(out: Array, axis: int, position: Array, key: PRNGKeyArray) -> Array:

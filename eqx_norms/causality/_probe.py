@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from .._largest import largest
 from ._edits import Edit, Editor
 
 
@@ -82,7 +83,7 @@ class Probe:
         stacked = [np.stack(leaf) for leaf in zip(*map(self.editor.apply, full), strict=True)]
         stacked = [_cast(leaf, self.dtype) if self.dtype else leaf for leaf in stacked]
         lies = [leaf.sharding for leaf in self.editor.leaves]
-        return tuple(map(_placed, stacked, lies))
+        return tuple(placed(leaf, where, None) for leaf, where in zip(stacked, lies, strict=True))
 
 
 def make_probe(fn, editor: Editor, out_axes, eps: float, batch_size: int, dtype=None) -> Probe:
@@ -115,9 +116,9 @@ def _distance(base: Array, outs: Array, axis: int) -> _Leaf:
     entries = tuple(range(1, a.ndim))
     magnitude = jnp.maximum(jnp.abs(a), jnp.abs(b))
     return _Leaf(
-        size=change.max(others),
-        scale=jnp.where(finite, magnitude, 0).max(entries),
-        unedited=jnp.broadcast_to(jnp.abs(b).max(), a.shape[:1]),
+        size=change.max(others, initial=0),
+        scale=jnp.where(finite, magnitude, 0).max(entries, initial=0),
+        unedited=jnp.broadcast_to(largest(b), a.shape[:1]),
         broken=~finite.all(others),
         discrete=jnp.full(a.shape[:1], discrete),
     )
@@ -160,11 +161,15 @@ def _cast(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return leaf.astype(np.result_type(dtype, np.complex64) if np.iscomplexobj(leaf) else dtype)
 
 
-def _placed(batch: np.ndarray, sharding: Any) -> np.ndarray | Array:
-    """A batch laid over devices as the input is, for `fn` may rely on it."""
+def placed(values: np.ndarray, sharding: Any, *lead: None) -> np.ndarray | Array:
+    """`values` laid over devices as an input of that `sharding` is, for `fn` may rely on it.
+
+    `lead` are further axes in front. What was on one device is left to JAX: put there, it could not
+    meet what `fn` itself lays over a mesh.
+    """
     if not isinstance(sharding, NamedSharding):
-        return batch
-    return jax.device_put(batch, NamedSharding(sharding.mesh, P(None, *sharding.spec)))
+        return values
+    return jax.device_put(values, NamedSharding(sharding.mesh, P(*lead, *sharding.spec)))
 
 
 def _batches(edits: Sequence[Edit], size: int) -> Iterator[list[Edit]]:

@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._real import Integer, Real
-from ._compare import Judge, gaps, host
+from ._compare import Judge, Row, gaps, host
 from ._edits import Edit, TokenValues, make_editor
 from ._inputs import Given, named_leaves, output_leaf, split_input, traced
 from ._judge import DIFFERS_FROM_ITSELF
+from ._probe import placed
 from ._same_report import SameReport, make_report
 from ._widen import coarsest, same_trace
 
@@ -39,6 +40,7 @@ def assert_same(
     fixed: str | Iterable[str] = (),
     noise_ulps: Real = 64,
     confirm_x64: bool = True,
+    allow_imprecise: bool = False,
     key: PRNGKeyArray | None = None,
     err_msg: str = "",
 ) -> SameReport:
@@ -48,6 +50,10 @@ def assert_same(
     both run again with every float in float64, parameters in closures and casts inside included:
     rounding shrinks there, a difference does not. No tolerance is to be guessed; what rounding
     can be in float64 is measured. It is for caches, refactorings, `replace_norms`, fused forms.
+
+    Two functions that are the same there may still give other numbers in their own precision, as
+    where one overflows or cancels. What is beyond what rounding can be is no success: see
+    `allow_imprecise`.
 
     ```python
     import jax
@@ -77,6 +83,12 @@ def assert_same(
         any case, and how many times as far as outputs move when inputs and constants do by an eps.
     - `confirm_x64`: whether to ask float64. If not, size decides: what is below `noise_ulps` eps
         of the least precise dtype in the functions is rounding, what is above a difference.
+    - `allow_imprecise`: whether it will do that the two are the same in exact arithmetic. If not,
+        it is an error that one of them loses so much in its own precision that the two differ by
+        more than 1024 eps of the outputs (or a quarter of them, in half precision; or
+        `noise_ulps`, if that is more), and by more than 8 times what half an ulp in inputs and
+        constants does to them. The report says which of the two, and at which operation if one is
+        to blame. Not asked for functions of float64, nor with `confirm_x64=False`.
     - `err_msg`: a line to begin the error message with.
 
     **Returns:**
@@ -86,8 +98,8 @@ def assert_same(
 
     **Raises:**
 
-    - `DifferenceError`, an `AssertionError`, if the status is `"different"` or `"undecided"`; it
-        carries `.report`.
+    - `DifferenceError`, an `AssertionError`, if the status is `"different"`, `"undecided"` or,
+        unless allowed, `"imprecise"`; it carries `.report`.
     - `ValueError` or `TypeError` if the question cannot be answered: outputs of other structures,
         shapes or kinds of numbers, a function that differs from itself, or a wrong option.
     """
@@ -107,8 +119,11 @@ def assert_same(
         for function, before in ((first, verdict.own.one), (second, verdict.own.two)):
             _require_same_again(function, rows[0], before[0], noise_ulps * judge.eps)
     dtype = str(coarsest(first.closed, second.closed))
-    report = make_report(verdict, dtype, [given.whole(row) for row in rows], first.names, axis)
-    if report.status in ("different", "undecided"):
+    report = make_report(
+        verdict, dtype, [given.whole([*map(jnp.asarray, row)]) for row in rows], first.names, axis
+    )
+    passes = ("same bits", "rounding", *["imprecise"] * allow_imprecise)
+    if report.status not in passes:
         raise DifferenceError(report, err_msg)
     return report
 
@@ -175,7 +190,7 @@ def _kind(dtype: Any) -> str:
     return next((kind for kind, of in kinds.items() if jnp.issubdtype(dtype, of)), "complex")
 
 
-def _edits(given: Given, count: int, scales, token_values, key) -> Iterator[list[Array]]:
+def _edits(given: Given, count: int, scales, token_values, key) -> Iterator[Row]:
     """Every leaf replaced as a whole, each time in another way."""
     flat = [np.asarray(leaf).reshape(-1) for leaf in given.leaves.values()]
     together = make_editor(flat, [0] * len(flat), scales, token_values, key, [*given.leaves])
@@ -186,15 +201,15 @@ def _edits(given: Given, count: int, scales, token_values, key) -> Iterator[list
             where = np.ones(editor.length, bool)
             edit = Edit(where, number % editor.kinds, seed=3_000_000 + number * len(flat) + place)
             (new,) = editor.apply(edit)
-            row.append(jax.device_put(new.reshape(leaf.shape), leaf.sharding))
+            row.append(placed(new.reshape(leaf.shape), leaf.sharding))
         yield row
 
 
 def _require_same_again(
-    function: _Traced, row: Sequence[Array], before: Sequence[np.ndarray], eps: Real
+    function: _Traced, row: Row, before: Sequence[np.ndarray], eps: Real
 ) -> None:
     """Refuses a function that is another when it is traced again: it draws random numbers."""
-    again = traced(function.flat, row)
+    again = traced(function.flat, [*map(jnp.asarray, row)])
     if same_trace(function.closed, again):
         return
     # The text of a trace may also differ by an address. Then only the values can tell.

@@ -19,8 +19,9 @@ class SameReport:
     **Fields:**
 
     - `status`: `"same bits"`, all values are equal; `"rounding"`, what differs is rounding;
-        `"different"`; or `"undecided"`, they differ, and nothing tells by what. `assert_same`
-        raises on the last two.
+        `"imprecise"`, they are the same in exact arithmetic, and one of them is off in its own
+        precision; `"different"`; or `"undecided"`, they differ, and nothing tells by what.
+        `assert_same` raises on the last three.
     - `leaf`: the path of the output array that the next fields are about, `""` where the output is
         one array. It is the one in which most speaks for the status. None if all bits are the same,
         as are the next.
@@ -62,10 +63,11 @@ class SameReport:
     def __str__(self) -> str:
         edits = self.inputs - 1
         tried = f"x and {edits} edit{'s' * (edits > 1)} of it" if edits else "x alone"
-        lines = [f"{self.status}: the two functions {_SAYS[self.status]}, tried on {tried}."]
+        says = _SAYS[self.status].format(dtype=self.dtype)
+        lines = [f"{self.status}: the two functions {says}, tried on {tried}."]
         if self.status != "same bits":
             lines += [_entry(self), *_how_far(self)]
-        if self.status in ("different", "undecided"):
+        if self.status in ("different", "imprecise", "undecided"):
             lines += [*_position(self), _seen(self)]
         return "\n".join(textwrap.fill(line, 92) for line in [*lines, *self.notes])
 
@@ -74,6 +76,7 @@ _SAYS = {
     "same bits": "give equal values",
     "rounding": "are the same but for rounding",
     "different": "differ by more than rounding",
+    "imprecise": "are the same in exact arithmetic, different in {dtype}",
     "undecided": "differ, and nothing tells whether by rounding",
 }
 
@@ -158,10 +161,11 @@ def _both(one: Number, two: Number) -> str:
 
 
 def _how_far(report: SameReport) -> list[str]:
-    if report.status == "different":
+    if report.status in ("different", "imprecise"):
         if not np.isfinite(report.difference) or not report.limit:
             return []  # NaN, or integers
-        limit = f"{report.limit:.2g}" + " in float64" * (report.exact is not None)
+        wide = report.exact is not None and report.status == "different"
+        limit = f"{report.limit:.2g}" + " in float64" * wide
         return [f"The difference is {report.difference:.2g}; rounding may be up to {limit}."]
     wide = "" if report.ulps64 is None else f"; in float64 {report.ulps64:.2g} eps of that"
     return [f"Largest difference: {report.ulps:.2g} eps of {report.dtype}{wide}."]

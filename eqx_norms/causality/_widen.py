@@ -28,6 +28,7 @@ from ._loops import BODIES, rewritten
 _NARROW = ("bitcast_convert_type", "reduce", "reduce_window")
 _FINE_MANTISSA = 7  # that of bfloat16
 _INPUT = ""
+_SHARD_MAP = "shard_map"
 
 
 def trace(fn: Callable, leaves: Sequence[Any]) -> jex.ClosedJaxpr:
@@ -36,20 +37,30 @@ def trace(fn: Callable, leaves: Sequence[Any]) -> jex.ClosedJaxpr:
 
 
 class _How(NamedTuple):
-    """Every float becomes one of `to`; a constant is what `constant` makes of it."""
+    """Every float becomes one of `to`; a constant is what `constant` makes of it.
+
+    `calls` are the equations that this one is inside of, for `watch`.
+    """
 
     to: np.dtype
     constant: Callable[[Any], Any]
+    watch: Callable[..., Sequence[Array]] | None = None
+    calls: tuple[jex.JaxprEqn, ...] = ()
 
 
 def widen(
-    closed: jex.ClosedJaxpr, to: Any = np.float64, constant: Callable[[Any], Any] = lambda c: c
+    closed: jex.ClosedJaxpr,
+    to: Any = np.float64,
+    constant: Callable[[Any], Any] = lambda c: c,
+    watch: Callable[..., Sequence[Array]] | None = None,
 ) -> Callable[..., tuple[Array, ...]]:
     """A function of the same leaves that evaluates `closed` with every float as `to`.
 
-    `constant` may put others in the place of the constants. Call it under `jax.enable_x64(True)`.
+    `constant` may put others in the place of the constants, and `watch(eqn, args, outs, calls)` in
+    that of the results of each operation; it sees loops and branches as a whole, and calls never.
+    Call it under `jax.enable_x64(True)`.
     """
-    how = _How(np.dtype(to), constant)
+    how = _How(np.dtype(to), constant, watch)
 
     def wide(*leaves: Array) -> tuple[Array, ...]:
         return tuple(_evaluate(closed, [_wide(leaf, how.to) for leaf in leaves], how))
@@ -131,17 +142,46 @@ def _evaluate(closed: Any, args: Sequence[Array], how: _How) -> list[Array]:
 
 def _equation(eqn: jex.JaxprEqn, args: list[Array], how: _How) -> Sequence[Array]:
     name, params = eqn.primitive.name, eqn.params
+    if name == _SHARD_MAP:
+        return _shard_mapped(eqn, how._replace(watch=None))(*args)
     if _is_opaque(eqn):
-        dtypes = [_aval(atom).dtype for atom in eqn.invars]
-        return _bind(eqn, list(map(_narrow, args, dtypes)), params)
+        return narrowed(eqn, args)
     if name == "reduce_precision" and params["mantissa_bits"] >= _FINE_MANTISSA:
         return args
     inner = called(eqn)
     if inner is not None:
-        return _evaluate(inner, args, how)
+        return _evaluate(inner, args, how._replace(calls=(*how.calls, eqn)))
+    inside = how._replace(watch=None)
     if name in BODIES and any(map(is_ref, args)):
-        return rewritten(eqn, args, lambda body, args, _: (_evaluate(body, args, how), None))[0]
-    return _bind(eqn, args, {key: _wide_param(key, value, how) for key, value in params.items()})
+        run = lambda body, args, _: (_evaluate(body, args, inside), None)
+        outs = rewritten(eqn, args, run)[0]
+    else:
+        params = {key: _wide_param(key, value, inside) for key, value in params.items()}
+        outs = _bind(eqn, args, params)
+    return outs if how.watch is None else how.watch(eqn, args, outs, how.calls)
+
+
+def narrowed(eqn: jex.JaxprEqn, args: Sequence[Array]) -> Sequence[Array]:
+    """What an equation gives in the precision in which it was traced."""
+    return _bind(eqn, list(map(_narrow, args, map(dtype_of, eqn.invars))), eqn.params)
+
+
+def dtype_of(atom: Any) -> Any:
+    """That of a variable or a literal of a trace."""
+    return _aval(atom).dtype
+
+
+def _shard_mapped(eqn: jex.JaxprEqn, how: _How) -> Callable[..., Sequence[Array]]:
+    """The same map of what is widened inside it."""
+    params = eqn.params
+    return jax.shard_map(
+        lambda *args: tuple(_evaluate(params["jaxpr"], args, how)),
+        mesh=params["mesh"],
+        in_specs=params["in_specs"],
+        out_specs=params["out_specs"],
+        axis_names=params["newly_manual_axes"],
+        check_vma=params["check_vma"],
+    )
 
 
 def _bind(eqn: jex.JaxprEqn, args: Sequence[Array], params: dict) -> Sequence[Array]:
@@ -150,7 +190,8 @@ def _bind(eqn: jex.JaxprEqn, args: Sequence[Array], params: dict) -> Sequence[Ar
 
 
 def _is_opaque(eqn: jex.JaxprEqn) -> bool:
-    return is_foreign(eqn) or eqn.primitive.name in _NARROW
+    name = eqn.primitive.name
+    return name in _NARROW or (is_foreign(eqn) and name != _SHARD_MAP)
 
 
 def _origins(closed: Any, ins: Sequence[frozenset[str]]) -> list[frozenset[str]]:
@@ -176,6 +217,8 @@ def _equation_origins(
 ) -> Sequence[frozenset[str]]:
     """`whole`: results may be made of all that the equation holds, as where it writes to Refs."""
     inner = None if _is_opaque(eqn) or whole else called(eqn)
+    if eqn.primitive.name == _SHARD_MAP and not whole:
+        inner = eqn.params["jaxpr"]
     if inner is not None:
         return _origins(inner, ins)
     if eqn.primitive.name == "scan" and not whole:
@@ -221,7 +264,12 @@ def _wide_jaxpr(closed: Any, how: _How) -> Any:
         return closed
     avals = [_aval(var) for var in opened(closed).invars]
     structs = [
-        jax.ShapeDtypeStruct(a.shape, _wide_dtype(a.dtype, how.to), sharding=a.sharding)
+        jax.ShapeDtypeStruct(
+            a.shape,
+            _wide_dtype(a.dtype, how.to),
+            sharding=a.sharding,
+            manual_axis_type=a.manual_axis_type,
+        )
         for a in avals
     ]
     wide = jax.make_jaxpr(lambda *args: _evaluate(closed, args, how))(*structs)
@@ -273,7 +321,9 @@ def _all_consts(closed: Any) -> list[Any]:
 
 def is_key(value: Any) -> bool:
     """Whether `value` is an array of random keys."""
-    return jnp.issubdtype(jnp.asarray(value).dtype, jax.dtypes.prng_key)
+    # Not by `jnp.asarray`: a literal out of a `jax.pmap` has the mesh of that in its type, and JAX
+    # would keep what it makes of it for every array of this shape.
+    return jnp.issubdtype(getattr(value, "dtype", type(value)), jax.dtypes.prng_key)
 
 
 def _same_bits(a: Any, b: Any) -> bool:

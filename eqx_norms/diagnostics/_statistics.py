@@ -15,6 +15,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
+from .._largest import largest
 from .._real import Real
 
 
@@ -66,8 +67,7 @@ def activation_stats(
             "`histogram`."
         )
     x = _wide(x)
-    # XLA's maximum loses a NaN on CPUs, depending on where it stands.
-    absmax = jnp.where(jnp.isnan(x).any(), jnp.nan, jnp.max(jnp.abs(x)))
+    absmax = largest(x)
     scale = _power_of_two(absmax)
     u = x / scale
     mean = jnp.mean(u)
@@ -329,7 +329,7 @@ def _singular_values(x: Float[ArrayLike, "rows columns"]) -> Float[Array, " valu
             "one result each."
         )
     # No statistic depends on the size of `x`, so that its scale is a constant to differentiation.
-    scale = _power_of_two(jax.lax.stop_gradient(jnp.max(jnp.abs(x))))
+    scale = _power_of_two(jax.lax.stop_gradient(largest(x)))
     return jnp.linalg.svd(x / scale, compute_uv=False)
 
 

@@ -1,0 +1,37 @@
+"""Inputs beside those of an editor: chaos and ties show there what they are."""
+
+import dataclasses
+
+import numpy as np
+
+from ._edits import Edit, Editor
+
+
+def beside(editor: Editor, by: float, seed: int = 0, wide: bool = False) -> Editor:
+    """The same edits of an input whose floats are moved by up to `by` of their size.
+
+    `wide` is for values that are float64. Equal numbers stay equal and zero stays zero, for a
+    function may look for them; masks and tokens stay as they are.
+    """
+    leaves = [
+        leaf if leaf.ids else leaf._replace(values=_moved(leaf.values, by, seed, wide))
+        for leaf in editor.leaves
+    ]
+    return dataclasses.replace(editor, leaves=tuple(leaves))
+
+
+class Shaken(Editor):
+    """Of each edit only its seed counts: the input is moved by an eps of float64, of 0 not."""
+
+    def apply(self, edit: Edit) -> tuple[np.ndarray, ...]:
+        """The leaves, moved."""
+        by = float(np.finfo(np.float64).eps) * bool(edit.seed)
+        return tuple(leaf.values for leaf in beside(self, by, edit.seed, wide=True).leaves)
+
+
+def _moved(values: np.ndarray, by: float, seed: int, wide: bool) -> np.ndarray:
+    found, where = np.unique(values, return_inverse=True)
+    factors = 1 + by * np.random.default_rng(seed).choice([-1, -0.5, 0.5, 1], size=found.shape)
+    exact = found.astype(np.complex128 if np.iscomplexobj(found) else np.float64)
+    moved = (exact * factors)[where].reshape(values.shape)
+    return moved if wide else moved.astype(values.dtype)
