@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._real import Integer, Real
+from ._call import call
 from ._edits import is_mask, require_names
 from ._widen import trace
 
@@ -74,6 +75,11 @@ def make_problem(
         )
     edited = tuple(given.leaves.values())
     in_axes = _axes(edited, axis, "axis", "x")
+    if not any(leaf.size for leaf in edited):
+        raise ValueError(
+            f"x must hold numbers, got shape {edited[0].shape}, which has none; pass an x without an "
+            "axis of length 0"
+        )
     in_lengths = _lengths(edited[0], in_axes[0])
     if math.prod(in_lengths) < 2:
         raise ValueError(
@@ -83,8 +89,8 @@ def make_problem(
 
     def apply(*args: Array) -> tuple[Array, ...]:
         leaves = [_split(arg, axes, in_lengths) for arg, axes in zip(args, in_axes, strict=True)]
-        out = fn(given.whole(leaves))
-        return tuple(output_leaf(leaf) for leaf in jax.tree.leaves(out))
+        out = call(fn, given.whole(leaves))
+        return _with_entries([output_leaf(leaf) for leaf in jax.tree.leaves(out)])
 
     def merged(*args: Array) -> tuple[Array, ...]:
         return tuple(map(_merged, apply(*args), out_axes))
@@ -133,6 +139,17 @@ def split_input(x: PyTree, fixed: str | Iterable[str]) -> Given:
     return Given(leaves, kept, whole)
 
 
+def _with_entries(outs: Sequence[Array]) -> tuple[Array, ...]:
+    """Those outputs that can be compared."""
+    kept = tuple(leaf for leaf in outs if leaf.size)
+    if outs and not kept:
+        raise ValueError(
+            f"fn must return numbers, got shapes {[leaf.shape for leaf in outs]}, which have none; "
+            "return an output without an axis of length 0"
+        )
+    return kept
+
+
 def _shapes(closed: jex.ClosedJaxpr) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in closed.out_avals)
 
@@ -166,8 +183,8 @@ def traced(flat: Callable, leaves: Sequence[Array]) -> jex.ClosedJaxpr:
         return trace(flat, leaves)
     except jax.errors.JAXTypeError as error:
         error.add_note(
-            "The check runs fn under jax.jit: write it with jax.numpy instead of numpy, and "
-            "without Python control flow on its input."
+            "The check runs fn under jax.jit: write it without Python control flow on its input, "
+            "as with jnp.where or jax.lax.cond."
         )
         raise
 

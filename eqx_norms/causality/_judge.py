@@ -262,7 +262,8 @@ def require_sane_baseline(
         position = problem.output(changes.broken[empty].any(0).argmax())
         raise ValueError(
             f"fn must return finite numbers on the unedited x, but output {position} holds NaN "
-            "or inf; a comparison with those says nothing"
+            "or inf; a comparison with those says nothing. If it is the -inf of masked logits, "
+            "put a number there: lambda x: jnp.nan_to_num(fn(x), neginf=0.0)"
         )
     if (changes.ulps[empty] > noise_ulps).any():
         raise ValueError(DIFFERS_FROM_ITSELF)
