@@ -11,7 +11,17 @@ import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from .._real import Real
-from ._edits import MASK, Edit, Editor, TokenValues, called, make_editor, mixing_edits, nothing
+from ._edits import (
+    MASK,
+    Edit,
+    Editor,
+    TokenValues,
+    called,
+    make_editor,
+    mixing_edits,
+    nothing,
+    pure_mixing_edits,
+)
 from ._inputs import (
     Axes,
     Problem,
@@ -22,10 +32,11 @@ from ._inputs import (
     traced,
 )
 from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
-from ._matrix import locate, measure_required
+from ._matrix import by_array, locate, measure_required
 from ._positions import Labels, make_positions
 from ._probe import make_probe
 from ._prove import Proof, Question, prove
+from ._question import nothing_is_read, warn
 from ._report import CausalityReport
 from ._trials import Rule
 from ._widen import same_trace
@@ -48,6 +59,7 @@ def assert_causal(
     out_axis: Axes | None = None,
     strict: bool = False,
     complete: bool = False,
+    pointwise: bool = False,
     labels: Labels = None,
     out_labels: Labels = None,
     splits: Sequence[int] | str = "auto",
@@ -88,7 +100,9 @@ def assert_causal(
     from eqx_norms.causality import assert_causal
 
     x = jax.random.normal(jax.random.key(0), (8, 4))
-    report = assert_causal(jax.vmap(eqx.nn.LayerNorm(4)), x)
+    attention = eqx.nn.MultiheadAttention(2, 4, key=jax.random.key(1))
+    mask = jax.numpy.tri(8, dtype=bool)
+    report = assert_causal(lambda x: attention(x, x, x, mask=mask), x)
     ```
 
     **Arguments:**
@@ -105,6 +119,9 @@ def assert_causal(
     - `strict`: output `t` must not read input `t` either, as where inputs are not yet shifted.
     - `complete`: whether output `t` must also read every input that it may; see `required` of
         [`eqx_norms.causality.assert_reads`][].
+    - `pointwise`: says that no output is meant to read another position, as in a norm of each token.
+        Else a `CausalityWarning` is given where none does: along a batch axis every model is causal.
+        [`eqx_norms.causality.assert_independent`][] asks that outputs read no other position.
     - `labels`: what to call the inputs in reports and plots beside their numbers, as in the text
         `"anna"`; of several axes nested as they are, or in C order.
     - `out_labels`: what to call the outputs, by default the same if they are as many.
@@ -142,6 +159,10 @@ def assert_causal(
     **Returns:**
 
     The [`eqx_norms.causality.CausalityReport`][].
+
+    **Warns:**
+
+    `CausalityWarning`, a `UserWarning`, if no output reads another position; see `pointwise`.
 
     **Raises:**
 
@@ -331,10 +352,12 @@ class How(NamedTuple):
     prove: bool | Literal["required"]
     assume_bounded: bool
     err_msg: str
+    pointwise: bool
 
 
 def _how(arguments: Mapping[str, Any]) -> How:
-    """Of the arguments of a check, those that all checks have."""
+    """Of the arguments of a check, those that all have; other rules than the causal never warn."""
+    arguments = {"pointwise": True, **arguments}
     return How(**{name: arguments[name] for name in How._fields})
 
 
@@ -378,7 +401,7 @@ def _check(
     proof = _proof(problem, rule, how) if how.prove else None
     report = _proved(rule, proof, common) if proof is not None and proof.holds else None
     if report is not None and rule.required is None:
-        return report
+        return _questioned(report, problem, how)
     editor = make_editor(
         problem.leaves, problem.in_axes, how.scales, how.token_values, how.key, problem.names
     )
@@ -394,7 +417,20 @@ def _check(
         for note in noise_notes:
             error.add_note(note)
         raise
-    return dataclasses.replace(report, notes=(*report.notes, *noise_notes))
+    report = dataclasses.replace(report, notes=(*report.notes, *noise_notes))
+    return _questioned(report, problem, how)
+
+
+def _questioned(report: CausalityReport, problem: Problem, how: How) -> CausalityReport:
+    """The report; with a remark, and a warning, if it can hardly answer what was meant."""
+    if not report.pointwise:
+        return report
+    remark = "No output reads another position, as is meant (pointwise=True)."
+    if not how.pointwise:
+        asked = str(report.inputs)
+        remark = nothing_is_read(problem, asked, zero_branch=report.status != "proved")
+        warn(remark)
+    return dataclasses.replace(report, notes=(remark, *report.notes))
 
 
 def _edited(
@@ -408,12 +444,20 @@ def _edited(
     edits = [nothing(editor), *trials, nothing(editor)]
     verdict = judge.verdict(edits, rule.watch(edits))
     leak = verdict.status == "leak"
+    pointwise, count, arrays = False, len(trials), {}
     if leak:
         matrix, joint, note = locate(judge, rule, verdict, edits)
+        arrays = by_array(judge, rule, verdict, edits, matrix, joint)
     else:
         matrix, joint = rule.covered(tried), False
         matrix[verdict.undecided.any(0)] = np.nan
-        note = _inert(rule, edits, verdict.moved)
+        silent = _silent(rule, edits, verdict.moved)
+        if _all_alone(rule, silent):
+            more = [nothing(editor), *pure_mixing_edits(editor.length, editor.kinds)]
+            changes, count = judge.probe.measure(more), count + len(more) - 1
+            silent &= _silent(rule, more, changes.broken | (changes.ulps > 0))
+            pointwise = _all_alone(rule, silent)
+        note = [] if pointwise else _inert(rule, silent)
     return CausalityReport(
         leak=leak,
         status=verdict.status,
@@ -423,8 +467,11 @@ def _edited(
         noise=verdict.noise,
         splits=tuple(tried),
         possible_splits=len(rule.possible),
-        edits=len(trials),
+        edits=count,
         joint=joint,
+        pointwise=pointwise,
+        arrays=arrays,
+        names=judge.problem.names,
         notes=(*verdict.notes, *note, *_untestable(rule), *_token_notes(editor)),
         **common,
     )
@@ -496,6 +543,7 @@ def _proof(problem: Problem, rule: Rule, how: How) -> Proof:
 
 def _proved(rule: Rule, proof: Proof, common: Mapping[str, Any]) -> CausalityReport:
     """The report of what needs no edit: 0 where an output cannot read an input, NaN elsewhere."""
+    alone = "causal" in rule.kind and rule.required is None
     return CausalityReport(
         leak=False,
         status="proved",
@@ -509,6 +557,7 @@ def _proved(rule: Rule, proof: Proof, common: Mapping[str, Any]) -> CausalityRep
         joint=False,
         notes=(),
         assumptions=proof.assumptions,
+        pointwise=alone and not (proof.connected & ~np.eye(len(rule.allowed), dtype=bool)).any(),
         **common,
     )
 
@@ -525,22 +574,38 @@ def _require_same_trace(problem: Problem) -> None:
             raise ValueError(DIFFERS_FROM_ITSELF)
 
 
-def _inert(rule: Rule, edits: Sequence[Edit], moved: np.ndarray) -> list[str]:
-    """A remark on outputs that no other input moves: a zero-initialised branch looks so."""
+def _silent(
+    rule: Rule, edits: Sequence[Edit], moved: Bool[np.ndarray, "E T_out"]
+) -> Bool[np.ndarray, " T_out"]:
+    """The outputs that no other input moves, of those that may read another."""
     outputs, inputs = rule.allowed.shape
     if rule.kind == "independent" or rule.required is not None or outputs != inputs:
-        return []
-    # Some may read no other input, as the first may under the causal rule.
-    silent = rule.allowed.sum(1) > rule.allowed.diagonal()
+        return np.zeros(outputs, bool)
+    silent = _may_mix(rule.allowed)
     for edit, row in zip(edits, moved, strict=True):
         silent &= ~row | edit.where
+    return silent
+
+
+def _may_mix(allowed: Bool[np.ndarray, "T T"]) -> Bool[np.ndarray, " T"]:
+    """Who may read another; the first may not under the causal rule."""
+    return allowed.sum(1) > allowed.diagonal()
+
+
+def _all_alone(rule: Rule, silent: Bool[np.ndarray, " T_out"]) -> bool:
+    """Whether a causal test shows nothing."""
+    return "causal" in rule.kind and silent.any() and np.array_equal(silent, _may_mix(rule.allowed))
+
+
+def _inert(rule: Rule, silent: Bool[np.ndarray, " T_out"]) -> list[str]:
+    """A remark on outputs that no other input moves: a zero-initialised branch looks so."""
     if not silent.any():
         return []
     option = "required=" if rule.kind == "reads" else "complete=True"
     return [
-        f"{silent.sum()} of {outputs} outputs react to no input but their own. If the model should "
-        "mix positions, a zero-initialised branch may hide a leak: try perturb_params=0.02. That "
-        f"outputs read what they may is asked by {option}."
+        f"{silent.sum()} of {len(silent)} outputs react to no input but their own. If the model "
+        "should mix positions, a zero-initialised branch may hide a leak: try perturb_params=0.02. "
+        f"That outputs read what they may is asked by {option}."
     ]
 
 

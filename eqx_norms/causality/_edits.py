@@ -18,13 +18,15 @@ class Edit(NamedTuple):
     """Replace the positions where `where` holds, in the way numbered `kind`.
 
     `seed` names the random draw, so that an edit can be made again in another precision. Values are
-    drawn for the positions `drawn`, for those of `where` if that is None.
+    drawn for the positions `drawn`, for those of `where` if that is None. Of several leaves all are
+    edited, or `only` the one of that number.
     """
 
     where: Bool[np.ndarray, " T"]
     kind: int
     seed: int
     drawn: Bool[np.ndarray, " T"] | None = None
+    only: int | None = None
 
 
 class Ids(NamedTuple):
@@ -86,7 +88,10 @@ class Editor:
     def apply(self, edit: Edit) -> tuple[np.ndarray, ...]:
         """The leaves after `edit`."""
         rng = np.random.default_rng([*self.entropy, edit.seed])
-        return tuple(self._edited(leaf, edit, rng) for leaf in self.leaves)
+        edited = [self._edited(leaf, edit, rng) for leaf in self.leaves]
+        kept = lambda number: edit.only is not None and number != edit.only
+        pairs = enumerate(zip(self.leaves, edited, strict=True))
+        return tuple(leaf.values if kept(i) else new for i, (leaf, new) in pairs)
 
     def _edited(self, leaf: Leaf, edit: Edit, rng: np.random.Generator) -> np.ndarray:
         pure = (edit.kind - 1) % self._pure_kinds(leaf) if edit.kind else None
@@ -139,10 +144,10 @@ def nothing(editor: Editor) -> Edit:
 
 
 def single_edits(
-    editor: Editor, positions: Sequence[int], every_kind: bool = False
+    editor: Editor, positions: Sequence[int], every_kind: bool = False, budget: int = 512
 ) -> Iterator[Edit]:
     """Each position alone: in every kind if they are few, else mixed and in turn the others."""
-    each = editor.kinds if every_kind else max(2, min(editor.kinds, 512 // len(positions)))
+    each = editor.kinds if every_kind else max(2, min(editor.kinds, budget // len(positions)))
     for number, position in enumerate(positions):
         where = np.arange(editor.length) == position
         for turn in range(each):
@@ -166,6 +171,13 @@ def mixing_edits(length: int, both: bool = False) -> Iterator[Edit]:
     for number in range(2 * digits if both else digits):
         digit = (np.arange(length) >> number % digits) % 2
         yield Edit(digit == number // digits, 0, seed=2_000_000 + number)
+
+
+def pure_mixing_edits(length: int, kinds: int) -> Iterator[Edit]:
+    """One of each pure kind, in turn at the places of `mixing_edits`: they wake what those miss."""
+    places = [edit.where for edit in mixing_edits(length)]
+    for kind in range(1, kinds):
+        yield Edit(places[kind % len(places)], kind, seed=2_500_000 + kind)
 
 
 def called(name: str) -> str:

@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     """A function of flat leaves, the leaves, and where the positions lie in them.
 
     Several axes of positions are merged into one, the first. `in_lengths` and `out_lengths` are how
-    long each of them was.
+    long each of them was, `axis` and `out_axis` what the user called them.
     """
 
     fn: Callable[..., tuple[Array, ...]]
@@ -37,6 +37,8 @@ class Problem(NamedTuple):
     names: tuple[str, ...] = ()
     in_lengths: tuple[int, ...] = ()
     out_lengths: tuple[int, ...] = ()
+    axis: Axes = 0
+    out_axis: Axes = 0
 
     @property
     def length(self) -> int:
@@ -100,7 +102,8 @@ def make_problem(
     outs = _shapes(closed)
     if not outs:
         raise TypeError("fn returned no array; it must return an array or a pytree of arrays")
-    out_axes = _output_axes(outs, axis if out_axis is None else out_axis)
+    out_axis = axis if out_axis is None else out_axis
+    out_axes = _output_axes(outs, out_axis)
     out_lengths = _lengths(outs[0], out_axes[0])
     flat = apply if len(out_lengths) == 1 else merged
     if flat is merged:
@@ -115,6 +118,8 @@ def make_problem(
         tuple(given.leaves),
         in_lengths,
         out_lengths,
+        axis,
+        out_axis,
     )
 
 

@@ -18,6 +18,7 @@ from ._trials import Rule, alike
 
 _ALONE_UP_TO = 128
 _OWN_VALUES = 512
+_BY_ARRAY = 256
 _COTANGENTS = 4
 _NOISE_ULPS = 64
 
@@ -123,10 +124,44 @@ def _smallest(verdict: Verdict, edits: Sequence[Edit], output: int) -> int:
 def _measured(judge: Judge, rule: Rule, verdict: Verdict, singles: Sequence[Edit]) -> np.ndarray:
     """The matrix of edits of one position each; what is no leak is 0 in a forbidden cell."""
     watch = rule.watch(singles)
-    found = judge.tell(singles, watch, judge.probe.measure(singles, "locating the leak"))
+    return _by_input(_sizes(judge, watch, verdict, singles), singles, rule.allowed.shape[1])
+
+
+def _sizes(judge: Judge, watch, verdict: Verdict, edits: Sequence[Edit]) -> np.ndarray:
+    found = judge.tell(edits, watch, judge.probe.measure(edits, "locating the leak"))
     changes = found.exact if verdict.in_float64 else found.changes
-    sizes = np.where(watch & ~found.leaks, 0, changes.size)
-    return _by_input(sizes, singles, rule.allowed.shape[1])
+    return np.where(watch & ~found.leaks, 0, changes.size)
+
+
+def by_array(
+    judge: Judge, rule: Rule, verdict: Verdict, edits: Sequence[Edit], matrix, joint: bool
+) -> dict[str, Float[np.ndarray, "T_out T_in"]]:
+    """The part of the leaks in `matrix` that each array of the input makes when it alone is edited.
+
+    For 32 of the inputs that leak, or all if they are fewer.
+    """
+    editor = judge.probe.editor
+    leaking = ~rule.allowed & (matrix > 0)
+    if len(editor.leaves) < 2 or not leaking.any():
+        return {}
+    if joint:
+        outputs = np.flatnonzero(verdict.leaks.any(0)).tolist()
+        chosen = [edits[row] for row in sorted({_smallest(verdict, edits, t) for t in outputs})]
+    else:
+        columns = _evenly(np.flatnonzero(leaking.any(0)), 32)
+        chosen = [*single_edits(editor, columns, budget=_BY_ARRAY // len(editor.leaves))]
+    alone = [e._replace(only=i) for i in range(len(editor.leaves)) for e in chosen]
+    rows = [nothing(editor), *alone]
+    sizes = _sizes(judge, rule.watch(rows), verdict, rows)[1:].reshape(-1, len(chosen), len(matrix))
+    found = {}
+    for leaf, size in zip(editor.leaves, sizes, strict=True):
+        if joint:
+            own = np.where(leaking, size.max(0)[:, None], 0)
+        else:
+            own = _by_input(size, chosen, matrix.shape[1])
+        if (~rule.allowed & (own > 0)).any():
+            found[leaf.name] = own
+    return found
 
 
 def _by_input(size: np.ndarray, edits: Sequence[Edit], length: int) -> np.ndarray:
@@ -157,9 +192,9 @@ def _positions(rule: Rule, verdict: Verdict, edits: Sequence[Edit]) -> list[int]
     return sorted(dict.fromkeys([*pointed[::step], *_evenly(np.arange(length))]))
 
 
-def _evenly(positions: np.ndarray) -> list[int]:
-    """128 of the positions, or all if they are fewer."""
-    count = min(len(positions), _ALONE_UP_TO)
+def _evenly(positions: np.ndarray, most: int = _ALONE_UP_TO) -> list[int]:
+    """`most` of the positions, or all if they are fewer."""
+    count = min(len(positions), most)
     return positions[np.linspace(0, len(positions) - 1, count).astype(int)].tolist()
 
 
