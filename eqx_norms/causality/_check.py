@@ -31,7 +31,7 @@ from ._inputs import (
     require_same_length,
     traced,
 )
-from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
+from ._judge import DIFFERS_FROM_ITSELF, Judge, Verdict, function_eps
 from ._matrix import by_array, locate, measure_required
 from ._positions import Labels, make_positions
 from ._probe import make_probe
@@ -333,6 +333,9 @@ def check_reads(
         return error.report
 
 
+_ENTRIES = 2**24  # of the output, to look for those that leak
+
+
 class How(NamedTuple):
     """The options that all checks share, as `assert_causal` documents them."""
 
@@ -410,7 +413,11 @@ def _check(
     try:
         if report is None:
             common["obstacles"] = proof.obstacles if proof is not None else ()
-            report = _edited(judge, rule, rule.choose(splits, rng), common)
+            connected = proof.connected if proof is not None else None
+            tried = rule.choose(splits, rng, connected)
+            report = _edited(judge, rule, tried, splits == "auto", common)
+            if proof is not None:
+                report = _narrowed(report, rule, proof)
         if rule.required is not None:
             report = _completed(report, judge, rule.required)
     except ValueError as error:
@@ -434,13 +441,13 @@ def _questioned(report: CausalityReport, problem: Problem, how: How) -> Causalit
 
 
 def _edited(
-    judge: Judge, rule: Rule, tried: Sequence[int], common: Mapping[str, Any]
+    judge: Judge, rule: Rule, tried: Sequence[int], auto: bool, common: Mapping[str, Any]
 ) -> CausalityReport:
     """The report on what must not be read, by edits."""
     editor = judge.probe.editor
     # The unedited input comes first, to compare with, and once more at the end.
     mixing = mixing_edits(editor.length, both=rule.kind == "reads")
-    trials = [*rule.edits(tried, editor.kinds), *mixing]
+    trials = [*rule.edits(tried, editor.kinds, auto), *mixing]
     edits = [nothing(editor), *trials, nothing(editor)]
     verdict = judge.verdict(edits, rule.watch(edits))
     leak = verdict.status == "leak"
@@ -448,6 +455,7 @@ def _edited(
     if leak:
         matrix, joint, note = locate(judge, rule, verdict, edits)
         arrays = by_array(judge, rule, verdict, edits, matrix, joint)
+        note += _where_in_output(judge, verdict, edits)
     else:
         matrix, joint = rule.covered(tried), False
         matrix[verdict.undecided.any(0)] = np.nan
@@ -474,6 +482,20 @@ def _edited(
         names=judge.problem.names,
         notes=(*verdict.notes, *note, *_untestable(rule), *_token_notes(editor)),
         **common,
+    )
+
+
+def _narrowed(report: CausalityReport, rule: Rule, proof: Proof) -> CausalityReport:
+    """The report of the edits, with what the structure says although it proves less than asked."""
+    left = len(rule.open(proof.connected))
+    matrix = np.where(rule.allowed | proof.connected, report.matrix, np.float32(0))
+    closed = len(rule.possible) - left
+    note = f"{closed} more need no edit: nothing that must not be read is connected there."
+    return dataclasses.replace(
+        report,
+        matrix=matrix.astype(report.matrix.dtype),
+        possible_splits=left,
+        notes=(note, *report.notes) if closed else report.notes,
     )
 
 
@@ -572,6 +594,23 @@ def _require_same_trace(problem: Problem) -> None:
     for a, b in zip(one(*problem.leaves), two(*problem.leaves), strict=True):
         if not np.array_equal(a, b, equal_nan=jnp.issubdtype(a.dtype, jnp.inexact)):
             raise ValueError(DIFFERS_FROM_ITSELF)
+
+
+def _where_in_output(judge: Judge, verdict: Verdict, edits: Sequence[Edit]) -> list[str]:
+    """A remark if the leak is in some examples, heads or features alone."""
+    problem = judge.problem
+    if len(problem.out_lengths) > 1 or sum(np.prod(out.shape) for out in problem.outs) > _ENTRIES:
+        return []
+    notes = []
+    entries = judge.leaking_entries(verdict, edits)
+    for number, (leaf, time) in enumerate(zip(entries, problem.out_axes, strict=True)):
+        array = f" of array {number}" if len(entries) > 1 else ""
+        for axis in range(leaf.ndim):
+            some = np.flatnonzero(leaf.any(tuple(i for i in range(leaf.ndim) if i != axis)))
+            if axis != time and 0 < len(some) < leaf.shape[axis]:
+                numbers = ", ".join(map(str, some[:5])) + ", ..." * (len(some) > 5)
+                notes += [f"In the output{array} the leak was seen at {numbers} of axis {axis} alone."]
+    return notes
 
 
 def _silent(

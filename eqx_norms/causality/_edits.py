@@ -59,7 +59,7 @@ class Editor:
     Kind 0 mixes everything: each position draws its own scale and sign, or its own token.
     Kinds above 0 are pure. Floats: one scale and one sign, so that every entry is moved both
     towards and across zero at every scale; a sign alone moves a saturated tanh, a large scale
-    alone wakes a dead ReLU. Tokens: one special id everywhere, because uniform draws all but
+    alone wakes a dead ReLU. The last kind is zero itself, as padding is. Tokens: one special id everywhere, because uniform draws all but
     never hit what a model does with its padding id, and then fresh uniform draws.
     """
 
@@ -82,8 +82,8 @@ class Editor:
         """How many times as large as usual the floats may be after `edit`, at least 1."""
         if not edit.where.any() or all(leaf.ids for leaf in self.leaves):
             return 1.0
-        pure = (edit.kind - 1) // 2 % len(self.scales)
-        return max(1.0, self.scales[pure] if edit.kind else max(self.scales))
+        scales = (*np.repeat(self.scales, 2), 0.0)
+        return max(1.0, scales[(edit.kind - 1) % len(scales)] if edit.kind else max(scales))
 
     def apply(self, edit: Edit) -> tuple[np.ndarray, ...]:
         """The leaves after `edit`."""
@@ -107,7 +107,7 @@ class Editor:
         return edited
 
     def _pure_kinds(self, leaf: Leaf) -> int:
-        return 2 * len(self.scales) if leaf.ids is None else len(leaf.ids.special) + 2
+        return 2 * len(self.scales) + 1 if leaf.ids is None else len(leaf.ids.special) + 2
 
 
 def make_editor(
@@ -255,6 +255,8 @@ def is_mask(leaf: np.ndarray, alone: bool) -> bool:
 
 
 def _floats(leaf: Leaf, scales: tuple[float, ...], old: np.ndarray, pure, rng) -> np.ndarray:
+    if pure == 2 * len(scales):
+        return np.zeros_like(old)
     noise = rng.standard_normal(old.shape, np.float32)
     if pure is None:
         shape = [size if i == leaf.axis else 1 for i, size in enumerate(old.shape)]
