@@ -82,8 +82,16 @@ class Editor:
         """How many times as large as usual the floats may be after `edit`, at least 1."""
         if not edit.where.any() or all(leaf.ids for leaf in self.leaves):
             return 1.0
-        scales = (*np.repeat(self.scales, 2), 0.0)
-        return max(1.0, scales[(edit.kind - 1) % len(scales)] if edit.kind else max(scales))
+        return max(1.0, self._scale(edit))
+
+    def zeros(self, edit: Edit) -> bool:
+        """Whether floats are replaced by zero, where a logarithm or a division has no value."""
+        return self._scale(edit) == 0 and any(leaf.ids is None for leaf in self.leaves)
+
+    def _scale(self, edit: Edit) -> float:
+        """The largest of the edit, for floats."""
+        of_kinds = (*np.repeat(self.scales, 2).tolist(), 0.0)
+        return of_kinds[(edit.kind - 1) % len(of_kinds)] if edit.kind else max(self.scales)
 
     def apply(self, edit: Edit) -> tuple[np.ndarray, ...]:
         """The leaves after `edit`."""
