@@ -407,7 +407,7 @@ def test_chosen_splits_end_chunks_of_every_length(length, every):
     """Up to `every`, and those that are usual up to a tenth of the length. All but 12 are fixed."""
     splits = np.array(spread(np.arange(1, length), np.random.default_rng(seed(6))))
     usual = {n for n in range(2, length // 10) if n % 8 == 0 or n % 10 == 0}
-    for chunk in {*range(2, every), *usual}:
+    for chunk in {*range(2, every + 1), *usual}:
         assert (splits % chunk == 0).any(), chunk
     # Rows of a rule are numbered by the output before the border.
     rows = spread(np.arange(length - 1), np.random.default_rng(seed(6)), ahead=1)
