@@ -148,7 +148,7 @@ def test_floats_of_four_bits_are_moved():
         edited = np.stack([editor.apply(edit)[0] for edit in edits]).astype(float)
         # Of 8 values or more; normals of any size around 1 hit several of them in 80 draws.
         zeros = kind == editor.kinds - 1
-        assert (len(np.unique(edited)) == 1 if zeros else len(np.unique(edited)) > 2)
+        assert len(np.unique(edited)) == 1 if zeros else len(np.unique(edited)) > 2
         assert np.abs(edited).max() <= 6
 
 

@@ -609,7 +609,9 @@ def _where_in_output(judge: Judge, verdict: Verdict, edits: Sequence[Edit]) -> l
             some = np.flatnonzero(leaf.any(tuple(i for i in range(leaf.ndim) if i != axis)))
             if axis != time and 0 < len(some) < leaf.shape[axis]:
                 numbers = ", ".join(map(str, some[:5])) + ", ..." * (len(some) > 5)
-                notes += [f"In the output{array} the leak was seen at {numbers} of axis {axis} alone."]
+                notes += [
+                    f"In the output{array} the leak was seen at {numbers} of axis {axis} alone."
+                ]
     return notes
 
 

@@ -211,7 +211,9 @@ class Judge:
             for row, one in zip(rows, new, strict=True):
                 with np.errstate(invalid="ignore"):  # inf - inf
                     change = np.abs(one - old[0])
-                size = max(np.abs(values[np.isfinite(values)]).max(initial=0) for values in (one, old))
+                size = max(
+                    np.abs(values[np.isfinite(values)]).max(initial=0) for values in (one, old)
+                )
                 moved = ~(change <= float(self.noise_ulps) * probe.eps * size)
                 where = [-1 if i == axis else 1 for i in range(leaf.ndim)]
                 leaf |= moved & verdict.leaks[row].reshape(where)
