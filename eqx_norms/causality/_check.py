@@ -31,8 +31,8 @@ from ._inputs import (
     require_same_length,
     traced,
 )
-from ._judge import DIFFERS_FROM_ITSELF, Judge, Verdict, function_eps
-from ._matrix import by_array, locate, measure_required
+from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
+from ._matrix import by_array, locate, measure_required, where_in_output
 from ._positions import Labels, make_positions
 from ._probe import make_probe
 from ._prove import Proof, Question, prove
@@ -119,9 +119,9 @@ def assert_causal(
     - `strict`: output `t` must not read input `t` either, as where inputs are not yet shifted.
     - `complete`: whether output `t` must also read every input that it may; see `required` of
         [`eqx_norms.causality.assert_reads`][].
-    - `pointwise`: says that no output is meant to read another position, as in a norm of each token.
-        Else a `CausalityWarning` is given where none does: along a batch axis every model is causal.
-        [`eqx_norms.causality.assert_independent`][] asks that outputs read no other position.
+    - `pointwise`: says that no output is meant to read another position, as in a norm of each
+        token. Else a `CausalityWarning` is given where none does: along a batch axis every model is
+        causal. [`eqx_norms.causality.assert_independent`][] asks that outputs read no other.
     - `labels`: what to call the inputs in reports and plots beside their numbers, as in the text
         `"anna"`; of several axes nested as they are, or in C order.
     - `out_labels`: what to call the outputs, by default the same if they are as many.
@@ -333,9 +333,6 @@ def check_reads(
         return error.report
 
 
-_ENTRIES = 2**24  # of the output, to look for those that leak
-
-
 class How(NamedTuple):
     """The options that all checks share, as `assert_causal` documents them."""
 
@@ -455,7 +452,7 @@ def _edited(
     if leak:
         matrix, joint, note = locate(judge, rule, verdict, edits)
         arrays = by_array(judge, rule, verdict, edits, matrix, joint)
-        note += _where_in_output(judge, verdict, edits)
+        note += where_in_output(judge, verdict, edits)
     else:
         matrix, joint = rule.covered(tried), False
         matrix[verdict.undecided.any(0)] = np.nan
@@ -596,25 +593,6 @@ def _require_same_trace(problem: Problem) -> None:
             raise ValueError(DIFFERS_FROM_ITSELF)
 
 
-def _where_in_output(judge: Judge, verdict: Verdict, edits: Sequence[Edit]) -> list[str]:
-    """A remark if the leak is in some examples, heads or features alone."""
-    problem = judge.problem
-    if len(problem.out_lengths) > 1 or sum(np.prod(out.shape) for out in problem.outs) > _ENTRIES:
-        return []
-    notes = []
-    entries = judge.leaking_entries(verdict, edits)
-    for number, (leaf, time) in enumerate(zip(entries, problem.out_axes, strict=True)):
-        array = f" of array {number}" if len(entries) > 1 else ""
-        for axis in range(leaf.ndim):
-            some = np.flatnonzero(leaf.any(tuple(i for i in range(leaf.ndim) if i != axis)))
-            if axis != time and 0 < len(some) < leaf.shape[axis]:
-                numbers = ", ".join(map(str, some[:5])) + ", ..." * (len(some) > 5)
-                notes += [
-                    f"In the output{array} the leak was seen at {numbers} of axis {axis} alone."
-                ]
-    return notes
-
-
 def _silent(
     rule: Rule, edits: Sequence[Edit], moved: Bool[np.ndarray, "E T_out"]
 ) -> Bool[np.ndarray, " T_out"]:
@@ -635,7 +613,8 @@ def _may_mix(allowed: Bool[np.ndarray, "T T"]) -> Bool[np.ndarray, " T"]:
 
 def _all_alone(rule: Rule, silent: Bool[np.ndarray, " T_out"]) -> bool:
     """Whether a causal test shows nothing."""
-    return "causal" in rule.kind and silent.any() and np.array_equal(silent, _may_mix(rule.allowed))
+    causal = "causal" in rule.kind
+    return causal and bool(silent.any()) and np.array_equal(silent, _may_mix(rule.allowed))
 
 
 def _inert(rule: Rule, silent: Bool[np.ndarray, " T_out"]) -> list[str]:

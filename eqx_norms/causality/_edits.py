@@ -59,8 +59,9 @@ class Editor:
     Kind 0 mixes everything: each position draws its own scale and sign, or its own token.
     Kinds above 0 are pure. Floats: one scale and one sign, so that every entry is moved both
     towards and across zero at every scale; a sign alone moves a saturated tanh, a large scale
-    alone wakes a dead ReLU. The last kind is zero itself, as padding is. Tokens: one special id everywhere, because uniform draws all but
-    never hit what a model does with its padding id, and then fresh uniform draws.
+    alone wakes a dead ReLU. The last kind is zero itself, as padding is. Tokens: one special id
+    everywhere, because uniform draws all but never hit what a model does with its padding id, and
+    then fresh uniform draws.
     """
 
     leaves: tuple[Leaf, ...]

@@ -79,8 +79,8 @@ def make_problem(
     in_axes = _axes(edited, axis, "axis", "x")
     if not any(leaf.size for leaf in edited):
         raise ValueError(
-            f"x must hold numbers, got shape {edited[0].shape}, which has none; pass an x without an "
-            "axis of length 0"
+            f"x must hold numbers, got shape {edited[0].shape}, which has none; pass an x without "
+            "an axis of length 0"
         )
     in_lengths = _lengths(edited[0], in_axes[0])
     if math.prod(in_lengths) < 2:

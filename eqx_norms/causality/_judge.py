@@ -196,28 +196,9 @@ class Judge:
         limit = np.minimum(rounding / _SHRINK, coarse_eps)
         return exact, doubtful & (exact.ulps * _EPS64 > np.maximum(limit, self.noise_ulps * _EPS64))
 
-    def leaking_entries(
-        self, verdict: Verdict, edits: Sequence[Edit]
-    ) -> list[Bool[np.ndarray, "*out"]]:
-        """Of each array of the output, the entries seen to leak by as many edits as fit a batch."""
-        leaking = np.flatnonzero(verdict.leaks.any(1))
-        count = min(len(leaking), max(1, self.probe.batch_size - 1))
-        rows = leaking[np.linspace(0, len(leaking) - 1, count).astype(int)]
-        probe = self._second if verdict.in_float64 else self.probe
-        base = probe.outputs([edits[0]])
-        found = [np.zeros(out.shape[1:], bool) for out in base]
-        outs = probe.outputs([edits[row] for row in rows])
-        for leaf, old, new, axis in zip(found, base, outs, probe.out_axes, strict=True):
-            for row, one in zip(rows, new, strict=True):
-                with np.errstate(invalid="ignore"):  # inf - inf
-                    change = np.abs(one - old[0])
-                size = max(
-                    np.abs(values[np.isfinite(values)]).max(initial=0) for values in (one, old)
-                )
-                moved = ~(change <= float(self.noise_ulps) * probe.eps * size)
-                where = [-1 if i == axis else 1 for i in range(leaf.ndim)]
-                leaf |= moved & verdict.leaks[row].reshape(where)
-        return found
+    def probe_of(self, verdict: Verdict) -> Probe:
+        """The one whose figures the verdict shows."""
+        return self._second if verdict.in_float64 else self.probe
 
     @property
     def _is_exact(self) -> bool:

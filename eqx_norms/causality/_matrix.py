@@ -1,5 +1,6 @@
 """Who reads whom: every input edited alone, or gradients from every output."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from ._trials import Rule, alike
 _ALONE_UP_TO = 128
 _OWN_VALUES = 512
 _BY_ARRAY = 256
+_ENTRIES = 2**24
 _COTANGENTS = 4
 _NOISE_ULPS = 64
 
@@ -104,6 +106,48 @@ def locate(
     if len(own) < possible:
         note += [f"{len(own)} of {possible} values of the leaking edits were tried alone."]
     return _joint(rule, verdict, edits, matrix), True, note
+
+
+def where_in_output(judge: Judge, verdict: Verdict, edits: Sequence[Edit]) -> list[str]:
+    """Remarks on a leak that is in some examples, heads or features of the output alone."""
+    problem = judge.problem
+    size = sum(math.prod(out.shape) for out in problem.outs)
+    if len(problem.out_lengths) > 1 or size > _ENTRIES:
+        return []
+    notes = []
+    leaves = _leaking_entries(judge, verdict, edits)
+    for number, (leaf, time) in enumerate(zip(leaves, problem.out_axes, strict=True)):
+        array = f" of array {number}" if len(leaves) > 1 else ""
+        for axis in range(leaf.ndim):
+            some = np.flatnonzero(leaf.any(tuple(i for i in range(leaf.ndim) if i != axis)))
+            if axis != time and 0 < len(some) < leaf.shape[axis]:
+                which = ", ".join(map(str, some[:5])) + ", ..." * (len(some) > 5)
+                notes += [
+                    f"In the output{array} the leak was seen at {which} of axis {axis} alone."
+                ]
+    return notes
+
+
+def _leaking_entries(
+    judge: Judge, verdict: Verdict, edits: Sequence[Edit]
+) -> list[Bool[np.ndarray, "..."]]:
+    """Of each array of the output, what as many leaking edits as fit a batch change for certain."""
+    probe = judge.probe_of(verdict)
+    rows = _evenly(np.flatnonzero(verdict.leaks.any(1)), probe.batch_size)
+    outputs = zip(
+        probe.outputs([edits[0]]), probe.outputs([edits[row] for row in rows]), strict=True
+    )
+    found = []
+    for (base, edited), axis in zip(outputs, probe.out_axes, strict=True):
+        with np.errstate(invalid="ignore"):  # inf - inf
+            change = np.abs(edited - base)
+        finite = lambda values: np.where(np.isfinite(values), np.abs(values), 0).max()
+        rounding = float(judge.noise_ulps) * probe.eps * max(finite(base), finite(edited))
+        leaking = np.expand_dims(
+            verdict.leaks[rows], [i for i in range(1, base.ndim) if i != axis + 1]
+        )
+        found.append((~(change <= rounding) & leaking).any(0))
+    return found
 
 
 def _own_values(verdict: Verdict, edits: Sequence[Edit]) -> tuple[list[Edit], int]:

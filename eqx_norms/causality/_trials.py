@@ -39,8 +39,8 @@ class Rule:
 
     def open(self, connected: Bool[np.ndarray, "T_out T_in"]) -> Int[np.ndarray, " splits"]:
         """The splits that are left if only `connected` pairs can leak."""
-        reached = (connected & ~self.allowed).any(1)
-        rows = [outputs[0] for outputs in self._groups if reached[outputs].any()]
+        reached = {*np.flatnonzero((connected & ~self.allowed).any(1)).tolist()}
+        rows = [outputs[0] for outputs in self._groups if not reached.isdisjoint(outputs)]
         return np.array(rows, int) + self._ahead
 
     def where(self, split: Integer) -> Bool[np.ndarray, " T_in"]:
