@@ -80,8 +80,8 @@ def assert_causal(
 
     For every split `s` the inputs from `s` on are replaced, each position at its own scale, and
     the outputs before `s` are compared bit for bit with those of the unedited input. Edits with
-    one scale and one sign throughout are added until there are 144, or at one split in 16 above
-    128 positions. Values are compared, not gradients, so that rounding, argmax, routing, masks
+    one scale and one sign throughout, or to 0, are added until there are 144; above 128 positions
+    4 of the splits have these. Values are compared, not gradients, so that rounding, argmax, routing, masks
     and stopped gradients hide nothing.
 
     What changes is run again with the whole function in float64 (in float32 if it is one of
@@ -125,8 +125,9 @@ def assert_causal(
     - `labels`: what to call the inputs in reports and plots beside their numbers, as in the text
         `"anna"`; of several axes nested as they are, or in C order.
     - `out_labels`: what to call the outputs, by default the same if they are as many.
-    - `splits`: `"auto"`, which is every split of up to 128 positions and 64 of more, at and beside
-        powers of two and where that leaves the widest gaps; or the splits to try.
+    - `splits`: `"auto"`, which is every split of up to 128 positions and 68 of more: at powers of
+        two, at the ends of chunks of as many lengths as possible, and where that leaves the widest
+        gaps. What `prove` leaves open narrows them down. Or the splits to try.
     - `scales`: how large the replaced floats are, in units of the root mean square of `x`.
     - `token_values`: ids that mean something special, such as padding or the end of the text,
         and the largest id if `x` does not contain it. The ids that edits draw run to the
@@ -212,7 +213,7 @@ def assert_independent(
     **Arguments:**
 
     As for [`eqx_norms.causality.assert_causal`][], where `axis` is now that of the examples and
-    `splits` names the examples to keep, by default each of up to 128, else 64 of them.
+    `splits` names the examples to keep, by default each of up to 128, else 68 of them.
 
     **Returns:**
 
@@ -257,7 +258,7 @@ def assert_reads(
     """Raises `CausalityError` if an output of `fn(x)` reads an input that `allowed` forbids it.
 
     For every distinct row of `allowed` all that it forbids is replaced, and the outputs that may
-    read none of that must not change. Of more than 128 distinct rows 64 are tried, and the report
+    read none of that must not change. Of more than 128 distinct rows 68 are tried, and the report
     says so. A row that forbids nothing cannot be tested. How it is decided what is a leak, and what
     cannot be seen, is said at [`eqx_norms.causality.assert_causal`][], which is this check for one
     rule.
