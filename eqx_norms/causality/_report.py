@@ -44,7 +44,8 @@ class CausalityReport:
         was edited, over all edits tried; NaN where that was not measured. A check that finds
         nothing has no need to edit inputs one by one: then a forbidden pair that the edits
         covered has 0, and the rest NaN, as have outputs that are undecided.
-        A pair that a proof found unconnected has 0 too. `dependency_matrix` measures every pair. A change that was taken for rounding is 0 in a
+        A pair that a proof found unconnected has 0 too. `dependency_matrix` measures every pair. A
+        change that was taken for rounding is 0 in a
         forbidden cell, and in a required one if it was too small in float64 as well.
     - `allowed`: `allowed[t, j]` says whether output `t` may read input `j`.
     - `required`: `required[t, j]` says whether it must; None if that was not asked.
@@ -56,7 +57,8 @@ class CausalityReport:
         asked, it decides on either side of that.
     - `splits`: the splits (or the examples kept) that were tried; for another rule the first output
         of every distinct row of `allowed` that was tried.
-    - `possible_splits`: how many there are; after a proof was tried, where it leaves a leak possible.
+    - `possible_splits`: how many there are; after a proof was tried, where it leaves a leak
+        possible.
     - `edits`: how many edited inputs were run to find out.
     - `joint`: the leak shows only where several inputs are edited together. Then `matrix` holds,
         for every such output, one entry: in the first forbidden column of the smallest edit that
