@@ -82,8 +82,7 @@ def assert_causal(
     the outputs before `s` are compared bit for bit with those of the unedited input. Edits with
     one scale and one sign throughout, or to 0, are added until there are 144; above 128 positions
     4 of the splits have these. Values are compared, not gradients, so that rounding, argmax,
-    routing, masks
-    and stopped gradients hide nothing.
+    routing, masks and stopped gradients hide nothing.
 
     What changes is run again with the whole function in float64 (in float32 if it is one of
     float64): rounding shrinks with the precision, a leak does not. Only casts to float8 and

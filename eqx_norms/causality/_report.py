@@ -45,8 +45,8 @@ class CausalityReport:
         nothing has no need to edit inputs one by one: then a forbidden pair that the edits
         covered has 0, and the rest NaN, as have outputs that are undecided.
         A pair that a proof found unconnected has 0 too. `dependency_matrix` measures every pair. A
-        change that was taken for rounding is 0 in a
-        forbidden cell, and in a required one if it was too small in float64 as well.
+        change that was taken for rounding is 0 in a forbidden cell, and in a required one if it was
+        too small in float64 as well.
     - `allowed`: `allowed[t, j]` says whether output `t` may read input `j`.
     - `required`: `required[t, j]` says whether it must; None if that was not asked.
     - `worst`: the largest change of an output that should not have changed, relative to its
