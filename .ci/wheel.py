@@ -24,7 +24,7 @@ gradient = lambda norm: jax.jit(jax.grad(lambda x: jnp.vdot(g, jax.vmap(norm)(x)
 np.testing.assert_allclose(gradient(LayerNorm(8)), gradient(eqx.nn.LayerNorm(8)), atol=1e-5)
 
 # The check, on a norm of each position and on one of the whole sequence.
-assert_causal(jax.vmap(LayerNorm(8)), x)
+assert_causal(jax.vmap(LayerNorm(8)), x, pointwise=True)
 try:
     assert_causal(LayerNorm((5, 8)), x)
 except CausalityError as error:
@@ -38,7 +38,7 @@ np.testing.assert_array_equal(values["layers[1]"], out)
 
 # What needs more says what.
 try:
-    check_causal(jax.vmap(LayerNorm(8)), x).plot()
+    check_causal(jax.vmap(LayerNorm(8)), x, pointwise=True).plot()
 except ImportError as error:
     assert 'needs matplotlib: pip install "eqx-norms[plot]"' in str(error)
 else:

@@ -16,6 +16,8 @@ import numpy as np
 
 CAUSAL, LEAKY, CAUSAL_TOKENS, LEAKY_TOKENS = {}, {}, {}, {}
 INDEPENDENT, BATCH_LEAKS, STRICT, NOT_STRICT = {}, {}, {}, {}
+# Causal because no output reads another position at all.
+POINTWISE = ("norm_of_each_token", "token_embedding")
 
 
 def put(zoo):

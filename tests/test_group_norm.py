@@ -125,7 +125,8 @@ def test_over_channels_and_time_it_reads_the_future(getkey):
     norm = GroupNorm(2, CHANNELS)
     with pytest.raises(CausalityError):
         assert_causal(norm, x, axis=1)
-    assert not assert_causal(jax.vmap(norm, in_axes=1, out_axes=1), x, axis=1).leak
+    per_step = jax.vmap(norm, in_axes=1, out_axes=1)
+    assert not assert_causal(per_step, x, axis=1, pointwise=True).leak
 
 
 def test_residuals_are_x_and_three_scalars_a_group():

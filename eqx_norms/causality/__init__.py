@@ -11,6 +11,7 @@ from ._check import (
     check_reads as check_reads,
 )
 from ._matrix import dependency_matrix as dependency_matrix
+from ._question import CausalityWarning as CausalityWarning
 from ._report import CausalityReport as CausalityReport, Pair as Pair
 from ._same import (
     DifferenceError as DifferenceError,

@@ -11,7 +11,17 @@ import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from .._real import Real
-from ._edits import MASK, Edit, Editor, TokenValues, called, make_editor, mixing_edits, nothing
+from ._edits import (
+    MASK,
+    Edit,
+    Editor,
+    TokenValues,
+    called,
+    make_editor,
+    mixing_edits,
+    nothing,
+    pure_mixing_edits,
+)
 from ._held import held_numbers, with_arrays
 from ._inputs import (
     Axes,
@@ -23,11 +33,12 @@ from ._inputs import (
     traced,
 )
 from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
-from ._matrix import locate, measure_required
+from ._matrix import by_array, locate, measure_required, where_in_output
 from ._meetings import sizes
 from ._positions import Labels, make_positions
 from ._probe import make_probe
 from ._prove import Proof, Question, prove
+from ._question import nothing_is_read, warn
 from ._report import CausalityReport
 from ._trials import Rule
 from ._widen import same_trace
@@ -50,6 +61,7 @@ def assert_causal(
     out_axis: Axes | None = None,
     strict: bool = False,
     complete: bool = False,
+    pointwise: bool = False,
     labels: Labels = None,
     out_labels: Labels = None,
     splits: Sequence[int] | str = "auto",
@@ -70,9 +82,9 @@ def assert_causal(
 
     For every split `s` the inputs from `s` on are replaced, each position at its own scale, and
     the outputs before `s` are compared bit for bit with those of the unedited input. Edits with
-    one scale and one sign throughout are added until there are 144, or at one split in 16 above
-    128 positions. Values are compared, not gradients, so that rounding, argmax, routing, masks
-    and stopped gradients hide nothing.
+    one scale and one sign throughout, or to 0, are added until there are 144; above 128 positions
+    4 of the splits have these. Values are compared, not gradients, so that rounding, argmax,
+    routing, masks and stopped gradients hide nothing.
 
     What changes is run again with the whole function in float64 (in float32 if it is one of
     float64): rounding shrinks with the precision, a leak does not. Only casts to float8 and
@@ -90,7 +102,9 @@ def assert_causal(
     from eqx_norms.causality import assert_causal
 
     x = jax.random.normal(jax.random.key(0), (8, 4))
-    report = assert_causal(jax.vmap(eqx.nn.LayerNorm(4)), x)
+    attention = eqx.nn.MultiheadAttention(2, 4, key=jax.random.key(1))
+    mask = jax.numpy.tri(8, dtype=bool)
+    report = assert_causal(lambda x: attention(x, x, x, mask=mask), x)
     ```
 
     **Arguments:**
@@ -107,11 +121,15 @@ def assert_causal(
     - `strict`: output `t` must not read input `t` either, as where inputs are not yet shifted.
     - `complete`: whether output `t` must also read every input that it may; see `required` of
         [`eqx_norms.causality.assert_reads`][].
+    - `pointwise`: says that no output is meant to read another position, as in a norm of each
+        token. Else a `CausalityWarning` is given where none does: along a batch axis every model is
+        causal. [`eqx_norms.causality.assert_independent`][] asks that outputs read no other.
     - `labels`: what to call the inputs in reports and plots beside their numbers, as in the text
         `"anna"`; of several axes nested as they are, or in C order.
     - `out_labels`: what to call the outputs, by default the same if they are as many.
-    - `splits`: `"auto"`, which is every split of up to 128 positions and 64 of more, at and beside
-        powers of two and where that leaves the widest gaps; or the splits to try.
+    - `splits`: `"auto"`, which is every split of up to 128 positions and 68 of more: at powers of
+        two, at the ends of chunks of as many lengths as possible, and where that leaves the widest
+        gaps. What `prove` leaves open narrows them down. Or the splits to try.
     - `scales`: how large the replaced floats are, in units of the root mean square of `x`.
     - `token_values`: ids that mean something special, such as padding or the end of the text,
         and the largest id if `x` does not contain it. The ids that edits draw run to the
@@ -147,6 +165,10 @@ def assert_causal(
     **Returns:**
 
     The [`eqx_norms.causality.CausalityReport`][].
+
+    **Warns:**
+
+    `CausalityWarning`, a `UserWarning`, if no output reads another position; see `pointwise`.
 
     **Raises:**
 
@@ -196,7 +218,7 @@ def assert_independent(
     **Arguments:**
 
     As for [`eqx_norms.causality.assert_causal`][], where `axis` is now that of the examples and
-    `splits` names the examples to keep, by default each of up to 128, else 64 of them.
+    `splits` names the examples to keep, by default each of up to 128, else 68 of them.
 
     **Returns:**
 
@@ -241,7 +263,7 @@ def assert_reads(
     """Raises `CausalityError` if an output of `fn(x)` reads an input that `allowed` forbids it.
 
     For every distinct row of `allowed` all that it forbids is replaced, and the outputs that may
-    read none of that must not change. Of more than 128 distinct rows 64 are tried, and the report
+    read none of that must not change. Of more than 128 distinct rows 68 are tried, and the report
     says so. A row that forbids nothing cannot be tested. How it is decided what is a leak, and what
     cannot be seen, is said at [`eqx_norms.causality.assert_causal`][], which is this check for one
     rule.
@@ -336,10 +358,12 @@ class How(NamedTuple):
     prove: bool | Literal["required"]
     assume_bounded: bool
     err_msg: str
+    pointwise: bool
 
 
 def _how(arguments: Mapping[str, Any]) -> How:
-    """Of the arguments of a check, those that all checks have."""
+    """Of the arguments of a check, those that all have; other rules than the causal never warn."""
+    arguments = {"pointwise": True, **arguments}
     return How(**{name: arguments[name] for name in How._fields})
 
 
@@ -383,40 +407,66 @@ def _check(
     proof = _proof(fn, x, problem, rule, how, splits) if how.prove else None
     report = _proved(rule, proof, common) if proof is not None and proof.holds else None
     if report is not None and rule.required is None:
-        return report
+        return _questioned(report, problem, how)
     editor = _editor(problem, how)
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), how.batch_size)
     judge = Judge(problem, probe, how.noise_ulps, how.confirm_x64)
     try:
         if report is None:
             common["obstacles"] = proof.obstacles if proof is not None else ()
-            report = _edited(judge, rule, rule.choose(splits, rng), common)
+            connected = proof.connected if proof is not None else None
+            tried = rule.choose(splits, rng, connected)
+            report = _edited(judge, rule, tried, splits == "auto", common)
+            if proof is not None:
+                report = _narrowed(report, rule, proof)
         if rule.required is not None:
             report = _completed(report, judge, rule.required)
     except ValueError as error:
         for note in noise_notes:
             error.add_note(note)
         raise
-    return dataclasses.replace(report, notes=(*report.notes, *noise_notes))
+    report = dataclasses.replace(report, notes=(*report.notes, *noise_notes))
+    return _questioned(report, problem, how)
+
+
+def _questioned(report: CausalityReport, problem: Problem, how: How) -> CausalityReport:
+    """The report; with a remark, and a warning, if it can hardly answer what was meant."""
+    if not report.pointwise:
+        return report
+    remark = "No output reads another position, as is meant (pointwise=True)."
+    if not how.pointwise:
+        asked = str(report.inputs)
+        remark = nothing_is_read(problem, asked, zero_branch=report.status != "proved")
+        warn(remark)
+    return dataclasses.replace(report, notes=(remark, *report.notes))
 
 
 def _edited(
-    judge: Judge, rule: Rule, tried: Sequence[int], common: Mapping[str, Any]
+    judge: Judge, rule: Rule, tried: Sequence[int], auto: bool, common: Mapping[str, Any]
 ) -> CausalityReport:
     """The report on what must not be read, by edits."""
     editor = judge.probe.editor
     # The unedited input comes first, to compare with, and once more at the end.
     mixing = mixing_edits(editor.length, both=rule.kind == "reads")
-    trials = [*rule.edits(tried, editor.kinds), *mixing]
+    trials = [*rule.edits(tried, editor.kinds, auto), *mixing]
     edits = [nothing(editor), *trials, nothing(editor)]
     verdict = judge.verdict(edits, rule.watch(edits))
     leak = verdict.status == "leak"
+    pointwise, count, arrays = False, len(trials), {}
     if leak:
         matrix, joint, note = locate(judge, rule, verdict, edits)
+        arrays = by_array(judge, rule, verdict, edits, matrix, joint)
+        note += where_in_output(judge, verdict, edits)
     else:
         matrix, joint = rule.covered(tried), False
         matrix[verdict.undecided.any(0)] = np.nan
-        note = _inert(rule, edits, verdict.moved)
+        silent = _silent(rule, edits, verdict.moved)
+        if _all_alone(rule, silent):
+            more = [nothing(editor), *pure_mixing_edits(editor.length, editor.kinds)]
+            changes, count = judge.probe.measure(more), count + len(more) - 1
+            silent &= _silent(rule, more, changes.broken | (changes.ulps > 0))
+            pointwise = _all_alone(rule, silent)
+        note = [] if pointwise else _inert(rule, silent)
     return CausalityReport(
         leak=leak,
         status=verdict.status,
@@ -426,10 +476,27 @@ def _edited(
         noise=verdict.noise,
         splits=tuple(tried),
         possible_splits=len(rule.possible),
-        edits=len(trials),
+        edits=count,
         joint=joint,
+        pointwise=pointwise,
+        arrays=arrays,
+        names=judge.problem.names,
         notes=(*verdict.notes, *note, *_untestable(rule), *_token_notes(editor)),
         **common,
+    )
+
+
+def _narrowed(report: CausalityReport, rule: Rule, proof: Proof) -> CausalityReport:
+    """The report of the edits, with what the structure says although it proves less than asked."""
+    left = len(rule.open(proof.connected))
+    matrix = np.where(rule.allowed | proof.connected, report.matrix, np.float32(0))
+    closed = len(rule.possible) - left
+    note = f"{closed} more need no edit: nothing that must not be read is connected there."
+    return dataclasses.replace(
+        report,
+        matrix=matrix.astype(report.matrix.dtype),
+        possible_splits=left,
+        notes=(note, *report.notes) if closed else report.notes,
     )
 
 
@@ -541,6 +608,7 @@ def _editor(problem: Problem, how: How) -> Editor:
 
 def _proved(rule: Rule, proof: Proof, common: Mapping[str, Any]) -> CausalityReport:
     """The report of what needs no edit: 0 where an output cannot read an input, NaN elsewhere."""
+    alone = "causal" in rule.kind and rule.required is None
     return CausalityReport(
         leak=False,
         status="proved",
@@ -554,6 +622,7 @@ def _proved(rule: Rule, proof: Proof, common: Mapping[str, Any]) -> CausalityRep
         joint=False,
         notes=(),
         assumptions=proof.assumptions,
+        pointwise=alone and not (proof.connected & ~np.eye(len(rule.allowed), dtype=bool)).any(),
         **common,
     )
 
@@ -570,22 +639,39 @@ def _require_same_trace(problem: Problem) -> None:
             raise ValueError(DIFFERS_FROM_ITSELF)
 
 
-def _inert(rule: Rule, edits: Sequence[Edit], moved: np.ndarray) -> list[str]:
-    """A remark on outputs that no other input moves: a zero-initialised branch looks so."""
+def _silent(
+    rule: Rule, edits: Sequence[Edit], moved: Bool[np.ndarray, "E T_out"]
+) -> Bool[np.ndarray, " T_out"]:
+    """The outputs that no other input moves, of those that may read another."""
     outputs, inputs = rule.allowed.shape
     if rule.kind == "independent" or rule.required is not None or outputs != inputs:
-        return []
-    # Some may read no other input, as the first may under the causal rule.
-    silent = rule.allowed.sum(1) > rule.allowed.diagonal()
+        return np.zeros(outputs, bool)
+    silent = _may_mix(rule.allowed)
     for edit, row in zip(edits, moved, strict=True):
         silent &= ~row | edit.where
+    return silent
+
+
+def _may_mix(allowed: Bool[np.ndarray, "T T"]) -> Bool[np.ndarray, " T"]:
+    """Who may read another; the first may not under the causal rule."""
+    return allowed.sum(1) > allowed.diagonal()
+
+
+def _all_alone(rule: Rule, silent: Bool[np.ndarray, " T_out"]) -> bool:
+    """Whether a causal test shows nothing."""
+    causal = "causal" in rule.kind
+    return causal and bool(silent.any()) and np.array_equal(silent, _may_mix(rule.allowed))
+
+
+def _inert(rule: Rule, silent: Bool[np.ndarray, " T_out"]) -> list[str]:
+    """A remark on outputs that no other input moves: a zero-initialised branch looks so."""
     if not silent.any():
         return []
     option = "required=" if rule.kind == "reads" else "complete=True"
     return [
-        f"{silent.sum()} of {outputs} outputs react to no input but their own. If the model should "
-        "mix positions, a zero-initialised branch may hide a leak: try perturb_params=0.02. That "
-        f"outputs read what they may is asked by {option}."
+        f"{silent.sum()} of {len(silent)} outputs react to no input but their own. If the model "
+        "should mix positions, a zero-initialised branch may hide a leak: try perturb_params=0.02. "
+        f"That outputs read what they may is asked by {option}."
     ]
 
 

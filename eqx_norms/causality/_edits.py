@@ -18,13 +18,15 @@ class Edit(NamedTuple):
     """Replace the positions where `where` holds, in the way numbered `kind`.
 
     `seed` names the random draw, so that an edit can be made again in another precision. Values are
-    drawn for the positions `drawn`, for those of `where` if that is None.
+    drawn for the positions `drawn`, for those of `where` if that is None. Of several leaves all are
+    edited, or `only` the one of that number.
     """
 
     where: Bool[np.ndarray, " T"]
     kind: int
     seed: int
     drawn: Bool[np.ndarray, " T"] | None = None
+    only: int | None = None
 
 
 class Ids(NamedTuple):
@@ -57,8 +59,9 @@ class Editor:
     Kind 0 mixes everything: each position draws its own scale and sign, or its own token.
     Kinds above 0 are pure. Floats: one scale and one sign, so that every entry is moved both
     towards and across zero at every scale; a sign alone moves a saturated tanh, a large scale
-    alone wakes a dead ReLU. Tokens: one special id everywhere, because uniform draws all but
-    never hit what a model does with its padding id, and then fresh uniform draws.
+    alone wakes a dead ReLU. The last kind is zero itself, as padding is. Tokens: one special id
+    everywhere, because uniform draws all but never hit what a model does with its padding id, and
+    then fresh uniform draws.
     """
 
     leaves: tuple[Leaf, ...]
@@ -80,13 +83,24 @@ class Editor:
         """How many times as large as usual the floats may be after `edit`, at least 1."""
         if not edit.where.any() or all(leaf.ids for leaf in self.leaves):
             return 1.0
-        pure = (edit.kind - 1) // 2 % len(self.scales)
-        return max(1.0, self.scales[pure] if edit.kind else max(self.scales))
+        return max(1.0, self._scale(edit))
+
+    def zeros(self, edit: Edit) -> bool:
+        """Whether floats are replaced by zero, where a logarithm or a division has no value."""
+        return self._scale(edit) == 0 and any(leaf.ids is None for leaf in self.leaves)
+
+    def _scale(self, edit: Edit) -> float:
+        """The largest of the edit, for floats."""
+        of_kinds = (*np.repeat(self.scales, 2).tolist(), 0.0)
+        return of_kinds[(edit.kind - 1) % len(of_kinds)] if edit.kind else max(self.scales)
 
     def apply(self, edit: Edit) -> tuple[np.ndarray, ...]:
         """The leaves after `edit`."""
         rng = np.random.default_rng([*self.entropy, edit.seed])
-        return tuple(self._edited(leaf, edit, rng) for leaf in self.leaves)
+        edited = [self._edited(leaf, edit, rng) for leaf in self.leaves]
+        kept = lambda number: edit.only is not None and number != edit.only
+        pairs = enumerate(zip(self.leaves, edited, strict=True))
+        return tuple(leaf.values if kept(i) else new for i, (leaf, new) in pairs)
 
     def _edited(self, leaf: Leaf, edit: Edit, rng: np.random.Generator) -> np.ndarray:
         pure = (edit.kind - 1) % self._pure_kinds(leaf) if edit.kind else None
@@ -102,7 +116,7 @@ class Editor:
         return edited
 
     def _pure_kinds(self, leaf: Leaf) -> int:
-        return 2 * len(self.scales) if leaf.ids is None else len(leaf.ids.special) + 2
+        return 2 * len(self.scales) + 1 if leaf.ids is None else len(leaf.ids.special) + 2
 
 
 def make_editor(
@@ -139,10 +153,10 @@ def nothing(editor: Editor) -> Edit:
 
 
 def single_edits(
-    editor: Editor, positions: Sequence[int], every_kind: bool = False
+    editor: Editor, positions: Sequence[int], every_kind: bool = False, budget: int = 512
 ) -> Iterator[Edit]:
     """Each position alone: in every kind if they are few, else mixed and in turn the others."""
-    each = editor.kinds if every_kind else max(2, min(editor.kinds, 512 // len(positions)))
+    each = editor.kinds if every_kind else max(2, min(editor.kinds, budget // len(positions)))
     for number, position in enumerate(positions):
         where = np.arange(editor.length) == position
         for turn in range(each):
@@ -166,6 +180,13 @@ def mixing_edits(length: int, both: bool = False) -> Iterator[Edit]:
     for number in range(2 * digits if both else digits):
         digit = (np.arange(length) >> number % digits) % 2
         yield Edit(digit == number // digits, 0, seed=2_000_000 + number)
+
+
+def pure_mixing_edits(length: int, kinds: int) -> Iterator[Edit]:
+    """One of each pure kind, in turn at the places of `mixing_edits`: they wake what those miss."""
+    places = [edit.where for edit in mixing_edits(length)]
+    for kind in range(1, kinds):
+        yield Edit(places[kind % len(places)], kind, seed=2_500_000 + kind)
 
 
 def called(name: str) -> str:
@@ -243,6 +264,8 @@ def is_mask(leaf: np.ndarray, alone: bool) -> bool:
 
 
 def _floats(leaf: Leaf, scales: tuple[float, ...], old: np.ndarray, pure, rng) -> np.ndarray:
+    if pure == 2 * len(scales):
+        return np.zeros_like(old)
     noise = rng.standard_normal(old.shape, np.float32)
     if pure is None:
         shape = [size if i == leaf.axis else 1 for i, size in enumerate(old.shape)]

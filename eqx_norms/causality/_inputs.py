@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 
 from .._jaxprs import is_ref
 from .._real import Integer, Real
+from ._call import call
 from ._edits import is_mask, require_names
 from ._widen import trace
 
@@ -25,7 +26,7 @@ class Problem(NamedTuple):
     """A function of flat leaves, the leaves, and where the positions lie in them.
 
     Several axes of positions are merged into one, the first. `in_lengths` and `out_lengths` are how
-    long each of them was.
+    long each of them was, `axis` and `out_axis` what the user called them.
     """
 
     fn: Callable[..., tuple[Array, ...]]
@@ -37,6 +38,8 @@ class Problem(NamedTuple):
     names: tuple[str, ...] = ()
     in_lengths: tuple[int, ...] = ()
     out_lengths: tuple[int, ...] = ()
+    axis: Axes = 0
+    out_axis: Axes = 0
 
     @property
     def length(self) -> int:
@@ -85,8 +88,8 @@ def make_problem(
 
     def apply(*args: Array) -> tuple[Array, ...]:
         leaves = [_split(arg, axes, in_lengths) for arg, axes in zip(args, in_axes, strict=True)]
-        out = fn(given.whole(leaves))
-        return tuple(output_leaf(leaf) for leaf in jax.tree.leaves(out))
+        out = call(fn, given.whole(leaves))
+        return _with_entries([output_leaf(leaf) for leaf in jax.tree.leaves(out)])
 
     def merged(*args: Array) -> tuple[Array, ...]:
         return tuple(map(_merged, apply(*args), out_axes))
@@ -96,8 +99,8 @@ def make_problem(
     outs = _shapes(closed)
     if not outs:
         raise TypeError("fn returned no array; it must return an array or a pytree of arrays")
-    _require_numbers("the output", outs)
-    out_axes = _output_axes(outs, axis if out_axis is None else out_axis)
+    out_axis = axis if out_axis is None else out_axis
+    out_axes = _output_axes(outs, out_axis)
     out_lengths = _lengths(outs[0], out_axes[0])
     flat = apply if len(out_lengths) == 1 else merged
     if flat is merged:
@@ -112,6 +115,8 @@ def make_problem(
         tuple(given.leaves),
         in_lengths,
         out_lengths,
+        axis,
+        out_axis,
     )
 
 
@@ -142,6 +147,13 @@ def _require_numbers(what: str, leaves: Sequence[Any]) -> None:
             f"{what} must hold numbers, got shapes {[leaf.shape for leaf in leaves]}; nothing can "
             "be read from an axis of length 0, or by it"
         )
+
+
+def _with_entries(outs: Sequence[Array]) -> tuple[Array, ...]:
+    """Those outputs that can be compared."""
+    if outs:
+        _require_numbers("the output", outs)
+    return tuple(leaf for leaf in outs if leaf.size)
 
 
 def _shapes(closed: jex.ClosedJaxpr) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -177,8 +189,8 @@ def traced(flat: Callable, leaves: Sequence[Array]) -> jex.ClosedJaxpr:
         return _without_refs_of_others(trace(flat, leaves))
     except jax.errors.JAXTypeError as error:
         error.add_note(
-            "The check runs fn under jax.jit: write it with jax.numpy instead of numpy, and "
-            "without Python control flow on its input."
+            "The check runs fn under jax.jit: write it without Python control flow on its input, "
+            "as with jnp.where or jax.lax.cond."
         )
         raise
 

@@ -126,7 +126,7 @@ class Judge:
         blind_ok: bool = True,
     ) -> Findings:
         """What the changes of the watched outputs are."""
-        broke, notes = _breakage(self.problem, edits, changes, watch, blind_ok)
+        broke, notes = self._breakage(edits, changes, watch, blind_ok)
         changes = _as_infinite(changes, broke)
         loud = watch & (changes.ulps > self.noise_ulps)
         large = watch & (self.beyond_rounding(changes) > 0)
@@ -248,6 +248,10 @@ class Judge:
         except Exception as error:  # what has no float64 form may raise what it likes
             return None, [self._failed(error)]
 
+    def _breakage(self, edits, changes: Changes, watch, blind_ok: bool):
+        zeros = np.array([self.probe.editor.zeros(edit) for edit in edits])
+        return _breakage(self.problem, edits, changes, watch, blind_ok, zeros)
+
     def _measure_again(self, edits: Sequence[Edit]) -> Changes:
         """In the second precision."""
         with np.errstate(over="ignore"):  # a constant too large for float32
@@ -271,9 +275,7 @@ class Judge:
         rows = [edits[0], *(edits[row] for row in chosen)]
         found = self._measure_again(rows)
         second = Changes(*(_scatter(values[1:], chosen, len(edits)) for values in found))
-        second = _as_infinite(
-            second, _breakage(self.problem, edits, second, watch, blind_ok=True)[0]
-        )
+        second = _as_infinite(second, self._breakage(edits, second, watch, blind_ok=True)[0])
         exact, coarse = (changes, second) if self._is_exact else (second, changes)
         coarse_eps = max(self.probe.eps, self._second.eps)
         with np.errstate(invalid="ignore"):  # inf - inf
@@ -282,6 +284,10 @@ class Judge:
         rounding = np.where(watch, np.nan_to_num(rounding, posinf=np.inf), 0).max(1, keepdims=True)
         limit = np.minimum(rounding / _SHRINK, coarse_eps)
         return exact, doubtful & (exact.ulps * _EPS64 > np.maximum(limit, self.noise_ulps * _EPS64))
+
+    def probe_of(self, verdict: Verdict) -> Probe:
+        """The one whose figures the verdict shows."""
+        return self._second if verdict.in_float64 else self.probe
 
     @property
     def _is_exact(self) -> bool:
@@ -328,24 +334,27 @@ def _as_infinite(changes: Changes, broke: Bool[np.ndarray, "E T"]) -> Changes:
 
 
 def _breakage(
-    problem: Problem, edits: Sequence[Edit], changes: Changes, watch, blind_ok: bool
+    problem: Problem, edits: Sequence[Edit], changes: Changes, watch, blind_ok: bool, zeros
 ) -> tuple[Bool[np.ndarray, "E T"], list[str]]:
     """The watched outputs that became NaN or infinite although no edited output did.
 
     If edited outputs broke as well, the edit left the domain of the model, and 0 * inf in a
-    masked sum is no leak.
+    masked sum is no leak. `zeros` are the edits to zero, which may all leave it, as of a logarithm.
     """
     spoiled = (changes.broken & ~watch).any(1, keepdims=True)
-    tested = watch & np.array([[edit.where.any()] for edit in edits])
+    tested = watch & np.array([[edit.where.any()] for edit in edits]) & ~zeros[:, None]
     blind = tested.any(0) & ~(tested & ~(changes.broken & spoiled)).any(0)
     if blind.any() and not blind_ok:
         raise ValueError(
             f"every edit made output {problem.output(blind.argmax())} NaN or infinite, so that "
             "nothing can be said about it; pass smaller scales=, such as (0.1, 1.)"
         )
-    count = int(spoiled.sum())
+    count = int((spoiled[:, 0] & ~zeros).sum())
     notes = [f"{count} edits overflowed inside the function and say less; try smaller scales=."]
-    return changes.broken & watch & ~spoiled, notes if count else []
+    notes = notes * bool(count)
+    if (spoiled[:, 0] & zeros).any():
+        notes += ["Zeros in the place of x made outputs NaN or infinite, and say less."]
+    return changes.broken & watch & ~spoiled, notes
 
 
 def require_sane_baseline(
@@ -357,7 +366,8 @@ def require_sane_baseline(
         position = problem.output(changes.broken[empty].any(0).argmax())
         raise ValueError(
             f"fn must return finite numbers on the unedited x, but output {position} holds NaN "
-            "or inf; a comparison with those says nothing"
+            "or inf; a comparison with those says nothing. If it is the -inf of masked logits, "
+            "put a number there: lambda x: jnp.nan_to_num(fn(x), neginf=0.0)"
         )
     if (changes.ulps[empty] > noise_ulps).any():
         raise ValueError(DIFFERS_FROM_ITSELF)

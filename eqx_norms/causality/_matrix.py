@@ -1,5 +1,6 @@
 """Who reads whom: every input edited alone, or gradients from every output."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from ._trials import Rule, alike
 
 _ALONE_UP_TO = 128
 _OWN_VALUES = 512
+_BY_ARRAY = 256
+_ENTRIES = 2**24
 _COTANGENTS = 4
 _NOISE_ULPS = 64
 
@@ -106,6 +109,48 @@ def locate(
     return _joint(rule, verdict, edits, matrix), True, note
 
 
+def where_in_output(judge: Judge, verdict: Verdict, edits: Sequence[Edit]) -> list[str]:
+    """Remarks on a leak that is in some examples, heads or features of the output alone."""
+    problem = judge.problem
+    size = sum(math.prod(out.shape) for out in problem.outs)
+    if len(problem.out_lengths) > 1 or size > _ENTRIES:
+        return []
+    notes = []
+    leaves = _leaking_entries(judge, verdict, edits)
+    for number, (leaf, time) in enumerate(zip(leaves, problem.out_axes, strict=True)):
+        array = f" of array {number}" if len(leaves) > 1 else ""
+        for axis in range(leaf.ndim):
+            some = np.flatnonzero(leaf.any(tuple(i for i in range(leaf.ndim) if i != axis)))
+            if axis != time and 0 < len(some) < leaf.shape[axis]:
+                which = ", ".join(map(str, some[:5])) + ", ..." * (len(some) > 5)
+                notes += [
+                    f"In the output{array} the leak was seen at {which} of axis {axis} alone."
+                ]
+    return notes
+
+
+def _leaking_entries(
+    judge: Judge, verdict: Verdict, edits: Sequence[Edit]
+) -> list[Bool[np.ndarray, "..."]]:
+    """Of each array of the output, what as many leaking edits as fit a batch change for certain."""
+    probe = judge.probe_of(verdict)
+    rows = _evenly(np.flatnonzero(verdict.leaks.any(1)), probe.batch_size)
+    outputs = zip(
+        probe.outputs([edits[0]]), probe.outputs([edits[row] for row in rows]), strict=True
+    )
+    found = []
+    for (base, edited), axis in zip(outputs, probe.out_axes, strict=True):
+        with np.errstate(invalid="ignore"):  # inf - inf
+            change = np.abs(edited - base)
+        finite = lambda values: np.where(np.isfinite(values), np.abs(values), 0).max()
+        rounding = float(judge.noise_ulps) * probe.eps * max(finite(base), finite(edited))
+        leaking = np.expand_dims(
+            verdict.leaks[rows], [i for i in range(1, base.ndim) if i != axis + 1]
+        )
+        found.append((~(change <= rounding) & leaking).any(0))
+    return found
+
+
 def _own_values(verdict: Verdict, edits: Sequence[Edit]) -> tuple[list[Edit], int]:
     """Each position of the smallest leaking edits alone, up to 512, and how many there are."""
     outputs = np.flatnonzero(verdict.leaks.any(0)).tolist()
@@ -124,10 +169,44 @@ def _smallest(verdict: Verdict, edits: Sequence[Edit], output: int) -> int:
 def _measured(judge: Judge, rule: Rule, verdict: Verdict, singles: Sequence[Edit]) -> np.ndarray:
     """The matrix of edits of one position each; what is no leak is 0 in a forbidden cell."""
     watch = rule.watch(singles)
-    found = judge.tell(singles, watch, judge.probe.measure(singles, "locating the leak"))
+    return _by_input(_sizes(judge, watch, verdict, singles), singles, rule.allowed.shape[1])
+
+
+def _sizes(judge: Judge, watch, verdict: Verdict, edits: Sequence[Edit]) -> np.ndarray:
+    found = judge.tell(edits, watch, judge.probe.measure(edits, "locating the leak"))
     changes = found.exact if verdict.in_float64 else found.changes
-    sizes = np.where(watch & ~found.leaks, 0, changes.size)
-    return _by_input(sizes, singles, rule.allowed.shape[1])
+    return np.where(watch & ~found.leaks, 0, changes.size)
+
+
+def by_array(
+    judge: Judge, rule: Rule, verdict: Verdict, edits: Sequence[Edit], matrix, joint: bool
+) -> dict[str, Float[np.ndarray, "T_out T_in"]]:
+    """The part of the leaks in `matrix` that each array of the input makes when it alone is edited.
+
+    For 32 of the inputs that leak, or all if they are fewer.
+    """
+    editor = judge.probe.editor
+    leaking = ~rule.allowed & (matrix > 0)
+    if len(editor.leaves) < 2 or not leaking.any():
+        return {}
+    if joint:
+        outputs = np.flatnonzero(verdict.leaks.any(0)).tolist()
+        chosen = [edits[row] for row in sorted({_smallest(verdict, edits, t) for t in outputs})]
+    else:
+        columns = _evenly(np.flatnonzero(leaking.any(0)), 32)
+        chosen = [*single_edits(editor, columns, budget=_BY_ARRAY // len(editor.leaves))]
+    alone = [e._replace(only=i) for i in range(len(editor.leaves)) for e in chosen]
+    rows = [nothing(editor), *alone]
+    sizes = _sizes(judge, rule.watch(rows), verdict, rows)[1:].reshape(-1, len(chosen), len(matrix))
+    found = {}
+    for leaf, size in zip(editor.leaves, sizes, strict=True):
+        if joint:
+            own = np.where(leaking, size.max(0)[:, None], 0)
+        else:
+            own = _by_input(size, chosen, matrix.shape[1])
+        if (~rule.allowed & (own > 0)).any():
+            found[leaf.name] = own
+    return found
 
 
 def _by_input(size: np.ndarray, edits: Sequence[Edit], length: int) -> np.ndarray:
@@ -158,9 +237,9 @@ def _positions(rule: Rule, verdict: Verdict, edits: Sequence[Edit]) -> list[int]
     return sorted(dict.fromkeys([*pointed[::step], *_evenly(np.arange(length))]))
 
 
-def _evenly(positions: np.ndarray) -> list[int]:
-    """128 of the positions, or all if they are fewer."""
-    count = min(len(positions), _ALONE_UP_TO)
+def _evenly(positions: np.ndarray, most: int = _ALONE_UP_TO) -> list[int]:
+    """`most` of the positions, or all if they are fewer."""
+    count = min(len(positions), most)
     return positions[np.linspace(0, len(positions) - 1, count).astype(int)].tolist()
 
 

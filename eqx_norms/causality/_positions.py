@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .._real import Integer
-from ._inputs import Problem, place
+from ._inputs import Axes, Problem, place
 
 # A sequence for all positions, or one nested as the axes are; a text is one of letters.
 Labels = Iterable[Any] | None
@@ -14,10 +14,18 @@ Labels = Iterable[Any] | None
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """How many positions there are along each axis, and what else to call them, in C order."""
+    """How many positions there are along each axis, and what else to call them, in C order.
+
+    `axis` is the axis of the array, or the axes, as the caller named them.
+    """
 
     lengths: tuple[int, ...]
     labels: tuple[str, ...] | None = None
+    axis: Axes = 0
+
+    def __str__(self) -> str:
+        lengths = " x ".join(map(str, self.lengths))
+        return f"{'axes' if len(self.lengths) > 1 else 'axis'} {self.axis}, {lengths} positions"
 
     def index(self, number: Integer) -> int | tuple[int, ...]:
         """The number of a position, along several axes a tuple."""
@@ -37,11 +45,11 @@ def make_positions(
     problem: Problem, labels: Labels, out_labels: Labels
 ) -> tuple[Positions, Positions]:
     """Those of the output and of the input. Labels are for both if there are as many of one."""
-    inputs = Positions(problem.in_lengths, _flat("labels", labels, problem.in_lengths))
-    if out_labels is None and problem.out_length == problem.length:
-        return Positions(problem.out_lengths, inputs.labels), inputs
-    names = _flat("out_labels", out_labels, problem.out_lengths)
-    return Positions(problem.out_lengths, names), inputs
+    names = _flat("labels", labels, problem.in_lengths)
+    inputs = Positions(problem.in_lengths, names, problem.axis)
+    if out_labels is not None or problem.out_length != problem.length:
+        names = _flat("out_labels", out_labels, problem.out_lengths)
+    return Positions(problem.out_lengths, names, problem.out_axis), inputs
 
 
 def _flat(name: str, labels: Labels, lengths: Sequence[int]) -> tuple[str, ...] | None:

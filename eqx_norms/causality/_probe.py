@@ -77,6 +77,13 @@ class Probe:
         rows = [self.run(self._inputs(batch)) for batch in _batches(edits, self.batch_size)]
         return np.concatenate([np.asarray(row) for row in rows])[: len(edits)]
 
+    def outputs(self, edits: Sequence[Edit]) -> list[np.ndarray]:
+        """Of at most `batch_size` edits every output, a leaf each; floats as float64."""
+        with jax.enable_x64(True) if self.dtype else contextlib.nullcontext():
+            outs = jax.device_get(self.run(self._inputs(edits)))
+        kept = lambda out: out if np.iscomplexobj(out) else out.astype(np.float64)
+        return [kept(np.asarray(out)[: len(edits)]) for out in outs]
+
     def _inputs(self, batch: Sequence[Edit]) -> tuple[np.ndarray | Array, ...]:
         # A short last batch repeats its last edit: another shape would be another executable.
         full = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import textwrap
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -43,8 +44,9 @@ class CausalityReport:
         was edited, over all edits tried; NaN where that was not measured. A check that finds
         nothing has no need to edit inputs one by one: then a forbidden pair that the edits
         covered has 0, and the rest NaN, as have outputs that are undecided.
-        `dependency_matrix` measures every pair. A change that was taken for rounding is 0 in a
-        forbidden cell, and in a required one if it was too small in float64 as well.
+        A pair that a proof found unconnected has 0 too. `dependency_matrix` measures every pair. A
+        change that was taken for rounding is 0 in a forbidden cell, and in a required one if it was
+        too small in float64 as well.
     - `allowed`: `allowed[t, j]` says whether output `t` may read input `j`.
     - `required`: `required[t, j]` says whether it must; None if that was not asked.
     - `worst`: the largest change of an output that should not have changed, relative to its
@@ -55,7 +57,8 @@ class CausalityReport:
         asked, it decides on either side of that.
     - `splits`: the splits (or the examples kept) that were tried; for another rule the first output
         of every distinct row of `allowed` that was tried.
-    - `possible_splits`: how many there are.
+    - `possible_splits`: how many there are; after a proof was tried, where it leaves a leak
+        possible.
     - `edits`: how many edited inputs were run to find out.
     - `joint`: the leak shows only where several inputs are edited together. Then `matrix` holds,
         for every such output, one entry: in the first forbidden column of the smallest edit that
@@ -67,6 +70,11 @@ class CausalityReport:
         says of scores was so on x and on every edit.
     - `obstacles`: what stood in the way of a proof that was asked for: each operation, the line
         that traced to it, and the outputs that it connects.
+    - `pointwise`: no output was found to read another position, so that a causal test shows nothing
+        about a model that does. Always `False` for a rule that is not causal.
+    - `names`: what the arrays of `x` are called, where edits replaced some.
+    - `arrays`: of several arrays in `x` those that leak when they alone are edited, each with its
+        part of `matrix`, for up to 32 of the inputs that leak.
     """
 
     leak: bool
@@ -88,6 +96,9 @@ class CausalityReport:
     required: Bool[np.ndarray, "T_out T_in"] | None = None
     assumptions: tuple[str, ...] = ()
     obstacles: tuple[str, ...] = ()
+    pointwise: bool = False
+    names: tuple[str, ...] = ()
+    arrays: Mapping[str, Float[np.ndarray, "T_out T_in"]] = dataclasses.field(default_factory=dict)
 
     def pairs(self) -> list[Pair]:
         """The leaking (output, input, change) triples, the largest change first."""
@@ -190,6 +201,8 @@ def _proved_lines(report: CausalityReport) -> list[str]:
     return [
         f"proved: {_READS_NOT[report.kind]}.",
         *map(_wrap, [scope, *report.assumptions]),
+        _asked(report),
+        *map(_wrap, report.notes),
     ]
 
 
@@ -204,12 +217,14 @@ def _clear_lines(report: CausalityReport) -> list[str]:
             f"Largest change {report.worst:.2g}, rounding: outputs are of size "
             f"{report.scale:.2g}, noise is up to {report.noise:.2g}."
         )
-    return [*lines, _effort(report), *map(_wrap, [*report.notes, *_unproved(report)])]
+    lines += [_asked(report), _effort(report)]
+    return [*lines, *map(_wrap, [*report.notes, *_unproved(report)])]
 
 
 def _undecided_lines(report: CausalityReport) -> list[str]:
     return [
         f"undecided: {_READS[report.kind]}, or what changed is rounding; nothing tells which.",
+        _asked(report),
         f"Largest change {report.worst:.2g}: outputs are of size {report.scale:.2g}, the noise "
         f"level is {report.noise:.2g}.",
         *map(_wrap, [*report.notes, *_unproved(report), _UNDECIDED]),
@@ -220,7 +235,7 @@ def _undecided_lines(report: CausalityReport) -> list[str]:
 
 def _leak_lines(report: CausalityReport) -> list[str]:
     count = int(report.leaking().sum())
-    lines = [f"leak: {_READS[report.kind]}."]
+    lines = [f"leak: {_READS[report.kind]}.", _asked(report)]
     if report.joint:
         lines.append(
             "No input does it alone: only edits of several inputs together change these outputs "
@@ -233,10 +248,28 @@ def _leak_lines(report: CausalityReport) -> list[str]:
     if report.joint:
         others = " and others" if report.kind in ("independent", "reads") else " and later"
     size = f"Outputs are of size {report.scale:.2g}; rounding would be up to {report.noise:.2g}."
-    words = [*suggestions(report), _effort(report), size, *report.notes]
+    words = [*_by_array(report), *suggestions(report), _effort(report), size, *report.notes]
     rows = _rows(report, report.leaking(), "report.pairs()", others)
     also = _also_blind(report)
     return [*lines, *rows, *also, report.heatmap(_SHORT_MAP), *map(_wrap, words)]
+
+
+def _by_array(report: CausalityReport) -> list[str]:
+    """Which arrays of several leak, and what to do if one may be read at any time."""
+    if len(report.names) < 2:
+        return []
+    told = lambda names: " and ".join(map(repr, names))
+    leaking, others = [*report.arrays], [n for n in report.names if n not in report.arrays]
+    if not leaking:
+        return [f"No array leaks alone, only {told(others)} edited together."]
+    if not others:
+        return [f"Each array of x leaks when it alone is edited: {told(leaking)}."]
+    leaks = "leaks" if len(leaking) == 1 else "leak"
+    fixed = repr(leaking[0]) if len(leaking) == 1 else str(tuple(leaking))
+    return [
+        f"Only {told(leaking)} {leaks}; {told(others)} {'does' if len(others) == 1 else 'do'} not. "
+        f"What may be read at every step, as a calendar may, is named as such: fixed={fixed}."
+    ]
 
 
 def _blind_lines(report: CausalityReport) -> list[str]:
@@ -244,6 +277,7 @@ def _blind_lines(report: CausalityReport) -> list[str]:
     effort = [_effort(report)] if report.edits else []
     return [
         f"blind: {_BLIND}.",
+        _asked(report),
         *_missing_rows(report),
         report.heatmap(_SHORT_MAP),
         *map(_wrap, [*words, *effort]),
@@ -268,8 +302,10 @@ def _rows(report: CausalityReport, mask: np.ndarray, method: str, others: str = 
     pairs = np.argwhere(mask)
     changes = report.matrix[mask]
     first = np.argsort(-changes, kind="stable")[:_SHOWN]
+    of = lambda t, j: [repr(name) for name, part in report.arrays.items() if part[t, j] > 0]
     rows = [
         f"  output {report.outputs.name(t)} <- input {report.inputs.name(j)}{others}"
+        + (f" of {', '.join(of(t, j))}" if of(t, j) else "")
         + (f"   {change:.2g}" if change else "")
         for (t, j), change in zip(pairs[first], changes[first], strict=True)
     ]
@@ -289,6 +325,11 @@ def _title(report: CausalityReport) -> str:
 def _counted(mask: np.ndarray, which: str, colour: str) -> str:
     count = int(mask.sum())
     return f"{count} {which} {'pair' if count == 1 else 'pairs'} ({colour})"
+
+
+def _asked(report: CausalityReport) -> str:
+    inputs, outputs = str(report.inputs), str(report.outputs)
+    return f"Asked of {inputs}" + (f"; output {outputs}." if outputs != inputs else ".")
 
 
 def _effort(report: CausalityReport) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._real import Integer, Real
+from ._call import call
 from ._compare import Judge, Row, gaps, host
 from ._edits import Edit, TokenValues, make_editor
 from ._inputs import Given, named_leaves, output_leaf, split_input, traced
@@ -153,7 +154,7 @@ def _traced(fn: Callable, given: Given) -> _Traced:
     shape = {}
 
     def flat(*values: Array) -> tuple[Array, ...]:
-        out = fn(given.whole(values))
+        out = call(fn, given.whole(values))
         named, shape["tree"] = named_leaves(out)
         shape["names"] = tuple(named)
         return tuple(map(output_leaf, named.values()))

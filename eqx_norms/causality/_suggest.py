@@ -15,9 +15,9 @@ def _of_leaks(report) -> list[str]:
     leaking = report.leaking()
     if report.joint or not leaking.any():
         return []
-    patterns = [_one_step, _all_alike]
+    patterns = [_one_step, _turned, _all_alike]
     if report.kind == "reads":
-        patterns = [_segments, _padding, _window, *patterns, _mask]
+        patterns = [_complement, _segments, _padding, _window, *patterns, _mask]
     found = (pattern(report, leaking) for pattern in patterns)
     return next(filter(None, found), [])
 
@@ -62,7 +62,47 @@ def _one_step(report, leaking) -> list[str]:
     possible = (_measured(report) & (ahead == steps[0])).sum()
     if len(steps) > 1 or leaking.sum() <= max(2, possible / 2):
         return []
+    if steps[0] == 0 and 0 < len(report.arrays) < len(report.names):
+        return ["Every leak is of the output's own step."]
     return [_step_in_words(int(steps[0]), report.kind)]
+
+
+def _turned(report, leaking) -> list[str]:
+    """What comes later is read, what comes earlier is not.
+
+    Let off are outputs that read everything, as where a softmax finds every score masked.
+    """
+    if report.kind == "independent" or len(leaking) != leaking.shape[1] or leaking.sum() < 3:
+        return []
+    ahead, told = _ahead(leaking), ~np.isnan(report.matrix)
+    rows = ~(leaking.any(1) & (report.matrix > 0)[:, :-1].all(1))
+    rows &= np.arange(len(rows)) < len(rows) - 1
+    earlier = report.allowed & (ahead < 0) & told & rows[:, None]
+    later = ~report.allowed & (ahead > 0) & told & rows[:, None]
+    next_one = later & (ahead == 1)
+    if not (earlier.any() and next_one.any()) or (report.matrix[earlier] > 0).any():
+        return []
+    if not leaking[next_one].all():
+        return []
+    return [
+        "What comes later is read and what comes earlier is not: look for a mask that is the other "
+        "way round, as triu in place of tril or True for what is hidden, or a scan from the end."
+    ]
+
+
+def _complement(report, leaking) -> list[str]:
+    """All that is forbidden is read, and nothing else but an output's own input."""
+    own = np.eye(*leaking.shape, dtype=bool) & (len(leaking) == leaking.shape[1])
+    allowed = report.allowed & ~own & ~np.isnan(report.matrix)
+    allowed &= ~report.allowed.all(1, keepdims=True)  # inverted, these are masked throughout
+    if not allowed.any() or (report.matrix[allowed] > 0).any():
+        return []
+    if not leaking[_measured(report) & ~own].all():
+        return []
+    return [
+        "What is forbidden is read and what is allowed is not: look for a mask that is the other "
+        "way round, True for what is hidden."
+    ]
 
 
 def _step_in_words(step: int, kind: str) -> str:
@@ -173,18 +213,26 @@ def _of_blindness(report) -> list[str]:
     asked = report.required & ~np.isnan(report.matrix)
     square = asked.shape[0] == asked.shape[1]
     own = np.eye(*asked.shape, dtype=bool) & square
-    if square and np.array_equal(missing, asked & ~own) and (asked & own).any():
+    read = report.matrix > 0
+    only_own = not (read & ~own).any() and (asked & own).any()
+    if square and np.array_equal(missing, asked & ~own) and only_own:
         return [
             "Only the diagonal is read: look for a mask of the wrong shape or meaning, as of "
             "eye(T), or for a branch that starts at zero (perturb_params=0.02 moves it)."
         ]
     if square and np.array_equal(missing, asked & own):
         return ["No output reads its own input: look for a mask or a shift off by 1."]
+    if np.array_equal(missing, asked) and read.any():
+        return [
+            "Nothing that must be read is read, but other inputs are: look for a mask that is the "
+            "other way round or shifted, or for rows and columns of required= that are swapped."
+        ]
     if np.array_equal(missing, asked):
         return ["Nothing is read: look for a branch that starts at zero (perturb_params=0.02)."]
     columns = missing.any(0) & ~(asked & ~missing).any(0)
     if np.array_equal(missing, asked & columns):
-        return [f"Nobody reads {_named(report.inputs, columns)}: look for a mask that hides that."]
+        who = "No output that must" if read[:, columns].any() else "Nobody"
+        return [f"{who} reads {_named(report.inputs, columns)}: look for a mask that hides that."]
     rows = missing.any(1) & ~(asked & ~missing).any(1)
     if np.array_equal(missing, asked & rows[:, None]):
         return [f"Nothing that it must is read by {_named(report.outputs, rows, 'output')}."]

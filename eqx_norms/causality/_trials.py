@@ -13,8 +13,9 @@ from ._edits import Edit
 
 Kind = Literal["causal", "strictly causal", "independent", "reads"]
 _ALL_UP_TO = 128
-_CHOSEN = 64
-_BORDERS = 32
+_CHOSEN = 68
+_PURE = 4  # of these
+_CHUNKS = 36
 _EDITS = 144
 
 
@@ -34,7 +35,13 @@ class Rule:
     @functools.cached_property
     def possible(self) -> Int[np.ndarray, " splits"]:
         """Every split."""
-        return np.array([t for t in self._rows if not self.allowed[t].all()], int) + self._ahead
+        return self.open(np.ones_like(self.allowed))
+
+    def open(self, connected: Bool[np.ndarray, "T_out T_in"]) -> Int[np.ndarray, " splits"]:
+        """The splits that are left if only `connected` pairs can leak."""
+        reached = {*np.flatnonzero((connected & ~self.allowed).any(1)).tolist()}
+        rows = [outputs[0] for outputs in self._groups if not reached.isdisjoint(outputs)]
+        return np.array(rows, int) + self._ahead
 
     def where(self, split: Integer) -> Bool[np.ndarray, " T_in"]:
         """The inputs that `split` replaces."""
@@ -56,12 +63,22 @@ class Rule:
             matrix[outputs] = np.where(seen, np.float32(0), np.float32(np.nan))
         return matrix
 
-    def choose(self, splits: Sequence[int] | str, rng: np.random.Generator) -> tuple[int, ...]:
-        """The splits to try, in order: all of up to 128 distinct rows, or 64 of more."""
+    def choose(
+        self,
+        splits: Sequence[int] | str,
+        rng: np.random.Generator,
+        connected: Bool[np.ndarray, "T_out T_in"] | None = None,
+    ) -> tuple[int, ...]:
+        """The splits to try, in order: all of up to 128 distinct rows, or 68 of more.
+
+        With the pairs that a proof found `connected`, those of them where one is forbidden.
+        """
         if isinstance(splits, str):
             if splits != "auto":
                 raise ValueError(f'splits must be "auto" or a sequence of integers, got {splits!r}')
-            return tuple(map(int, self.possible if self._are_few else spread(self.possible, rng)))
+            left = self.possible if connected is None else self.open(connected)
+            all_of_them = self._are_few or len(left) <= _CHOSEN
+            return tuple(map(int, left if all_of_them else spread(left, rng, 1 - self._is_causal)))
         chosen = tuple(sorted({int(split) for split in splits}))
         if not chosen or not set(chosen) <= set(self.possible.tolist()):
             raise ValueError(
@@ -70,13 +87,28 @@ class Rule:
             )
         return chosen
 
-    def edits(self, splits: Sequence[int], kinds: int) -> Iterator[Edit]:
-        """Every split once with a mixed edit, then as many pure ones as the budget allows."""
-        pure = [(split, kind) for kind in range(1, kinds) for split in splits]
-        extra = _EDITS - len(splits) if self._are_few else len(splits) // 16
-        picked = np.linspace(0, len(pure) - 1, min(max(extra, 1), len(pure))).astype(int)
-        for seed, (split, kind) in enumerate([(s, 0) for s in splits] + [pure[i] for i in picked]):
+    def edits(self, splits: Sequence[int], kinds: int, auto: bool = True) -> Iterator[Edit]:
+        """Every split once with a mixed edit, then as many pure ones as the budget allows.
+
+        Of many splits each is edited once, 4 of them purely. `auto`: they were not named.
+        """
+        chosen = [(split, 0) for split in splits]
+        if len(splits) >= _CHOSEN and not self._are_few and auto:
+            # The last kind first, as it replaces the more by zero the earlier it splits.
+            for i, kind in enumerate(np.linspace(kinds - 1, 1, _PURE).astype(int).tolist()):
+                place = (2 * i + 1) * len(splits) // (2 * _PURE)
+                chosen[place] = (splits[place], kind)
+        else:
+            most = _EDITS if self._are_few else _CHOSEN if auto else len(splits) * 17 // 16
+            pure = [(split, kind) for kind in range(1, kinds) for split in splits]
+            extra = min(max(most - len(splits), 1), len(pure))
+            chosen += [pure[i] for i in np.linspace(0, len(pure) - 1, extra).astype(int)]
+        for seed, (split, kind) in enumerate(chosen):
             yield Edit(self.where(split), kind, seed)
+
+    @property
+    def _is_causal(self) -> bool:
+        return self.kind in ("causal", "strictly causal")
 
     @property
     def _ahead(self) -> int:
@@ -84,12 +116,12 @@ class Rule:
 
     @property
     def _are_few(self) -> bool:
-        return len(self._rows) <= _ALL_UP_TO
+        return len(self._groups) <= _ALL_UP_TO
 
     @functools.cached_property
-    def _rows(self) -> list[int]:
-        """The first output of every distinct row."""
-        return [outputs[0] for outputs in alike(self._packed).values()]
+    def _groups(self) -> list[list[int]]:
+        """The outputs of every distinct row."""
+        return [*alike(self._packed).values()]
 
     @functools.cached_property
     def _packed(self) -> UInt64[np.ndarray, "T_out words"]:
@@ -117,15 +149,22 @@ def alike(rows: np.ndarray) -> dict[bytes, list[int]]:
     return found
 
 
-def spread(possible: Int[np.ndarray, " splits"], rng: np.random.Generator) -> list[int]:
-    """64 of the splits: at and beside powers of two, then where that leaves the widest gap."""
-    # Powers of two are where chunks, windows and tables end; the largest first.
-    last = int(possible[-1])
-    powers = [2**i for i in reversed(range((last + 1).bit_length()))]
-    borders = [p + step for p in powers for step in (0, -1, 1)]
-    wanted = dict.fromkeys([int(possible[0]), last, *borders])
-    known = np.isin([*wanted], possible)
-    places = np.searchsorted(possible, np.array([*wanted])[known][:_BORDERS]).tolist()
+def spread(
+    possible: Int[np.ndarray, " splits"], rng: np.random.Generator, ahead: int = 0
+) -> list[int]:
+    """68 of the splits: at powers of two, at the ends of chunks, and where the widest gaps are.
+
+    `ahead` is how far behind a split the border lies that it tests.
+    """
+    last = int(possible[-1]) + ahead
+    powers = [2**i for i in reversed(range(last.bit_length()))][:12]
+    # What lies beside a power of two lies beside every smaller one of its multiples.
+    beside = [power + step for power in powers[:3] for step in (-1, 1)]
+    wanted = np.array([int(possible[0]) + ahead, last, *powers, *beside])
+    numbers = possible + ahead
+    chosen = dict.fromkeys(wanted[np.isin(wanted, numbers)].tolist())
+    chosen |= dict.fromkeys(_ends_of_chunks(numbers, [*chosen]))
+    places = np.searchsorted(numbers, [*chosen]).tolist()
     # The rest where the gap is widest; not in its middle, or all would be ends of chunks.
     while len(places) < _CHOSEN:
         edges = np.sort([*places, len(possible)])
@@ -134,3 +173,38 @@ def spread(possible: Int[np.ndarray, " splits"], rng: np.random.Generator) -> li
         low, high = max(1, 3 * gap // 8), min(gap - 1, 5 * gap // 8)
         places.append(start + int(rng.integers(low, high + 1)))
     return possible[np.sort(places)].tolist()
+
+
+def _ends_of_chunks(numbers: Int[np.ndarray, " splits"], chosen: Sequence[int]) -> list[int]:
+    """Up to 36 more of the numbers, that multiples of as many lengths as possible are among all.
+
+    A read across the border of two chunks is seen by a split at that border alone, so that a chunk
+    of 77 in 1000 positions has 12 such splits of 999. One number ends chunks of every length that
+    divides it: 36 of them, each the best that is left, end those of every length up to 112.
+    """
+    total = int(numbers[-1]) + 1
+    hidden = {
+        length: _usual(length, total)
+        for length in range(2, min(total // 4, 4096) + 1)
+        if length <= min(total // 8, 512) or _usual(length, total) > 1
+    }
+    ends = lambda number: [length for length in hidden if number % length == 0]
+    for length in {length for number in chosen for length in ends(number)}:
+        del hidden[length]
+    gain = np.zeros(total, int)
+    for length, weight in hidden.items():
+        gain[::length] += weight
+    more: list[int] = []
+    while hidden and len(more) < _CHUNKS:
+        best = int(numbers[gain[numbers].argmax()])
+        if not gain[best]:
+            break
+        more.append(best)
+        for length in ends(best):
+            gain[::length] -= hidden.pop(length)
+    return more
+
+
+def _usual(length: int, total: int) -> int:
+    """How much a chunk of this length weighs: those come first that are round, or divide all."""
+    return 1 + sum(length % by == 0 for by in (8, 10, 32, 50)) + 2 * (total % length == 0)
