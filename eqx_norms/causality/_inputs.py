@@ -172,7 +172,9 @@ def traced(flat: Callable, leaves: Sequence[Array]) -> jex.ClosedJaxpr:
         raise
 
 
-def require_same_length(problem: Problem, axis: Axes, out_axis: Axes | None) -> None:
+def require_same_length(
+    problem: Problem, axis: Axes, out_axis: Axes | None, or_align: bool = False
+) -> None:
     """Output `t` is compared with input `t`, so that there must be as many of one as the other."""
     if problem.out_length != problem.length:
         out_axis = axis if out_axis is None else out_axis
@@ -185,6 +187,7 @@ def require_same_length(problem: Problem, axis: Axes, out_axis: Axes | None) -> 
             f"the output must have as many positions as the input, {problem.length}, got "
             f"{problem.out_length} {named}; "
             + ("name the axis as out_axis=" if problem.length in shape else cure)
+            + ', or say by align="start" or "end" where it stands beside the input' * or_align
         )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from .._jaxprs import called, is_foreign, opened, scan_counts
+from ._edits import is_mask
 from ._flow import LARGE, RULES, connect_all
 from ._inputs import place
 from ._known import (
@@ -48,6 +49,8 @@ class Context:
     """What one pass through a function has besides its values.
 
     - `assume_bounded`: whether scores that meet a mask of a large number are below a tenth of it.
+    - `trusting`: whether floats of zeros and ones that the function holds are as they are, as masks
+        would be; `float_masks`: what these are, in words.
     - `cut`: the equations, by their path, whose results are taken to read nothing.
     - `masks`: the tenths that were assumed; `opaque`: names of what is not in the table.
     - `looking`: whether to look for what may be to blame: `merging` are then the equations that
@@ -56,6 +59,7 @@ class Context:
     """
 
     assume_bounded: bool
+    trusting: bool = False
     cut: frozenset = frozenset()
     masks: set = dataclasses.field(default_factory=set)
     opaque: set = dataclasses.field(default_factory=set)
@@ -63,6 +67,14 @@ class Context:
     merging: dict = dataclasses.field(default_factory=dict)
     moving: dict = dataclasses.field(default_factory=dict)
     calls: list = dataclasses.field(default_factory=list)
+    float_masks: set = dataclasses.field(default_factory=set)
+
+    def held(self, const: Any) -> Known:
+        """What is known of an array that the function holds."""
+        if not (jnp.issubdtype(jnp.result_type(const), jnp.floating) and _is_mask(const)):
+            return parameter(const, LARGE)
+        self.float_masks.add(f"{jnp.result_type(const)} of shape {jnp.shape(const)}")
+        return constant(const) if self.trusting else parameter(const, LARGE)
 
     def bounded_beside_masks(self, values, beside=()) -> Sequence[Known]:
         if not self.assume_bounded:
@@ -83,6 +95,10 @@ class Context:
         return Known(x.shape, x.dtype, x.reads, low, high)
 
 
+def _is_mask(const: Any) -> bool:
+    return jnp.ndim(const) > 0 and is_mask(np.asarray(const), alone=True)
+
+
 def _mask_size(x: Known) -> float:
     """The size of the largest negative number that is the whole value of an entry."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -94,7 +110,7 @@ def _mask_size(x: Known) -> float:
 def evaluate(context: Context, closed: Any, args: Sequence[Known], path=()) -> list[Known]:
     """What is known of the results of a jaxpr, from what is known of its arguments."""
     jaxpr = opened(closed)
-    consts = [parameter(const, LARGE) for const in getattr(closed, "consts", ())]
+    consts = [context.held(const) for const in getattr(closed, "consts", ())]
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not _literal(v)}
     last |= dict.fromkeys((v for v in jaxpr.outvars if not _literal(v)), len(jaxpr.eqns))
@@ -359,7 +375,24 @@ def prove(
         found = question.connected(context)
     if not (found & ~allowed).any():
         return Proof(True, found, _assumptions(context), ())
-    return Proof(False, found, (), _obstacles(question, context, found & ~allowed))
+    connected, masks = found, ()
+    if context.float_masks:
+        trusting = Context(context.assume_bounded, trusting=True)
+        fewer = question.connected(trusting)
+        if (found & ~fewer).any():
+            connected, masks = fewer, tuple(map(_of_a_mask, sorted(context.float_masks)))
+            context = trusting
+    forbidden = connected & ~allowed
+    others = _obstacles(question, context, forbidden) if forbidden.any() else ()
+    return Proof(False, found, (), (*masks, *others))
+
+
+def _of_a_mask(what: str) -> str:
+    return (
+        f"An array of zeros and ones that fn holds, {what}, counts as a parameter, which may be "
+        "any number. If it is a mask, as Flax's make_causal_mask returns, give it as bools: "
+        "mask > 0."
+    )
 
 
 def _assumptions(context: Context) -> tuple[str, ...]:
@@ -373,11 +406,11 @@ def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ..
     """A smallest set of operations without which nothing forbidden is connected."""
     columns = np.flatnonzero(forbidden.any(0))[:64]
     allowed = ~forbidden[:, columns]
-    look = Context(context.assume_bounded, looking=True)
+    look = Context(context.assume_bounded, context.trusting, looking=True)
     question.connected(look, columns)
 
     def holds(cut) -> bool:
-        trial = Context(context.assume_bounded, frozenset(cut))
+        trial = Context(context.assume_bounded, context.trusting, cut=frozenset(cut))
         return not (question.connected(trial, columns) & ~allowed).any()
 
     candidates = list(look.merging)
@@ -389,7 +422,9 @@ def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ..
     blamed = _smallest(holds, candidates)
     lines = []
     for path in blamed:
-        trial = Context(context.assume_bounded, frozenset(set(blamed) - {path}))
+        trial = Context(
+            context.assume_bounded, context.trusting, cut=frozenset(set(blamed) - {path})
+        )
         reached = (question.connected(trial, columns) & ~allowed).any(1)
         eqn, line = equations[path]
         outputs = [place(t, question.out_lengths) for t in np.flatnonzero(reached)]
