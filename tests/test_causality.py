@@ -634,7 +634,7 @@ def test_the_signature_is_the_documented_one():
     assert (
         names
         == (
-            "fn x axis out_axis strict complete labels out_labels splits scales token_values "
+            "fn x axis out_axis strict align complete labels out_labels splits scales token_values "
             "fixed noise_ulps confirm_x64 batch_size key perturb_params trainable prove "
             "assume_bounded err_msg"
         ).split()

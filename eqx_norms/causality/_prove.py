@@ -42,6 +42,7 @@ _BYTES = 2**28
 _STEPS = 50_000
 # Beyond this a bound is no bound: it comes from a number that may be any finite one.
 _FREE = 1e300
+_MASKS = ("masks",)  # in the place of an equation's path
 
 
 @dataclasses.dataclass
@@ -49,9 +50,9 @@ class Context:
     """What one pass through a function has besides its values.
 
     - `assume_bounded`: whether scores that meet a mask of a large number are below a tenth of it.
-    - `trusting`: whether floats of zeros and ones that the function holds are as they are, as masks
-        would be; `float_masks`: what these are, in words.
-    - `cut`: the equations, by their path, whose results are taken to read nothing.
+    - `cut`: the equations, by their path, whose results are taken to read nothing. With `_MASKS` in
+        it, floats of zeros and ones that the function holds are taken for what they are.
+    - `float_masks`: what these are, in words.
     - `masks`: the tenths that were assumed; `opaque`: names of what is not in the table.
     - `looking`: whether to look for what may be to blame: `merging` are then the equations that
         bring inputs together, `moving` the others, by path, each with its line.
@@ -59,7 +60,6 @@ class Context:
     """
 
     assume_bounded: bool
-    trusting: bool = False
     cut: frozenset = frozenset()
     masks: set = dataclasses.field(default_factory=set)
     opaque: set = dataclasses.field(default_factory=set)
@@ -74,7 +74,7 @@ class Context:
         if not (jnp.issubdtype(jnp.result_type(const), jnp.floating) and _is_mask(const)):
             return parameter(const, LARGE)
         self.float_masks.add(f"{jnp.result_type(const)} of shape {jnp.shape(const)}")
-        return constant(const) if self.trusting else parameter(const, LARGE)
+        return constant(const) if _MASKS in self.cut else parameter(const, LARGE)
 
     def bounded_beside_masks(self, values, beside=()) -> Sequence[Known]:
         if not self.assume_bounded:
@@ -375,24 +375,7 @@ def prove(
         found = question.connected(context)
     if not (found & ~allowed).any():
         return Proof(True, found, _assumptions(context), ())
-    connected, masks = found, ()
-    if context.float_masks:
-        trusting = Context(context.assume_bounded, trusting=True)
-        fewer = question.connected(trusting)
-        if (found & ~fewer).any():
-            connected, masks = fewer, tuple(map(_of_a_mask, sorted(context.float_masks)))
-            context = trusting
-    forbidden = connected & ~allowed
-    others = _obstacles(question, context, forbidden) if forbidden.any() else ()
-    return Proof(False, found, (), (*masks, *others))
-
-
-def _of_a_mask(what: str) -> str:
-    return (
-        f"An array of zeros and ones that fn holds, {what}, counts as a parameter, which may be "
-        "any number. If it is a mask, as Flax's make_causal_mask returns, give it as bools: "
-        "mask > 0."
-    )
+    return Proof(False, found, (), _obstacles(question, context, found & ~allowed))
 
 
 def _assumptions(context: Context) -> tuple[str, ...]:
@@ -406,14 +389,14 @@ def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ..
     """A smallest set of operations without which nothing forbidden is connected."""
     columns = np.flatnonzero(forbidden.any(0))[:64]
     allowed = ~forbidden[:, columns]
-    look = Context(context.assume_bounded, context.trusting, looking=True)
+    look = Context(context.assume_bounded, looking=True)
     question.connected(look, columns)
 
     def holds(cut) -> bool:
-        trial = Context(context.assume_bounded, context.trusting, cut=frozenset(cut))
+        trial = Context(context.assume_bounded, frozenset(cut))
         return not (question.connected(trial, columns) & ~allowed).any()
 
-    candidates = list(look.merging)
+    candidates = [_MASKS] * bool(look.float_masks) + list(look.merging)
     if not holds(candidates):
         candidates += list(look.moving)
     if not holds(candidates):
@@ -422,9 +405,10 @@ def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ..
     blamed = _smallest(holds, candidates)
     lines = []
     for path in blamed:
-        trial = Context(
-            context.assume_bounded, context.trusting, cut=frozenset(set(blamed) - {path})
-        )
+        if path == _MASKS:
+            lines += map(_of_a_mask, sorted(look.float_masks))
+            continue
+        trial = Context(context.assume_bounded, frozenset(set(blamed) - {path}))
         reached = (question.connected(trial, columns) & ~allowed).any(1)
         eqn, line = equations[path]
         outputs = [place(t, question.out_lengths) for t in np.flatnonzero(reached)]
@@ -447,6 +431,14 @@ def _sentence(eqn: jex.JaxprEqn, line: str, outputs, opaque) -> str:
     which = f"outputs {outputs[0]} to {outputs[-1]}" if len(outputs) > 1 else f"output {outputs[0]}"
     why = ", which the proof has no rule for," if eqn.primitive.name in opaque else ""
     return f"`{eqn.primitive.name}`{why} in {line} connects {which} with what must not be read."
+
+
+def _of_a_mask(what: str) -> str:
+    return (
+        f"An array of zeros and ones that fn holds, {what}, counts as a parameter, which may be "
+        "any number. If it is a mask, as Flax's make_causal_mask returns, give it as bools: "
+        "mask > 0."
+    )
 
 
 def _line(calls: Sequence[jex.JaxprEqn]) -> str:
