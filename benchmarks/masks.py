@@ -546,7 +546,7 @@ def keras_query_mask() -> str:
     plain = layer(x, x)
     by_query = float(jnp.abs(layer(x, x, query_mask=text) - plain).max())
     by_value = float(jnp.abs(layer(x, x, value_mask=text) - plain).max())
-    return f"Keras, the output changes by {by_query:.2g} with query_mask=, {by_value:.2g} with value_mask="
+    return f"Keras, query_mask= changes the output by {by_query:.2g}, value_mask= by {by_value:.2g}"
 
 
 def torch_gradient_of_a_dead_row() -> str:
@@ -574,8 +574,9 @@ def gpt2_with_padding_on_the_left() -> str:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
+    sizes = dict(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2)
     ids = dict(bos_token_id=0, eos_token_id=0)
-    config = GPT2Config(50, 32, 32, n_layer=2, n_head=2, initializer_range=0.2, **ids)
+    config = GPT2Config(**sizes, **ids, initializer_range=0.2)
     model = GPT2LMHeadModel(config).eval()
     text = torch.tensor([[3, 5, 7, 11, 13]])
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), text], 1)

@@ -436,8 +436,8 @@ def _sentence(eqn: jex.JaxprEqn, line: str, outputs, opaque) -> str:
 def _of_a_mask(what: str) -> str:
     return (
         f"An array of zeros and ones that fn holds, {what}, counts as a parameter, which may be "
-        "any number. If it is a mask, as Flax's make_causal_mask returns, give it as bools: "
-        "mask > 0."
+        "any number. If it is a mask, as Flax's make_causal_mask returns, make it one of bools "
+        "outside fn: mask > 0."
     )
 
 
