@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from .._real import Integer
+from .._real import Integer, Real
 
 Align = Literal["start", "end"]
 
@@ -251,7 +251,7 @@ def _ahead(
     return np.arange(in_length) - np.arange(length)[:, None] - last
 
 
-def _sides(size: Integer | Sequence[Integer | None]) -> tuple[float, float]:
+def _sides(size: Integer | Sequence[Integer | None]) -> tuple[Real, Real]:
     """How far a window reaches to the left and to the right, its own input not counted."""
     if not isinstance(size, Sequence):
         reach = _size("size", size) - 1
