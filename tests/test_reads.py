@@ -145,7 +145,7 @@ def test_tokens_and_several_arrays(x):
 def test_the_edits_of_the_old_rules_are_rows_of_the_array(kind):
     strict = kind == "strictly causal"
     independent = kind == "independent"
-    rule = Rule(kind, rules.independent(T) if independent else rules.causal(T, strict))
+    rule = Rule(kind, rules.independent(T) if independent else rules.causal(T, strict=strict))
     first = 1 if kind == "causal" else 0
     assert rule.possible.tolist() == [*range(first, T)]
     for split in rule.possible:

@@ -1,6 +1,7 @@
 """The entry points: edit what must not be read, compare what must not change."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -35,14 +36,15 @@ from ._inputs import (
 from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
 from ._matrix import by_array, locate, measure_required, where_in_output
 from ._meetings import sizes
-from ._positions import Labels, make_positions
+from ._positions import Labels, Positions, make_positions
 from ._probe import make_probe
 from ._prove import Proof, Question, prove
 from ._question import nothing_is_read, warn
 from ._report import CausalityReport
+from ._suggest import named
 from ._trials import Rule
 from ._widen import same_trace
-from .rules import causal, independent
+from .rules import Align, causal, independent, unread_rows
 
 
 class CausalityError(AssertionError):
@@ -60,6 +62,7 @@ def assert_causal(
     axis: Axes = 0,
     out_axis: Axes | None = None,
     strict: bool = False,
+    align: Align | None = None,
     complete: bool = False,
     pointwise: bool = False,
     labels: Labels = None,
@@ -117,8 +120,12 @@ def assert_causal(
         and constant.
     - `axis`: the axis of the positions in every array of `x`; at least 2 long. Or a tuple of axes:
         the positions are then all index tuples, in C order, as the pixels of an image are.
-    - `out_axis`: that in every array of the output, by default `axis`. It must be as long.
+    - `out_axis`: that in every array of the output, by default `axis`. It must be as long, unless
+        `align` is given.
     - `strict`: output `t` must not read input `t` either, as where inputs are not yet shifted.
+    - `align`: for an output of another length, `"start"` if the first output stands at the first
+        input, `"end"` if the last stands at the last, as behind a cache. The check is then that of
+        [`eqx_norms.causality.assert_reads`][] for `rules.causal(T_out, T_in, align=align)`.
     - `complete`: whether output `t` must also read every input that it may; see `required` of
         [`eqx_norms.causality.assert_reads`][].
     - `pointwise`: says that no output is meant to read another position, as in a norm of each
@@ -180,9 +187,16 @@ def assert_causal(
     kind = "strictly causal" if strict else "causal"
     how = _how(locals())
 
+    if align not in (None, "start", "end"):
+        raise ValueError(f'align must be "start" or "end", got {align!r}')
+
     def rule(problem: Problem) -> Rule:
-        require_same_length(problem, axis, out_axis)
-        allowed = causal(problem.length, strict)
+        if align is None:
+            require_same_length(problem, axis, out_axis, or_align=True)
+        lengths = problem.out_length, problem.length
+        allowed = causal(*lengths, strict=strict, align=align)
+        if lengths[0] != lengths[1]:
+            return _given(problem, allowed, allowed if complete else None)
         return Rule(kind, allowed, allowed if complete else None)
 
     return _assert(rule, fn, x, splits, how)
@@ -240,9 +254,9 @@ def assert_independent(
 def assert_reads(
     fn: Callable[[PyTree], PyTree],
     x: PyTree,
-    allowed: Bool[Array | np.ndarray, "T_out T_in"],
+    allowed: Bool[Array | np.ndarray, "*T_out T_in"],
     *,
-    required: Bool[Array | np.ndarray, "T_out T_in"] | None = None,
+    required: Bool[Array | np.ndarray, "*T_out T_in"] | None = None,
     axis: Axes = 0,
     out_axis: Axes | None = None,
     labels: Labels = None,
@@ -289,7 +303,9 @@ def assert_reads(
 
     - `fn`, `x`: a function and its input, as for [`eqx_norms.causality.assert_causal`][].
     - `allowed`: `allowed[t, j]` says whether output `t` may read input `j`. Any boolean array of
-        shape `(T_out, T_in)`; [`eqx_norms.causality.rules`][] makes the usual ones.
+        shape `(T_out, T_in)`; [`eqx_norms.causality.rules`][] makes the usual ones. Where positions
+        lie along several axes it may keep them apart, as `(heads, T_out, T_in)` of
+        `out_axis=(0, 1)`.
     - `required`: `required[t, j]` says whether output `t` must read input `j`; within `allowed`.
     - the other options: as for [`eqx_norms.causality.assert_causal`][]. The output may have any
         number of positions, along any axes.
@@ -329,7 +345,7 @@ def check_independent(fn: Callable[[PyTree], PyTree], x: PyTree, **options) -> C
 def check_reads(
     fn: Callable[[PyTree], PyTree],
     x: PyTree,
-    allowed: Bool[Array | np.ndarray, "T_out T_in"],
+    allowed: Bool[Array | np.ndarray, "*T_out T_in"],
     **options,
 ) -> CausalityReport:
     """The report of [`eqx_norms.causality.assert_reads`][], leak or not; the same options."""
@@ -396,10 +412,11 @@ def _check(
             f"batch_size={how.batch_size}, noise_ulps={how.noise_ulps}"
         )
     rng = np.random.default_rng(0)
-    fn, noise_notes = _with_noise(fn, how, rng)
+    fn, known_notes = _with_noise(fn, how, rng)
     problem = make_problem(fn, x, how.axis, how.out_axis, how.fixed)
     rule = make_rule(problem)
     outputs, inputs = make_positions(problem, how.labels, how.out_labels)
+    known_notes += _dead(rule, outputs)
     common: dict[str, Any] = dict(
         allowed=rule.allowed, kind=rule.kind, outputs=outputs, inputs=inputs
     )
@@ -407,6 +424,7 @@ def _check(
     proof = _proof(fn, x, problem, rule, how, splits) if how.prove else None
     report = _proved(rule, proof, common) if proof is not None and proof.holds else None
     if report is not None and rule.required is None:
+        report = dataclasses.replace(report, notes=tuple(known_notes))
         return _questioned(report, problem, how)
     editor = _editor(problem, how)
     probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), how.batch_size)
@@ -422,10 +440,10 @@ def _check(
         if rule.required is not None:
             report = _completed(report, judge, rule.required)
     except ValueError as error:
-        for note in noise_notes:
+        for note in known_notes:
             error.add_note(note)
         raise
-    report = dataclasses.replace(report, notes=(*report.notes, *noise_notes))
+    report = dataclasses.replace(report, notes=(*report.notes, *known_notes))
     return _questioned(report, problem, how)
 
 
@@ -543,18 +561,34 @@ def _given(problem: Problem, allowed: Any, required: Any) -> Rule:
 
 def _pairs(name: str, values: Any, problem: Problem) -> Bool[np.ndarray, "T_out T_in"]:
     values, shape = np.asarray(values), (problem.out_length, problem.length)
+    if values.shape == (*problem.out_lengths, *problem.in_lengths):
+        values = values.reshape(shape)
     if values.dtype != np.bool_:
         raise TypeError(
             f"{name} must be a boolean array, got {values.dtype}; write {name} != 0 if that is "
             "what it means"
         )
     if values.shape != shape:
-        turned = f"; write {name}.T if its rows are inputs" if values.shape == shape[::-1] else ""
         raise ValueError(
             f"{name} must have shape (T_out, T_in) = {shape}, a row for every output position and "
-            f"a column for every input position, got {values.shape}{turned}"
+            f"a column for every input position, got {values.shape}{_reshaped(name, values, shape)}"
         )
     return values
+
+
+def _reshaped(name: str, values: np.ndarray, shape: tuple[int, int]) -> str:
+    """What to write instead, where the shape tells."""
+    if values.shape == shape[::-1]:
+        return f"; write {name}.T if its rows are inputs"
+    *stack, outputs, inputs = values.shape if values.ndim > 2 else (0, 0)
+    if (outputs, inputs) != shape:
+        return ""
+    if math.prod(stack) == 1:
+        return f"; write {name}[{', '.join('0' * len(stack))}]"
+    return (
+        "; for heads that fn returns name their axis as well, as in out_axis=(0, 1), and for the "
+        "examples of a batch write rules.each of the stack, with axis=(0, 1)"
+    )
 
 
 def _proof(
@@ -682,6 +716,18 @@ def _untestable(rule: Rule) -> list[str]:
     return [
         f"{count} of {len(rule.allowed)} outputs may read every input, and {verb} not tested."
     ] * bool(count)
+
+
+def _dead(rule: Rule, outputs: Positions) -> list[str]:
+    """A remark on outputs that may read nothing, for many a mask means something else by that."""
+    dead = unread_rows(rule.allowed)
+    if not dead.any():
+        return []
+    return [
+        f"Nothing may be read by {named(outputs, dead, 'output')}. Of a row that a mask hides "
+        "whole most libraries make an average of everything, others zeros or NaN. "
+        "rules.unread_rows finds such rows; rules.let_off says that nobody looks at them."
+    ]
 
 
 def _token_notes(editor: Editor) -> list[str]:

@@ -206,7 +206,9 @@ def _without_refs_of_others(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
     return closed
 
 
-def require_same_length(problem: Problem, axis: Axes, out_axis: Axes | None) -> None:
+def require_same_length(
+    problem: Problem, axis: Axes, out_axis: Axes | None, or_align: bool = False
+) -> None:
     """Output `t` is compared with input `t`, so that there must be as many of one as the other."""
     if problem.out_length != problem.length:
         out_axis = axis if out_axis is None else out_axis
@@ -219,6 +221,7 @@ def require_same_length(problem: Problem, axis: Axes, out_axis: Axes | None) -> 
             f"the output must have as many positions as the input, {problem.length}, got "
             f"{problem.out_length} {named}; "
             + ("name the axis as out_axis=" if problem.length in shape else cure)
+            + ', or say by align="start" or "end" where it stands beside the input' * or_align
         )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from .._jaxprs import called, first_ref, is_foreign, opened, scan_counts
+from ._edits import is_mask
 from ._exact import exact
 from ._flow import RULES, connect_all, select
 from ._inputs import place
@@ -41,6 +42,7 @@ from ._masks import LARGE, Meeting, assumed
 _BYTES = 2**28
 # A loop is gone through step by step up to so many equations, else to a fixed point.
 _STEPS = 50_000
+_MASKS = ("masks",)  # in the place of an equation's path
 
 
 @dataclasses.dataclass
@@ -48,7 +50,9 @@ class Context:
     """What one pass through a function has besides its values.
 
     - `assume_bounded`: whether scores that meet a mask of a large number are below a tenth of it.
-    - `cut`: the equations, by their path, whose results are taken to read nothing.
+    - `cut`: the equations, by their path, whose results are taken to read nothing. With `_MASKS` in
+        it, floats of zeros and ones that the function holds are taken for what they are.
+    - `float_masks`: what these are, in words.
     - `zeros_cut`: whether what is multiplied by zero is not read.
     - `signs`: for each equation that tells 0 from -0 what its operands read where no zero cuts.
     - `meetings`: where scores meet masks, `used` those that something was concluded from.
@@ -72,6 +76,14 @@ class Context:
     merging: dict = dataclasses.field(default_factory=dict)
     moving: dict = dataclasses.field(default_factory=dict)
     calls: list = dataclasses.field(default_factory=list)
+    float_masks: set = dataclasses.field(default_factory=set)
+
+    def of_array(self, const: Any) -> Known:
+        """What is known of an array that the function holds."""
+        if not (jnp.issubdtype(jnp.result_type(const), jnp.floating) and _is_mask(const)):
+            return parameter(const, LARGE)
+        self.float_masks.add(f"{jnp.result_type(const)} of shape {jnp.shape(const)}")
+        return constant(const) if _MASKS in self.cut else parameter(const, LARGE)
 
     def line(self, eqn: jex.JaxprEqn) -> str:
         return _line([*self.calls, eqn])
@@ -83,10 +95,14 @@ class Context:
         self.meetings[path, new.operand] = dataclasses.replace(new, limit=limit, where=where)
 
 
+def _is_mask(const: Any) -> bool:
+    return jnp.ndim(const) > 0 and is_mask(np.asarray(const), alone=True)
+
+
 def evaluate(context: Context, closed: Any, args: Sequence[Known], path=()) -> list[Known]:
     """What is known of the results of a jaxpr, from what is known of its arguments."""
     jaxpr = opened(closed)
-    consts = [parameter(const, LARGE) for const in getattr(closed, "consts", ())]
+    consts = [context.of_array(const) for const in getattr(closed, "consts", ())]
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not _literal(v)}
     last |= dict.fromkeys((v for v in jaxpr.outvars if not _literal(v)), len(jaxpr.eqns))
@@ -545,7 +561,7 @@ def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ..
         trial = Context(context.assume_bounded, frozenset(cut))
         return not (question.connected(trial, columns) & ~allowed).any()
 
-    candidates = list(look.merging)
+    candidates = [_MASKS] * bool(look.float_masks) + list(look.merging)
     if not holds(candidates):
         candidates += list(look.moving)
     if not holds(candidates):
@@ -554,6 +570,9 @@ def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ..
     blamed = _smallest(holds, candidates)
     lines = []
     for path in blamed:
+        if path == _MASKS:
+            lines += map(_of_a_mask, sorted(look.float_masks))
+            continue
         trial = Context(context.assume_bounded, frozenset(set(blamed) - {path}))
         reached = (question.connected(trial, columns) & ~allowed).any(1)
         eqn, line = equations[path]
@@ -577,6 +596,14 @@ def _sentence(eqn: jex.JaxprEqn, line: str, outputs, opaque) -> str:
     which = f"outputs {outputs[0]} to {outputs[-1]}" if len(outputs) > 1 else f"output {outputs[0]}"
     why = ", which the proof has no rule for," if eqn.primitive.name in opaque else ""
     return f"`{eqn.primitive.name}`{why} in {line} connects {which} with what must not be read."
+
+
+def _of_a_mask(what: str) -> str:
+    return (
+        f"An array of zeros and ones that fn holds, {what}, counts as a parameter, which may be "
+        "any number. If it is a mask, as Flax's make_causal_mask returns, make it one of bools "
+        "outside fn: mask > 0."
+    )
 
 
 def _line(calls: Sequence[jex.JaxprEqn]) -> str:

@@ -17,7 +17,7 @@ def _of_leaks(report) -> list[str]:
         return []
     patterns = [_one_step, _turned, _all_alike]
     if report.kind == "reads":
-        patterns = [_complement, _segments, _padding, _window, *patterns, _mask]
+        patterns = [_at_padding, _complement, _segments, _padding, _window, *patterns, _mask]
     found = (pattern(report, leaking) for pattern in patterns)
     return next(filter(None, found), [])
 
@@ -122,6 +122,21 @@ def _step_in_words(step: int, kind: str) -> str:
 # Patterns of other rules. What a rule was made of is read off `allowed`.
 
 
+def _at_padding(report, leaking) -> list[str]:
+    """Leaks only of outputs that read everything, and whose inputs no other output may read."""
+    outputs = leaking.any(1)
+    if len(outputs) != leaking.shape[1] or outputs.all():
+        return []
+    whole = (report.allowed | leaking)[outputs].all()
+    if not whole or report.allowed[~outputs][:, outputs].any():
+        return []
+    return [
+        f"All leaks are of {named(report.outputs, outputs, 'output')}, each of which reads every "
+        "input, and no other output may read what stands there: if all of these outputs are "
+        "padding, which is thrown away, let them off by rules.let_off(rule, mask)."
+    ]
+
+
 def _segments(report, leaking) -> list[str]:
     """Leaks between groups of positions that nothing allowed connects, and none within."""
     group = _groups(report.allowed)
@@ -171,7 +186,7 @@ def _padding(report, leaking) -> list[str]:
     if report.allowed[others][:, inputs].any() or (square and (outputs & inputs).any()):
         return []
     return [
-        f"Every leak comes from {_named(report.inputs, inputs)}, which no other output may read: "
+        f"Every leak comes from {named(report.inputs, inputs)}, which no other output may read: "
         "look for padding that is not masked."
     ]
 
@@ -232,10 +247,10 @@ def _of_blindness(report) -> list[str]:
     columns = missing.any(0) & ~(asked & ~missing).any(0)
     if np.array_equal(missing, asked & columns):
         who = "No output that must" if read[:, columns].any() else "Nobody"
-        return [f"{who} reads {_named(report.inputs, columns)}: look for a mask that hides that."]
+        return [f"{who} reads {named(report.inputs, columns)}: look for a mask that hides that."]
     rows = missing.any(1) & ~(asked & ~missing).any(1)
     if np.array_equal(missing, asked & rows[:, None]):
-        return [f"Nothing that it must is read by {_named(report.outputs, rows, 'output')}."]
+        return [f"Nothing that it must is read by {named(report.outputs, rows, 'output')}."]
     return _too_narrow(asked, missing)
 
 
@@ -253,7 +268,7 @@ def _too_narrow(asked, missing) -> list[str]:
     return []
 
 
-def _named(positions, mask, noun: str = "input") -> str:
+def named(positions, mask, noun: str = "input") -> str:
     """`input 3`, `inputs 3 to 5`, or `inputs 3, 5, ...`."""
     numbers = np.flatnonzero(mask).tolist()
     if len(numbers) == 1:

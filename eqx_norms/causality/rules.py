@@ -2,23 +2,43 @@
 
 `allowed[t, j]` says whether output `t` may read input `j`. Rules are NumPy arrays and combine as
 such: `causal(T) & segments(ids)` is what both allow, `a | b` what one of them does, `~a` what `a`
-forbids. Any other boolean array will do as well. Where positions are those of several axes, they
-are numbered in C order.
+forbids, and `a & mask` also hides the inputs where a row `mask` of bools is False. Any other
+boolean array will do as well. Where positions are those of several axes, they are numbered in C
+order.
+
+A rule is also the mask of a model that follows it, for whatever takes True to mean "may attend":
+pass `jnp.asarray(rule)`, or `additive(rule)` where a mask is added to the scores.
 """
 
 import operator
 from collections.abc import Sequence
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
-from .._real import Integer
+from .._real import Integer, Real
+
+Align = Literal["start", "end"]
 
 
-def causal(length: Integer, strict: bool = False) -> Bool[np.ndarray, "T T"]:
-    """Every output reads its own input and those before it; `strict`: those before it alone."""
-    length = _size("length", length)
-    return np.tri(length, k=-1 if strict else 0, dtype=bool)
+def causal(
+    length: Integer,
+    in_length: Integer | None = None,
+    *,
+    strict: bool = False,
+    align: Align | None = None,
+) -> Bool[np.ndarray, "T_out T_in"]:
+    """Every output reads its own input and those before it; `strict`: those before it alone.
+
+    `causal(3, 5, align="end")` has 3 outputs and 5 inputs. With `"start"` the first output stands
+    at the first input, as in torch; with `"end"` the last output at the last input, as behind a
+    cache. Where the lengths differ, `align` must say which is meant.
+    """
+    ahead = _ahead(length, in_length, align)
+    return ahead < 0 if strict else ahead <= 0
 
 
 def independent(length: Integer) -> Bool[np.ndarray, "T T"]:
@@ -40,13 +60,26 @@ def segments(
     return out_ids[:, None] == ids
 
 
-def window(length: Integer, size: Integer) -> Bool[np.ndarray, "T T"]:
-    """Every output reads its own input and `size - 1` on either side.
+def window(
+    length: Integer,
+    size: Integer | Sequence[Integer | None],
+    *,
+    in_length: Integer | None = None,
+    align: Align | None = None,
+) -> Bool[np.ndarray, "T_out T_in"]:
+    """Every output reads the inputs near its own.
 
-    `causal(T) & window(T, 4)` is itself and the 3 before.
+    - A `size` counts its own input: `causal(T) & window(T, 4)` is 4 inputs, itself and the 3
+        before. `window(T, 4)` alone looks as far to the other side.
+    - A pair `(left, right)` does not: `window(T, (4, 0))` is 5 inputs, itself and the 4 before.
+        `None` is no bound on that side.
+
+    Libraries count in either way. With `in_length` and `align` as in `causal`, there are more or
+    fewer inputs than outputs.
     """
-    length, size = _size("length", length), _size("size", size)
-    return np.abs(_apart(length)) < size
+    ahead = _ahead(length, in_length, align)
+    left, right = _sides(size)
+    return (ahead >= -left) & (ahead <= right)
 
 
 def prefix(length: Integer, size: Integer) -> Bool[np.ndarray, "T T"]:
@@ -56,7 +89,7 @@ def prefix(length: Integer, size: Integer) -> Bool[np.ndarray, "T T"]:
 
 
 def blocks(
-    shape: Integer | Sequence[Integer], size: Integer | Sequence[Integer], strict: bool = False
+    shape: Integer | Sequence[Integer], size: Integer | Sequence[Integer], *, strict: bool = False
 ) -> Bool[np.ndarray, "T T"]:
     """Every output reads its own block and those before it; `strict`: those before it alone.
 
@@ -91,11 +124,11 @@ def dilated(length: Integer, step: Integer) -> Bool[np.ndarray, "T T"]:
     `causal(T) & dilated(T, 2) & window(T, 5)` is a causal convolution of 3 taps, 2 apart.
     """
     length, step = _size("length", length), _size("step", step)
-    return _apart(length) % step == 0
+    return _ahead(length) % step == 0
 
 
 def ordered(
-    order: Int[np.ndarray | Array, " T"] | Sequence[Integer], strict: bool = False
+    order: Int[np.ndarray | Array, " T"] | Sequence[Integer], *, strict: bool = False
 ) -> Bool[np.ndarray, "T T"]:
     """Causal in another order than that of the positions: MADE, PixelCNN.
 
@@ -119,30 +152,119 @@ def unpadded(
 
     What stands at padding is thrown away, and usually reads itself. `out_mask` says which outputs
     count, by default as `mask` does: `np.ones(T_out, bool)` is all of them.
+
+    Beside another rule that is no longer so: `causal(T) & unpadded(mask)` holds the outputs at
+    padding to `causal(T)` still. [`eqx_norms.causality.rules.let_off`][] is to come last.
     """
     mask = _mask("mask", mask)
     out_mask = mask if out_mask is None else _mask("out_mask", out_mask)
     return mask | ~out_mask[:, None]
 
 
-def each(
-    batch: Integer, rule: Bool[np.ndarray | Array, "T_out T_in"]
-) -> Bool[np.ndarray, "rows columns"]:
-    """`rule` within every example of a batch, and nothing across: for `axis=(0, 1)`."""
-    rule = np.asarray(rule)
-    if rule.ndim != 2 or rule.dtype != np.bool_:
+def let_off(
+    rule: Bool[np.ndarray | Array, "*heads T_out T_in"],
+    mask: Bool[np.ndarray | Array, " T_out"] | Sequence[bool],
+) -> Bool[np.ndarray, "*heads T_out T_in"]:
+    """`rule`, but that the outputs where `mask` is False may read anything.
+
+    `let_off(causal(T) & mask, mask)` is the rule of a padded text: nobody reads padding, and what
+    stands at padding, which many models make an average of everything, is thrown away.
+    """
+    rule, mask = _rule(rule), _mask("mask", mask)
+    if len(mask) != rule.shape[-2]:
         raise ValueError(
-            f"rule must be a boolean array (T_out, T_in), got {rule.dtype} {rule.shape}"
+            f"mask must have an entry for each of the {rule.shape[-2]} outputs of rule, got "
+            f"{len(mask)}"
         )
-    return np.kron(independent(_size("batch", batch)), rule)
+    return np.logical_or(rule, ~mask[:, None])
 
 
-def _apart(length: Integer) -> Int[np.ndarray, "T T"]:
-    """How far the output lies behind the input."""
-    return np.subtract.outer(np.arange(length), np.arange(length))
+def each(
+    batch: Integer | Bool[np.ndarray | Array, "B T_out T_in"],
+    rule: Bool[np.ndarray | Array, "T_out T_in"]
+    | Bool[np.ndarray | Array, "B T_out T_in"]
+    | None = None,
+) -> Bool[np.ndarray, "rows columns"]:
+    """`rule` within every example of a batch, and nothing across: for `axis=(0, 1)`.
+
+    `each(stack)`, of one rule for each example, `(B, T_out, T_in)`, has them in that order.
+    """
+    if rule is None:
+        stack = _rule(batch, "batch, where rule is left out,", ndim=3)
+    else:
+        number, rule = _size("batch", batch), _rule(rule)
+        if rule.shape[:-2] not in ((), (number,)):
+            raise ValueError(
+                f"rule must be (T_out, T_in), or a stack of one for each of the {number} examples, "
+                f"got {rule.shape}"
+            )
+        stack = np.broadcast_to(rule, (number, *rule.shape[-2:]))
+    examples, outputs, inputs = stack.shape
+    whole = np.zeros((examples, outputs, examples, inputs), bool)
+    at = np.arange(examples)
+    whole[at, :, at] = stack
+    return whole.reshape(examples * outputs, examples * inputs)
 
 
-def _size(name: str, value: Integer) -> int:
+def additive(
+    rule: Bool[np.ndarray | Array, "*heads T_out T_in"], dtype: DTypeLike = np.float32
+) -> Float[np.ndarray, "*heads T_out T_in"]:
+    """What is added to scores that should follow `rule`: 0 where it allows, minus infinity else.
+
+    For what adds its mask, such as a float mask of torch or the `bias=` of `jax.nn`. A softmax over
+    a row that may read nothing (see `unread_rows`) is then NaN.
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or not np.isneginf(np.asarray(-np.inf, dtype)):
+        raise TypeError(f"dtype must be of floats, and have an infinity, got {dtype}")
+    return np.where(_rule(rule), np.zeros((), dtype), np.asarray(-np.inf, dtype))
+
+
+def unread_rows(
+    rule: Bool[np.ndarray | Array, "*heads T_out T_in"],
+) -> Bool[np.ndarray, "*heads T_out"]:
+    """Which outputs may read nothing: dead rows, of which one library makes an average of
+    everything, another zeros, a third NaN.
+
+    `let_off(rule, ~unread_rows(rule))` says that nobody looks at these outputs. As a mask,
+    `rule | independent(T)` has none: each output reads itself.
+    """
+    return np.logical_not(_rule(rule).any(-1))
+
+
+def _ahead(
+    length: Integer, in_length: Integer | None = None, align: Align | None = None
+) -> Int[np.ndarray, "T_out T_in"]:
+    """How far the input lies ahead of the output."""
+    length = _size("length", length)
+    if isinstance(in_length, bool | np.bool_):
+        raise TypeError(f"in_length must be a number of inputs, got {in_length}; or strict=True?")
+    in_length = length if in_length is None else _size("in_length", in_length)
+    if align not in (None, "start", "end"):
+        raise ValueError(f'align must be "start" or "end", got {align!r}')
+    if align is None and in_length != length:
+        raise ValueError(
+            f"of {length} outputs and {in_length} inputs align must say which stand at one place: "
+            'align="start", the first of both, or align="end", the last, as behind a cache'
+        )
+    last = in_length - length if align == "end" else 0
+    return np.arange(in_length) - np.arange(length)[:, None] - last
+
+
+def _sides(size: Integer | Sequence[Integer | None]) -> tuple[Real, Real]:
+    """How far a window reaches to the left and to the right, its own input not counted."""
+    if not isinstance(size, Sequence):
+        reach = _size("size", size) - 1
+        return reach, reach
+    if len(size) != 2:
+        raise ValueError(f"size must be one number or a pair (left, right), got {size}")
+    left, right = (np.inf if side is None else operator.index(side) for side in size)
+    if min(left, right) < 0:
+        raise ValueError(f"left and right must be at least 0, or None for no bound, got {size}")
+    return left, right
+
+
+def _size(name: str, value: Any) -> int:
     try:
         size = operator.index(value)
     except TypeError:
@@ -157,6 +279,14 @@ def _sizes(name: str, value: Integer | Sequence[Integer]) -> tuple[int, ...]:
     if not values:
         raise ValueError(f"{name} must have at least one axis, got ()")
     return tuple(_size(name, part) for part in values)
+
+
+def _rule(values, name: str = "rule", ndim: int | None = None) -> Bool[np.ndarray, "..."]:
+    rule = np.asarray(values)
+    if rule.dtype != np.bool_ or rule.ndim < 2 or rule.ndim != (ndim or rule.ndim):
+        shape = "(B, T_out, T_in)" if ndim else "(T_out, T_in)"
+        raise ValueError(f"{name} must be a boolean array {shape}, got {rule.dtype} {rule.shape}")
+    return rule
 
 
 def _row(name: str, values) -> Int[np.ndarray, " T"]:
