@@ -173,6 +173,7 @@ def test_random_programs(part):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of numbers that overflow, as they are meant to
 def test_hard_programs(pytestconfig):
     """What no bound may be broken by. `--programs` says how many there are, 6 to 12 steps each."""
     count, results = pytestconfig.getoption("--programs"), 0
