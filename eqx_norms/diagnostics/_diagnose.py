@@ -96,7 +96,8 @@ def diagnose(
     - `"cancelled gradient"`: the derivative at the output of a LayerNorm or GroupNorm is the same
         for all entries of an example, to 1e-5: the sum of its outputs is constant.
     - `"no gradient"`: parameters of which the whole gradient is 0, also where all that have one
-        have moved. Not if nothing has one and the loss is 0, nor a bias that shifts all outputs.
+        have moved. Not if nothing has one and the loss is below 1e-6, nor a bias that shifts all
+        outputs.
     - `"identical units"`: all rows of a weight are the same, and so are those of its gradient.
     - `"no activation"`: a `Linear` of which the output goes into another one of the same module, as
         it is, and nowhere else; but no bottleneck between wider ones.

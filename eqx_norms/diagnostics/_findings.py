@@ -282,8 +282,8 @@ def _no_gradient(measured: Measured) -> Iterator[Finding]:
     zero = {p.path for p in parameters if _gets_none(p)}
     if not math.isfinite(measured.loss):
         return  # A NaN sends none back through some functions.
-    if len(zero) == len(parameters) and measured.loss == 0:
-        return  # There is nothing to learn, as of a margin that is kept.
+    if len(zero) == len(parameters) and abs(measured.loss) < 1e-6:
+        return  # But for rounding it is 0: nothing is left to learn, as of a margin that is kept.
     zero -= {path for path in zero if _shifts_all(path, measured.rows)}
     advice = (
         "The loss does not change with these parameters. Look for a branch that is not used, a "
