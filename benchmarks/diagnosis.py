@@ -1,6 +1,7 @@
 """What diagnose, jax_debug_nans and a table of norms say of the sick and the healthy models.
 
-    python benchmarks/diagnosis.py                 # the table of docs/diagnosis.md
+    python benchmarks/diagnosis.py --write         # the table of docs/diagnosis.md
+    python benchmarks/diagnosis.py --models gru convnet    # these rows of it
     python benchmarks/diagnosis.py --cost          # what diagnose costs, in steps of training
 
 The models are those that our own tests use. A tool is asked whether anything is wrong, and where.
@@ -24,7 +25,10 @@ import optax
 from eqx_norms.diagnostics import diagnose
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
+import diagnosis_models  # noqa: F401  which adds to the zoo
 import diagnosis_zoo as zoo
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "diagnosis.md"
 
 
 def ours(case):
@@ -93,17 +97,46 @@ def verdict(tool, case):
 TOOLS = {"`diagnose`": ours, "`jax_debug_nans`": debug_nans, "norms": norms}
 
 
-def table(key):
-    """Every model, every tool."""
-    print("| model | illness | " + " | ".join(TOOLS) + " |")
-    print("|---" * (2 + len(TOOLS)) + "|")
-    for name, make in (zoo.SICK | zoo.HEALTHY).items():
-        case = make(key)
-        answers = [verdict(tool, case) for tool in TOOLS.values()]
+def table(key, names, tools, write):
+    """Every model, every tool; what is not asked for stays as it is in the page."""
+    models = zoo.SICK | zoo.HEALTHY
+    rows = _page()[1]
+    print("\n".join(HEAD))
+    for name in names or models:
+        case = models[name](key)
         kind, where = case.illness[0] if case.illness else ("healthy", "")
         illness = f"{kind}, `{where or 'the model'}`" if case.illness else kind
-        row = [name.replace("_", " "), illness, *answers]
-        print("| " + " | ".join(row) + " |", flush=True)
+        title = name.replace("_", " ")
+        old = rows.get(title, [title, illness, *[""] * len(TOOLS)])
+        answers = [
+            verdict(TOOLS[tool], case) if tool in tools else cell
+            for tool, cell in zip(TOOLS, old[2:], strict=True)
+        ]
+        rows[title] = [title, illness, *answers]
+        print(_line(rows[title]), flush=True)
+    if write:
+        page, _ = _page()
+        lines = [_line(rows[n.replace("_", " ")]) for n in models if n.replace("_", " ") in rows]
+        PAGE.write_text("\n".join([page[0], *HEAD, *lines]) + page[1])
+
+
+HEAD = (
+    "| model | illness | " + " | ".join(TOOLS) + " |",
+    "|---" * (2 + len(TOOLS)) + "|",
+)
+
+
+def _line(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def _page():
+    """What comes before and after the table in the page, and its rows by their titles."""
+    text = PAGE.read_text()
+    start = text.index(HEAD[0])
+    end = text.index("\n\n", start)
+    rows = [line.strip("| ").split(" | ") for line in text[start:end].splitlines()[2:]]
+    return (text[:start].rstrip("\n") + "\n", text[end:]), {row[0]: row for row in rows}
 
 
 def cost(key):
@@ -132,6 +165,12 @@ def cost(key):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--models", nargs="*", help="of the zoo; all by default")
+    parser.add_argument("--tools", nargs="*", default=TOOLS, choices=TOOLS)
+    parser.add_argument("--write", action="store_true", help="into docs/diagnosis.md")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    (cost if chosen.cost else table)(jr.key(chosen.seed))
+    if chosen.cost:
+        cost(jr.key(chosen.seed))
+    else:
+        table(jr.key(chosen.seed), chosen.models, chosen.tools, chosen.write)

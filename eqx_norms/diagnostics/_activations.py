@@ -54,10 +54,12 @@ def activation_of(fn: Callable, name: str) -> Activation:
     try:
         with jax.ensure_compile_time_eval():
             slopes = np.abs(np.asarray(jax.vmap(jax.grad(fn))(jnp.asarray(z))))
+            ends = np.asarray(jax.vmap(fn)(jnp.asarray(z[[0, -1]])))
     except Exception:  # Whatever `fn` is, it is no function of one number.
         return Activation(name, None, None)
     limit = 0.1 * slopes.max()
-    both = slopes[0] < limit and slopes[-1] < limit
+    # Where it is exactly 0 it is silent, as relu6 is on its left, and that is what it is for.
+    both = slopes[0] < limit and slopes[-1] < limit and (ends != 0).all()
     return Activation(name, fn, float(limit) if both else None)
 
 

@@ -86,29 +86,43 @@ def diagnose(
     Kinds of findings, the worst first, and their thresholds:
 
     - `"non-finite"`: the first call, forward or else backward, of which what goes in is finite and
-        what comes out is not; else a parameter, or `args`. Only where the loss or a gradient is
-        not finite: infinities that mask are none.
-    - `"dead"`: more than half of the units behind an activation function are 0 in 95% of 16
-        examples or more. Or no example sends a gradient to so many units of a linear layer or
-        convolution.
-    - `"no gradient"`: parameters of which the whole gradient is 0, also where arrays that start as
-        zeros, as the factor of a branch does, are not.
-    - `"saturated"`: more than half of the inputs of a function that is flat at both ends, such as
-        tanh, are where its slope is below a tenth of its largest.
-    - `"exploding gradient"`, `"vanishing gradient"`: going back through 4 layers or more, its rms
-        changes 1000-fold, by the slope of its logarithm. Update ratios that train span less.
-    - `"rank collapse"`: an effective rank below 1.1, of 8 examples and 8 units or more, where it
-        was 2 before.
+        what comes out is not, or a parameter, `args`, `"optimiser"`, whose update or moments are
+        not, or `"loss_fn"`. Only where the loss, a gradient or an update is not finite: infinities
+        that mask are none.
+    - `"identical examples"`: 8 examples or more are the same at the input of every submodule.
+    - `"dead"`: more than half of the units of a hidden layer are 0 behind their activation
+        function, at all positions of the whole batch: of 16 examples or more that differ, where
+        the others fire in a tenth of them or more. Of each member of an ensemble.
+    - `"cancelled gradient"`: the derivative at the output of a LayerNorm or GroupNorm is the same
+        for all entries of an example, to 1e-5: the sum of its outputs is constant.
+    - `"no gradient"`: parameters of which the whole gradient is 0, also where all that have one
+        have moved. Not if nothing has one and the loss is below 1e-6, nor a bias that shifts all
+        outputs.
+    - `"identical units"`: all rows of a weight are the same, and so are those of its gradient.
+    - `"no activation"`: a `Linear` of which the output goes into another one of the same module, as
+        it is, and nowhere else; but no bottleneck between wider ones.
+    - `"saturated"`: more than three quarters of the inputs of a hidden layer's function that is
+        flat at both ends, such as tanh, are where its slope is below a tenth of its largest. No
+        gates, and nothing in a loop over time.
+    - `"exploding gradient"`, `"vanishing gradient"`: going back through 4 layers or more, each
+        computed from the one before, its rms changes 1000-fold, by the slope of its logarithm.
+        Update ratios that train span less. Layers are those of one path up to a number, or of a
+        scan that has parameters for each step; in time no trend is taken.
+    - `"rank collapse"`: an effective rank below 1.1, of 8 examples and 8 units or more, in a hidden
+        layer and all that follow, where it was 2 before.
     - `"growing activations"`: over 4 layers or more, their rms grows 100-fold, by the slope of its
-        logarithm. A sum of 100 blocks of equal size grows 10-fold.
+        logarithm, where a sum of 100 blocks of equal size grows 10-fold; or in one call 1e6-fold.
     - `"range"`: in float16, an entry beyond a quarter of the largest number; in float16 and
-        bfloat16, a quarter of a derivative below the smallest normal number; in bfloat16, a spread
-        of less than 1/512 of the mean. Of a parameter, a row 100 times the median row.
-    - `"update ratio"`: the rms of a step over that of the weight, of the median weight, above .1 or
-        below 1e-5: 1e-3 is usual. Rounding loses half of a parameter's updates. Two parameters hold
-        the same numbers.
+        bfloat16, a quarter of a derivative below the smallest normal number; in bfloat16, outputs
+        with a spread of less than 1/512 of their mean. Of a parameter, a row 100 times one at the
+        upper quartile.
+    - `"update ratio"`: the rms of a step over that of the weight, of the median weight: 1e-3 is
+        usual. Above .2; or below 1e-5 wherever a schedule may stand, if a step of the usual size
+        lowers the loss as much more. Rounding to 16 bits loses half of a parameter's updates. Two
+        parameters hold the same random numbers.
     - `"initial loss"`: the loss is more than 1 above log(`classes`), which takes logits of standard
-        deviation 1.4.
+        deviation 1.4; without `classes`, where it is a cross-entropy and the model is sure of one
+        class, and wrong, in most examples.
 
     **Arguments:**
 
@@ -136,7 +150,8 @@ def diagnose(
     not_looked_at = dict(survey.not_looked_at)
     not_looked_at |= dict.fromkeys(survey.never_called, "it is never called")
     not_looked_at |= dict.fromkeys(measured.not_taken, "its branch was not taken")
-    findings = find(measured, _not_finite(args), classes)
+    unseen = [where for where in not_looked_at if where in survey.not_looked_at]
+    findings = find(measured, _not_finite(args), classes, unseen)
     rows, parameters = tuple(measured.rows), tuple(measured.parameters)
     return Diagnosis(measured.loss, findings, rows, parameters, not_looked_at)
 
@@ -160,5 +175,6 @@ def _check(model: PyTree, args: tuple, optimiser: Any, classes: int | None) -> N
 
 
 def _not_finite(args: tuple) -> bool:
+    """But for -inf, with which people mask."""
     arrays = [x for x in jtu.tree_leaves(args) if eqx.is_inexact_array_like(x)]
-    return any(not bool(jnp.isfinite(x).all()) for x in arrays)
+    return any(bool((jnp.isnan(x) | jnp.isposinf(jnp.real(x))).any()) for x in arrays)

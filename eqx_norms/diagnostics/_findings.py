@@ -1,39 +1,50 @@
 """What the numbers of a model say is wrong: rules, thresholds and their reasons.
 
-Every rule looks at statistics alone. A comparison with NaN is false, so that behind a value that is
-not finite, which has a finding of its own, nothing else is found.
+Every rule looks at statistics, and at what the traced program says of a call. What is not finite
+has a finding of its own; every other rule asks for finite figures, and holds for a NaN never.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ._measure import Measured, Parameter, Row
+from ._measure import ALIKE, Measured, Parameter, Row, is_in
+from ._trial import SMALL, typical_ratio
 
 THRESHOLDS = {
     "non-finite": 0,
     "no gradient": 0,
+    "cancelled gradient": 1e-5,
+    "identical examples": 1,
+    "identical units": 1,
+    "no activation": 1,
     "dead": 0.5,
-    "saturated": 0.5,
+    "saturated": 0.75,
     "exploding gradient": 1e3,
     "vanishing gradient": 1e-3,
     "rank collapse": 1.1,
     "growing activations": 1e2,
+    "growth in one call": 1e6,
     "range": 0.25,
     "outlier": 1e2,
     "lost update": 0.5,
-    "large update": 0.1,
-    "small update": 1e-5,
+    "large update": 0.2,  # Adam's first step of 3e-3 is .15 of weights of .02.
+    "small update": SMALL,
     "tied": 1,
     "initial loss": 1.0,
 }
 KINDS = (
     "non-finite",
+    "identical examples",
     "dead",  # Ahead of what no gradient reaches because of it.
+    "cancelled gradient",
     "no gradient",
+    "identical units",
+    "no activation",
     "saturated",
     "exploding gradient",
     "vanishing gradient",
@@ -44,6 +55,7 @@ KINDS = (
     "initial loss",
 )
 _EXAMPLES = 16  # Of so few, half of the units of a healthy layer can be silent by chance.
+_FIRING = 0.1  # Where the others fire less often, as in a sparse code, some are silent by chance.
 _DEPTH = 4  # Fewer layers have no trend.
 _UNITS = 8  # Fewer units, or examples, have no rank to lose.
 
@@ -53,7 +65,7 @@ class Finding(NamedTuple):
 
     - `kind`: one of those that [`eqx_norms.diagnostics.diagnose`][] lists.
     - `where`: the path of a submodule or of a parameter; `""` is the model itself, `"loss_fn"` what
-        is computed outside of it, `"args"` what it is given.
+        is computed outside of it, `"args"` what it is given, `"optimiser"` its state or rate.
     - `value`, `threshold`: the figure, and the limit that it is beyond.
     - `advice`: what it means, and what to look at first.
     """
@@ -65,19 +77,31 @@ class Finding(NamedTuple):
     advice: str
 
 
-def find(measured: Measured, args_non_finite: bool, classes: int | None) -> tuple[Finding, ...]:
-    """All findings, the worst first: by kind, and in a kind by how far beyond the threshold."""
+def find(
+    measured: Measured, args_bad: bool, classes: int | None, unseen: Collection[str] = ()
+) -> tuple[Finding, ...]:
+    """All findings, the worst first: by kind, and in a kind by how far beyond the threshold.
+
+    **Arguments:**
+
+    - `args_bad`: whether there is NaN or inf, but for -inf, in what the function was given.
+    - `unseen`: the paths of the submodules of which the calls were not looked at.
+    """
     found = [
-        *_not_finite(measured, args_non_finite),
-        *_no_gradient(measured.parameters),
+        *_not_finite(measured, args_bad, unseen),
+        *_identical_examples(measured.rows),
+        *_no_gradient(measured),
+        *_cancelled(measured),
+        *_identical_units(measured.parameters),
+        *_no_activation(measured.linear_pairs),
         *_dead(measured.rows),
         *_saturated(measured.rows),
         *_trends(measured),
         *_collapsed(measured.rows),
         *_out_of_range(measured),
-        *_updates(measured.parameters),
+        *_updates(measured),
         *_tied(measured.parameters),
-        *_initial_loss(measured.loss, classes),
+        *_initial_loss(measured, classes),
     ]
     return tuple(sorted(found, key=_severity))
 
@@ -90,73 +114,181 @@ def _severity(finding: Finding) -> tuple[int, float]:
 # ---- Not finite: where it was born.
 
 
-def _not_finite(measured: Measured, args_non_finite: bool) -> Iterator[Finding]:
-    parameters = measured.parameters
-    matters = not math.isfinite(measured.loss) or any(
-        p.statistics["non_finite"] or p.statistics["grad_non_finite"] for p in parameters
-    )
-    if not matters:
+def _not_finite(measured: Measured, args_bad: bool, unseen: Collection[str]) -> Iterator[Finding]:
+    yield from _not_finite_update(measured)
+    finite_loss = math.isfinite(measured.loss)
+    if finite_loss and not any(p.statistics["grad_non_finite"] for p in measured.parameters):
         return  # An infinity that masks something, say.
-    bad = [p for p in parameters if p.statistics["non_finite"] > 0]
+    bad = [p for p in measured.parameters if p.statistics["non_finite"] > 0]
     for p in bad:
         advice = "A parameter is NaN or infinite before the step: look at the steps before."
         yield Finding("non-finite", p.path, p.statistics["non_finite"], 0, advice)
-    if args_non_finite:
+    if bad:
+        return
+    if finite_loss:
+        yield _birth_in_the_backward(measured, unseen)
+        return
+    born = _birth(measured, args_bad)
+    if args_bad:
         advice = "What the function is given is NaN or infinite already: look at the data."
         yield Finding("non-finite", "args", 1, 0, advice)
-    if not bad and not args_non_finite:
-        yield _birth(measured)
-
-
-def _birth(measured: Measured) -> Finding:
-    forward = [row for row in measured.returns if row.statistics["non_finite"] > 0]
-    born = [row for row in forward if not row.statistics.get("input_non_finite", 0)]
-    if born:
-        row = born[0]
+    elif measured.held_nan and born is None:
         advice = (
-            f"The first output that is not finite, of finite inputs, is that of this {row.type}. "
-            "Look for a division by zero, a logarithm or root of it, or an overflow."
+            "An array that the function was not given, but holds, is NaN already: look at the data "
+            "or constants that it takes from around it."
         )
-        return Finding("non-finite", row.path, row.statistics["non_finite"], 0, advice)
-    if forward or not math.isfinite(measured.loss):
-        advice = "It is computed between the submodules or in the loss, from finite outputs."
-        return Finding("non-finite", "loss_fn", 1, 0, advice)
-    return _birth_in_the_backward(measured)
+        yield Finding("non-finite", "loss_fn", 1, 0, advice)
+    elif born is None:
+        yield Finding("non-finite", "loss_fn", 1, 0, _between(measured, unseen))
+    if born is not None:
+        yield born
 
 
-def _birth_in_the_backward(measured: Measured) -> Finding:
-    # From the last call to the first; a submodule begins after the one it stands in.
-    rows = [row for row in measured.rows[::-1] if "grad_non_finite" in row.statistics]
-    cause = (
+def _not_finite_update(measured: Measured) -> Iterator[Finding]:
+    if any(p.statistics["grad_non_finite"] for p in measured.parameters):
+        return
+    bad = [p for p in measured.parameters if p.statistics.get("update_non_finite", 0) > 0]
+    if bad or measured.state_non_finite:
+        share = max((p.statistics["update_non_finite"] for p in bad), default=1)
+        what = f": the next step makes {bad[0].path} NaN or infinite" if bad else ""
+        advice = (
+            "The gradients are finite, but the optimiser's state or its learning rate is not"
+            f"{what}. Look at the steps before, at what was loaded, and at the schedule."
+        )
+        yield Finding("non-finite", "optimiser", share, 0, advice)
+
+
+def _between(measured: Measured, unseen: Collection[str]) -> str:
+    advice = "It is computed between the submodules or in the loss"
+    advice += ", from finite outputs." if measured.rows else "."
+    if unseen:
+        advice += f" Or in what was not looked at: {', '.join(map(repr, unseen))}."
+    return advice
+
+
+def _birth(measured: Measured, args_bad: bool) -> Finding | None:
+    """The first call that makes a NaN of what has none.
+
+    Where infinity went into it, or there is no NaN, the first that makes an infinity of finite
+    inputs. Of -inf that is one that can only have overflown: other modules mask with it.
+    """
+    rows = measured.returns
+    born = next((row for row in rows if _of(row, "nan") and not _of(row, "input_nan")), None)
+    if born is None or _of(born, "input_inf"):
+        overflown = (row for row in rows if _overflows(row) and not _of(row, "input_non_finite"))
+        born = next(overflown, born)
+    if born is None and measured.loss == math.inf:
+        infinite = (row for row in rows if _of(row, "non_finite"))
+        born = next((row for row in infinite if not _of(row, "input_non_finite")), None)
+    if born is None or (args_bad and _of(born, "input_inf")):
+        return None
+    advice = (
+        f"The first output that is not finite, of finite inputs, is that of this {born.type}. "
+        "Look for a division by zero, a logarithm or root of it, or an overflow."
+    )
+    if _of(born, "input_non_finite"):
+        advice = (
+            f"This {born.type} makes a NaN of infinite inputs. Look for a mask in which nothing is "
+            "left, and for 0 times infinity."
+        )
+    return Finding("non-finite", born.path, born.statistics["non_finite"], 0, advice)
+
+
+def _of(row: Row, name: str) -> bool:
+    return row.statistics.get(name, 0) > 0
+
+
+def _overflows(row: Row) -> bool:
+    return _of(row, "inf") or (row.type in _LINEAR and _of(row, "non_finite"))
+
+
+_LINEAR = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+
+
+def _birth_in_the_backward(measured: Measured, unseen: Collection[str]) -> Finding:
+    advice = (
         "Its output and the derivative there are finite, what it passes back is not. Look for a "
         "root or a norm of zero, a power, or a `jnp.where` whose unused branch is not finite: put "
         "a second `where` around the argument."
     )
+    # From the last call to the first; a submodule begins after the one it stands in.
+    rows = [row for row in measured.rows[::-1] if "grad_non_finite" in row.statistics]
+    # Of several arrays that are returned, any may bring back a NaN from elsewhere.
+    key = lambda row: (row.path, row.call, row.step)
+    reached = {key(row) for row in rows if row.statistics["grad_non_finite"]}
     for row in rows:
-        numbers = row.statistics
-        if not numbers["grad_non_finite"] and numbers.get("grad_input_non_finite", 0):
-            return Finding("non-finite", row.path, 1, 0, cause)
-    bad = [p for p in measured.parameters if p.statistics["grad_non_finite"] > 0]
-    for row in rows:
-        own = [p for p in bad if is_in(p.path, row.path)]
-        if own and not row.statistics["grad_non_finite"]:
-            return Finding("non-finite", row.path, own[0].statistics["grad_non_finite"], 0, cause)
-    return Finding("non-finite", "loss_fn", 1, 0, cause)
+        # Inside a derivative, that of an output is not all that comes back through a call.
+        if key(row) in reached or row.seen.differentiated:
+            continue
+        if row.statistics.get("grad_input_non_finite", 0):
+            return Finding("non-finite", row.path, 1, 0, advice)
+    paths = {row.path for row in rows if row.statistics["grad_non_finite"]}
+    for p in measured.parameters:
+        seen = [row for row in rows if row.path and is_in(p.path, row.path)]
+        safe = seen and not any(row.path in paths or row.seen.differentiated for row in seen)
+        if p.statistics["grad_non_finite"] > 0 and safe:
+            advice = (
+                "Its derivative is not finite, though those at all outputs are. Look for a root or "
+                "a norm of zero, of the parameter itself: in its module, or in a penalty."
+            )
+            return Finding("non-finite", p.path, p.statistics["grad_non_finite"], 0, advice)
+    advice = (
+        "All outputs are finite, and a derivative that comes back to them is not. Look in the "
+        "loss, and between the submodules, for a root or a norm of zero, a power, or a `jnp.where` "
+        "whose unused branch is not finite: put a second `where` around the argument."
+    )
+    if unseen:
+        advice += f" Or in what was not looked at: {', '.join(map(repr, unseen))}."
+    return Finding("non-finite", "loss_fn", 1, 0, advice)
 
 
-def is_in(parameter: str, module: str) -> bool:
-    inside = parameter[len(module) :][:1] in (".", "[", "")
-    return not module or (parameter.startswith(module) and inside)
+# ---- Examples and units that are all the same.
+
+
+def _identical_examples(rows: Sequence[Row]) -> Iterator[Finding]:
+    known = [r.statistics["inputs_alike"] for r in rows if "inputs_alike" in r.statistics]
+    if known and min(known) == 1:
+        advice = (
+            f"All examples of the batch are the same, {ALIKE} or more, at the input of every "
+            "submodule. Look at how batches are drawn, and at broadcasting."
+        )
+        yield Finding("identical examples", "args", 1, 1, advice)
+
+
+def _identical_units(parameters: Sequence[Parameter]) -> Iterator[Finding]:
+    for p in parameters:
+        if p.statistics["identical_units"] > 0:
+            advice = (
+                "All units have the same weights and get the same gradient: they stay one unit for "
+                "ever. Draw the weights at random."
+            )
+            yield Finding("identical units", p.path, 1, 1, advice)
+
+
+def _no_activation(pairs: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+    for one, two in pairs:
+        advice = (
+            f"Its output goes into {two} as it is, and nowhere else: the two are one linear layer. "
+            "Look for a forgotten activation function."
+        )
+        yield Finding("no activation", one, 2, 1, advice)
 
 
 # ---- Gradients that do not arrive.
 
 
-def _no_gradient(parameters: Sequence[Parameter]) -> Iterator[Finding]:
+def _no_gradient(measured: Measured) -> Iterator[Finding]:
+    parameters = measured.parameters
     zero = {p.path for p in parameters if _gets_none(p)}
+    if not math.isfinite(measured.loss):
+        return  # A NaN sends none back through some functions.
+    if len(zero) == len(parameters) and abs(measured.loss) < 1e-6:
+        return  # But for rounding it is 0: nothing is left to learn, as of a margin that is kept.
+    zero -= {path for path in zero if _shifts_all(path, measured.rows)}
     advice = (
         "The loss does not change with these parameters. Look for a branch that is not used, a "
-        "`stop_gradient`, an integer or a comparison on the way, or units that are all dead behind."
+        "`stop_gradient`, an integer or a comparison on the way, two factors that are both zero, "
+        "or units that are all dead behind."
     )
     done = set()
     for p in parameters:
@@ -171,6 +303,30 @@ def _no_gradient(parameters: Sequence[Parameter]) -> Iterator[Finding]:
         yield Finding("no gradient", where, 0, 0, advice)
 
 
+def _shifts_all(path: str, rows: Sequence[Row]) -> bool:
+    """Whether it is a bias of which the gradient is zero because the loss, a difference say, is the
+    same for outputs that are all shifted.
+    """
+    module, _, name = path.rpartition(".")
+    return name == "bias" and any(
+        row.path == module and row.statistics.get("grad_rms", 0) > 0 for row in rows
+    )
+
+
+def _cancelled(measured: Measured) -> Iterator[Finding]:
+    limit = THRESHOLDS["cancelled gradient"]
+    uneven = {p.path for p in measured.parameters if p.statistics["std"] > 0}
+    for row in measured.rows:
+        spread = row.statistics.get("grad_spread", math.nan)
+        if spread <= limit and f"{row.path}.weight" not in uneven:
+            advice = (
+                f"The derivative at the output of this {row.type} is the same for all its entries, "
+                "and the sum of what a norm returns is constant: what comes before gets rounding "
+                "for a gradient. Look for a plain sum or mean behind it."
+            )
+            yield Finding("cancelled gradient", row.path, spread, limit, advice)
+
+
 def _gets_none(p: Parameter) -> bool:
     return p.statistics["grad_largest"] == 0 and not p.statistics.get("reached", False)
 
@@ -182,26 +338,19 @@ def _prefixes(path: str) -> list[str]:
 
 def _dead(rows: Sequence[Row]) -> Iterator[Finding]:
     limit = THRESHOLDS["dead"]
-    found = _largest([row for row in rows if _examples(row) >= _EXAMPLES], "dead", limit)
-    for where, dead in found.items():
+    judged = [row for row in rows if row.examples >= _EXAMPLES and _could_fire(row.statistics)]
+    for where, dead in _largest(judged, "dead", limit).items():
         advice = (
             "So many units are silent in the whole batch, and get no gradient to wake up by. Look "
             "at the learning rate, the bias and the scale of what comes before."
         )
         yield Finding("dead", where, dead, limit, advice)
-    for row in rows:
-        # A function that is not recognised can be as silent.
-        silent = row.statistics.get("grad_silent", 0)
-        if row.path not in found and row.type in _LINEAR and limit < silent < 1:
-            if _examples(row) >= _EXAMPLES:
-                advice = (
-                    "So many units get no gradient from any example: what comes after is flat, or "
-                    "does not read them."
-                )
-                yield Finding("dead", row.path, silent, limit, advice)
 
 
-_LINEAR = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+def _could_fire(numbers: dict[str, float]) -> bool:
+    """Whether the examples differ, and the other units fire so often that silence is no chance."""
+    firing = numbers.get("firing", 1)
+    return numbers.get("distinct", 0) >= _EXAMPLES and firing >= _FIRING
 
 
 def _largest(rows: Sequence[Row], name: str, limit: float) -> dict[str, float]:
@@ -214,13 +363,10 @@ def _largest(rows: Sequence[Row], name: str, limit: float) -> dict[str, float]:
     return found
 
 
-def _examples(row: Row) -> int:
-    return math.prod(row.shape[:-1])
-
-
 def _saturated(rows: Sequence[Row]) -> Iterator[Finding]:
     limit = THRESHOLDS["saturated"]
-    for where, share in _largest(rows, "saturated", limit).items():
+    judged = [row for row in rows if not (row.seen.gate or "time" in row.seen.kinds)]
+    for where, share in _largest(judged, "saturated", limit).items():
         advice = (
             "So many entries are where the activation function is flat: less than a tenth of its "
             "largest slope. Look at the gain of the weights and the scale of the inputs."
@@ -240,39 +386,38 @@ def _trends(measured: Measured) -> Iterator[Finding]:
             other = best.get(finding.kind)
             if other is None or _severity(finding) < _severity(other):
                 best[finding.kind] = finding
+    in_one = _growth_in_one_call(measured.rows)
+    if in_one is not None and "growing activations" not in best:
+        best["growing activations"] = in_one
     yield from best.values()
 
 
 def families(measured: Measured) -> list[list[Row]]:
-    """Rows of layers that follow one another: of one path up to an index, or else of one type.
+    """Rows of layers that follow one another: of one path up to a number, of which each is computed
+    from the one before.
 
-    Steps of a scan are layers if the parameters are stacked; in time, the same layer comes again.
+    Steps of a scan are layers where each has parameters of its own; in time the same comes again.
     """
-    stacked = {}
-    for p in measured.parameters:
-        for prefix in _prefixes(p.path):
-            stacked.setdefault(prefix, []).append(p.shape[:1])
-    by_path, by_type = {}, {}
+    by_path = {}
     for row in measured.rows:
-        if row.call or row.part or row.is_function:
+        kinds = row.seen.kinds
+        if row.call or row.part or row.is_function or "time" in kinds or kinds.count("layer") > 1:
             continue
-        owns = stacked.get(row.path)
-        if row.step:
-            if owns and len(row.step) == 1 and len(set(owns)) == 1 and row.path:
-                by_path.setdefault((row.path, "{}"), []).append(row)
-            continue
-        by_path.setdefault((folded(row.path), row.type), []).append(row)
-        if owns and row.path:
-            by_type.setdefault(row.type, []).append(row)
-    deep = [rows for rows in by_path.values() if len(rows) >= _DEPTH]
-    done = {rows[0].type for rows in deep}
-    rest = [rows for cls, rows in by_type.items() if cls not in done]
-    return deep + [rows for rows in rest if len(rows) >= _DEPTH]
+        member = tuple(i for i, kind in zip(row.step, kinds, strict=True) if kind == "member")
+        of = row.path if "layer" in kinds else folded(row.path)
+        by_path.setdefault((of, row.type, "layer" in kinds, member), []).append(row)
+    return [rows for rows in by_path.values() if len(rows) >= _DEPTH and _is_chain(rows)]
+
+
+def _is_chain(rows: Sequence[Row]) -> bool:
+    if "layer" in rows[0].seen.kinds:
+        return True
+    return all(b.seen.inputs >> a.seen.output & 1 for a, b in itertools.pairwise(rows))
 
 
 def folded(path: str) -> str:
-    """The path without its first index."""
-    return re.sub(r"\[\d+\]", "[i]", path, count=1)
+    """The path without its first number."""
+    return re.sub(r"\d+", "i", path, count=1)
 
 
 def _slope(values: Sequence[float]) -> float:
@@ -312,7 +457,7 @@ def _growth(family: Sequence[Row]) -> Finding | None:
     rows = [row for row in family if row.statistics["rms"] > 0]
     change = 10.0 ** _slope([row.statistics["rms"] for row in rows])
     limit = THRESHOLDS["growing activations"]
-    if change <= limit:
+    if not change > limit:
         return None
     advice = (
         f"The factor of the rms from {rows[0].name} to {rows[-1].name}, by the slope of its "
@@ -321,22 +466,66 @@ def _growth(family: Sequence[Row]) -> Finding | None:
     return Finding("growing activations", rows[-1].path, change, limit, advice)
 
 
-def _collapsed(rows: Sequence[Row]) -> Iterator[Finding]:
-    limit = THRESHOLDS["rank collapse"]
-    before = 0.0
-    for row in rows:
-        rank = row.statistics.get("effective_rank", math.nan)
-        if row.is_function or min(_examples(row), row.shape[-1] if row.shape else 0) < _UNITS:
-            continue
-        if rank < limit and before >= 2:
+def _growth_in_one_call(rows: Sequence[Row]) -> Finding | None:
+    """Of the last call that returns so much more than it is given, or than 1 where that is less."""
+    limit = THRESHOLDS["growth in one call"]
+    for row in rows[::-1]:
+        size = row.statistics["rms"] / max(1.0, row.statistics.get("input_rms", math.inf))
+        if limit < size < math.inf:
             advice = (
-                f"All examples point along one direction; the effective rank was {before:.2g} "
-                "before. Look for attention without skips, biases that outweigh the inputs, and "
-                "norms."
+                "The rms of what it returns, over that of what it is given. Look at what is "
+                "multiplied many times over, as in a recurrence."
             )
-            yield Finding("rank collapse", row.path, rank, limit, advice)
-            return
-        before = max(before, rank) if math.isfinite(rank) else before
+            return Finding("growing activations", row.path, size, limit, advice)
+    return None
+
+
+def _collapsed(rows: Sequence[Row]) -> Iterator[Finding]:
+    """The first layer behind which no rank is left, up to the end.
+
+    What has a rank again later, as the queries of a pooling that are the same for all examples,
+    and one step in time, in which all may be, collapse nothing. Nor does an output: its mean may be
+    large on purpose.
+    """
+    limit = THRESHOLDS["rank collapse"]
+    ranked = _ranks(rows)
+    start = next((i for i in range(len(ranked), 0, -1) if not ranked[i - 1][1] < limit), 0)
+    behind = [(row, rank) for row, rank in ranked[start:] if row.seen.hidden]
+    before = max((rank for _, rank in ranked[:start]), default=0.0)
+    if behind and before >= 2:
+        advice = (
+            f"All examples point along one direction; the effective rank was {before:.2g} "
+            "before. Look for attention without skips, biases that outweigh the inputs, and "
+            "norms."
+        )
+        yield Finding("rank collapse", behind[0][0].path, behind[0][1], limit, advice)
+
+
+def _ranks(rows: Sequence[Row]) -> list[tuple[Row, float]]:
+    """In the order of the computation: of a scan all calls in one step, then all in the next. Of
+    steps in time the largest. Members of an ensemble are left out.
+    """
+    judged = [
+        row
+        for row in rows
+        if row.has_units
+        and not row.is_function
+        and "member" not in row.seen.kinds
+        and min(row.examples, row.shape[-1]) >= _UNITS
+        and math.isfinite(row.statistics.get("effective_rank", math.nan))
+    ]
+    found = []
+    for loops, group in itertools.groupby(judged, lambda row: row.seen.loops):
+        best = {}
+        for row in sorted(group, key=lambda row: row.step) if loops else group:
+            pairs = zip(row.step, row.seen.kinds, strict=True)
+            depth = tuple(i for i, kind in pairs if kind == "layer")
+            rank = row.statistics["effective_rank"]
+            here = row.path, row.call, row.part, depth
+            if here not in best or rank > best[here][1]:
+                best[here] = (row, rank)
+        found += best.values()
+    return found
 
 
 # ---- Ranges of dtypes, and outliers.
@@ -361,7 +550,7 @@ def _out_of_range(measured: Measured) -> Iterator[Finding]:
                 "lose digits or vanish. Multiply the loss, and divide the gradient again."
             )
             yield Finding("range", row.path, numbers["tiny"], limit, advice)
-        elif row.dtype == "bfloat16" and 0 < numbers["std"] < 2**-9 * abs(numbers["mean"]):
+        elif _is_one_number(row):
             done.add(row.path)
             value = numbers["std"] / abs(numbers["mean"])
             advice = (
@@ -378,40 +567,51 @@ def _out_of_range(measured: Measured) -> Iterator[Finding]:
             yield Finding("range", p.path, p.statistics["outlier"], limit, advice)
 
 
+def _is_one_number(row: Row | Parameter) -> bool:
+    """Of outputs. The weight of a norm, say, starts as ones."""
+    of_call = isinstance(row, Row) and not row.is_function and row.dtype == "bfloat16"
+    return of_call and 0 < row.statistics["std"] < 2**-9 * abs(row.statistics["mean"])
+
+
 # ---- Updates.
 
 
-def _updates(parameters: Sequence[Parameter]) -> Iterator[Finding]:
+def _updates(measured: Measured) -> Iterator[Finding]:
+    parameters, trial = measured.parameters, measured.trial
     lost = THRESHOLDS["lost update"]
     for p in parameters:
-        if p.statistics.get("lost", 0) > lost:
+        if p.dtype in ("float16", "bfloat16") and p.statistics.get("lost", 0) > lost:
             advice = (
                 f"So many entries stay as they are, for their update is lost in rounding to "
                 f"{p.dtype}. Keep the parameters in float32, and compute in {p.dtype}."
             )
             yield Finding("update ratio", p.path, p.statistics["lost"], lost, advice)
-    weights = [p for p in parameters if len(p.shape) > 1 and "update_ratio" in p.statistics]
-    ratios = [p.statistics["update_ratio"] for p in weights]
-    typical = [r for r in ratios if 0 < r < math.inf]
-    if not typical:
-        return
+    middle = typical_ratio(parameters)
     large, small = THRESHOLDS["large update"], THRESHOLDS["small update"]
-    middle = float(np.median(typical))
-    if small <= middle <= large:
+    if middle is None:
         return
-    worst, limit, cure = (
-        (max(typical), large, "lower") if middle > large else (min(typical), small, "raise")
-    )
+    if middle > large:
+        limit, pick = large, max
+        why = "Lower the learning rate."
+    elif middle < small and trial.get("longer", 0) > 0.5:
+        limit, pick = small, min
+        why = "A step of that size lowers the loss as much more: raise the learning rate."
+    else:
+        return
+    weights = [p for p in parameters if len(p.shape) > 1 and "update_ratio" in p.statistics]
+    ratios = {p.path: p.statistics["update_ratio"] for p in weights}
+    worst = pick((r, path) for path, r in ratios.items() if 0 < r < math.inf)
     advice = (
-        f"The rms of a step over that of the weight, of the median weight; here it is {worst:.2g}. "
-        f"About 1e-3 is usual: {cure} the learning rate."
+        f"The rms of a step over that of the weight, of the median weight; here it is "
+        f"{worst[0]:.2g}. About 1e-3 is usual. {why}"
     )
-    yield Finding("update ratio", weights[ratios.index(worst)].path, middle, limit, advice)
+    yield Finding("update ratio", worst[1], middle, limit, advice)
 
 
 def _tied(parameters: Sequence[Parameter]) -> Iterator[Finding]:
+    trained = {p.path for p in parameters if p.statistics["grad_largest"] > 0}
     for p in parameters:
-        if p.same_as is not None:
+        if p.same_as is not None and {p.path, p.same_as} <= trained:
             advice = (
                 f"It holds the numbers of {p.same_as}: drawn with the same key, or tied. Two tied "
                 "arrays are two parameters, each with a step of its own, and part: type "
@@ -420,11 +620,26 @@ def _tied(parameters: Sequence[Parameter]) -> Iterator[Finding]:
             yield Finding("update ratio", p.path, 2, THRESHOLDS["tied"], advice)
 
 
-def _initial_loss(loss: float, classes: int | None) -> Iterator[Finding]:
+def _initial_loss(measured: Measured, classes: int | None) -> Iterator[Finding]:
     limit = THRESHOLDS["initial loss"]
-    if classes is not None and loss - math.log(classes) > limit:
-        advice = (
-            f"The loss above log({classes}), that of a uniform guess. Look at the scale of the "
-            "logits, and whether the loss is a sum where it should be a mean."
-        )
-        yield Finding("initial loss", "loss_fn", loss - math.log(classes), limit, advice)
+    confident = _confidently_wrong(measured.rows)
+    classes = confident if classes is None else classes
+    if classes is None or not limit < measured.loss - math.log(classes) < math.inf:
+        return
+    advice = (
+        f"The loss above log({classes}), that of a uniform guess. Look at the scale of the "
+        "logits, and whether the loss is a sum where it should be a mean."
+    )
+    yield Finding("initial loss", "loss_fn", measured.loss - math.log(classes), limit, advice)
+
+
+def _confidently_wrong(rows: Sequence[Row]) -> int | None:
+    """Of how many classes the model is sure of one, and wrong in most examples, as the derivatives
+    of a cross-entropy say; `None` if it is not.
+    """
+    for row in rows[::-1]:
+        numbers = row.statistics
+        enough = row.has_units and row.examples >= _UNITS and row.shape[-1] >= _UNITS
+        if enough and numbers.get("wrong", 0) > 0.5 and numbers.get("confident", 0) > 0.9:
+            return row.shape[-1]
+    return None

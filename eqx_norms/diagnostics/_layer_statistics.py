@@ -11,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ._statistics import activation_stats, effective_rank
@@ -31,7 +32,8 @@ def layer_statistics(x: Float[Array, "*shape"], unit_axis: int = -1) -> dict[str
 
     Scalars in float32, or float64 for float64: `mean`, `std`, `rms`, `largest` (in absolute
     value), `non_finite` (the share of entries) and `effective_rank`, of at most `RANK_EXAMPLES`
-    examples, evenly spaced. It is NaN where there are not two examples and two units.
+    examples, drawn at random, always the same. It is NaN where there are not two examples and two
+    units.
     """
     mean, std, rms, largest, _ = activation_stats(x)
     examples = as_examples(x, unit_axis)
@@ -87,5 +89,13 @@ def as_examples(x: Float[Array, "*shape"], unit_axis: int = -1) -> Float[Array, 
 def _rank(examples: Float[Array, "examples units"]) -> Float[Array, ""]:
     if min(examples.shape) < 2:
         return jnp.asarray(jnp.nan)
-    every = -(-examples.shape[0] // RANK_EXAMPLES)
-    return effective_rank(examples[::every])
+    return effective_rank(sample(examples, RANK_EXAMPLES))
+
+
+def sample(rows: Float[Array, "rows *rest"], size: int) -> Float[Array, "sample *rest"]:
+    """So many rows at most, always the same, of whatever layout: drawn, for a stride may meet the
+    length of an axis that was flattened, and see one position of all examples.
+    """
+    if len(rows) <= size:
+        return rows
+    return rows[np.sort(np.random.default_rng(0).choice(len(rows), size, replace=False))]

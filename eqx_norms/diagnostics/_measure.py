@@ -3,13 +3,13 @@
 import functools as ft
 import itertools
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
@@ -24,9 +24,11 @@ from ._layer_statistics import (
     is_floating,
     layer_statistics,
     non_finite,
+    sample,
 )
-from ._statistics import activation_stats, dead_unit_fraction, saturation_fraction
+from ._statistics import activation_stats, saturation_fraction
 from ._survey import Seen, Survey
+from ._trial import of_update, try_steps
 
 Numbers = dict[str, float]
 
@@ -37,9 +39,11 @@ class Row(NamedTuple):
     - `path`: of the submodule; of an activation function, that of the submodule whose output it
         takes, or else in which it is called.
     - `type`: of the submodule, or the name of the function.
-    - `call`, `step`: how many calls of it came before, and in which step of the scans around it.
+    - `call`, `step`: how many calls of it came before, and in which step of the scans around it and
+        of which member of an ensemble.
     - `part`: which array of the output, where there are several.
     - `statistics`: by name; what does not apply is missing.
+    - `seen`: what the traced program says of the call.
     """
 
     path: str
@@ -51,6 +55,16 @@ class Row(NamedTuple):
     dtype: str
     is_function: bool
     statistics: Numbers
+    seen: Seen
+
+    @property
+    def examples(self) -> int:
+        """How many examples; where nothing is vmapped, all but the last axis may be those."""
+        return math.prod(self.shape[: self.seen.examples] or self.shape[:-1])
+
+    @property
+    def has_units(self) -> bool:
+        return len(self.shape) > self.seen.examples
 
     @property
     def name(self) -> str:
@@ -77,6 +91,10 @@ class Measured(NamedTuple):
     returns: list[Row]  # those of submodules, in the order in which they return
     parameters: list[Parameter]
     not_taken: list[str]
+    held_nan: bool  # in an array that the function holds, without having been given it
+    state_non_finite: bool  # in the moments of the optimiser
+    linear_pairs: list[tuple[str, str]]
+    trial: Numbers
 
 
 def measure(
@@ -94,7 +112,7 @@ def measure(
     def run(dynamic):
         model, args = eqx.combine(dynamic, static)
         loss, marked, grads, model_grads = survey.backward(model, args)
-        ends = [_not_finite_inputs(call, marked, grads) for call in survey.calls]
+        ends = [_ends(call, marked, grads, survey) for call in survey.calls]
         outputs = [(marked[call.output], grads[call.output]) for call in survey.calls]
         inputs = [_activation_input(call, marked) for call in survey.calls]
         return loss, ends, outputs, inputs, model_grads
@@ -104,7 +122,8 @@ def measure(
         loss, ends, outputs, inputs, model_grads = run(dynamic)
         axes = _unit_axes(survey, model)
         calls = list(map(_of_call, axes, ends, outputs, inputs))
-        params = _of_parameters(model, model_grads, optimiser)
+        updates = _updates(optimiser, model_grads, eqx.filter(model, eqx.is_inexact_array))
+        params = _of_parameters(model, model_grads, updates, _stacks(survey, model))
     calls, params = jax.device_get((calls, params))
     rows, by_call, not_taken = [], {}, []
     for call, parts in zip(survey.calls, calls, strict=True):
@@ -115,11 +134,84 @@ def measure(
     returns = [row for call in survey.returns for row in by_call[id(call)]]
     parameters = _parameters(model, params)
     idle = [p for p in parameters if p.statistics["grad_largest"] == 0]
-    if idle and any(p.statistics["largest"] == 0 for p in parameters):
-        reached = _reached_from_elsewhere(loss_fn, model, args)
-        for p in idle:
-            p.statistics["reached"] = reached[p.path]
-    return Measured(float(loss), rows, returns, parameters, not_taken)
+    with jax.debug_nans(False), jax.debug_infs(False):
+        if 0 < len(idle) < len(parameters):
+            reached = _reached_from_elsewhere(loss_fn, model, args, {p.path for p in idle})
+            for p in idle:
+                p.statistics["reached"] = p.path in reached
+        trial = {}
+        if updates is not None:
+            assert optimiser is not None
+            trial = try_steps(loss_fn, model, args, optimiser, model_grads, updates, parameters)
+    return Measured(
+        float(loss),
+        rows,
+        returns,
+        parameters,
+        not_taken,
+        not math.isfinite(loss) and any(map(_has_nan, survey.constants)),
+        optimiser is not None and not _moments_are_finite(optimiser[1]),
+        _linear_pairs(survey),
+        trial,
+    )
+
+
+def _has_nan(x: Any) -> bool:
+    return eqx.is_inexact_array_like(x) and bool(jnp.isnan(jnp.asarray(x)).any())
+
+
+def _moments_are_finite(state: PyTree) -> bool:
+    """But for numbers, of which a best value often starts as infinity."""
+    moments = [x for x in jtu.tree_leaves(state) if eqx.is_inexact_array(x) and x.ndim > 0]
+    return not moments or bool(_all_finite(moments))
+
+
+@jax.jit
+def _all_finite(arrays: list[Array]) -> Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
+
+
+def _linear_pairs(survey: Survey) -> list[tuple[str, str]]:
+    """Linear layers of which the output goes into another one of the same module, and nowhere else.
+
+    Where the first has fewer units than what is at either end, they are a matrix of low rank.
+    """
+    pairs = {}
+    calls = [c for c in survey.calls if isinstance(survey.modules.get(c.path), eqx.nn.Linear)]
+    by_mark = {call.returned: call for call in calls if call.returned is not None}
+    for call in calls:
+        for fact in survey.flow.facts.get(-1 if call.given is None else call.given, []):
+            before = by_mark.get(fact.same)
+            if before is None or len(survey.flow.readers.get(fact.same, ())) != 1:
+                continue
+            one, two = survey.modules[before.path], survey.modules[call.path]
+            sizes = (one.in_features, one.out_features, two.out_features)
+            full = "scalar" not in sizes and sizes[1] >= min(sizes[0], sizes[2])
+            if full and _parent(before.path) == _parent(call.path):
+                pairs[before.path, call.path] = None
+    return list(pairs)
+
+
+def _parent(path: str) -> str:
+    return re.sub(r"(^|\.)\w*(\[[^\]]*\])*$", "", path)
+
+
+def _stacks(survey: Survey, model: PyTree) -> list[int]:
+    """For each parameter how many axes ahead it has for layers of a scan or for an ensemble."""
+    ahead = {}
+    for call in survey.calls:
+        if call.applied is None:
+            count = sum(kind != "time" for kind in call.kinds)
+            ahead[call.path] = max(count, ahead.get(call.path, 0))
+    return [
+        max((n for where, n in ahead.items() if is_in(each, where)), default=0)
+        for each in _parameter_paths(model)
+    ]
+
+
+def is_in(parameter: str, module: str) -> bool:
+    inside = parameter[len(module) :][:1] in (".", "[", "")
+    return not module or (parameter.startswith(module) and inside)
 
 
 # ---- Statistics, traced.
@@ -148,15 +240,44 @@ def _unit_axes(survey: Survey, model: PyTree) -> list[tuple[Seen, int]]:
 _CONVOLUTIONS = (eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.Pool)
 
 
-def _not_finite_inputs(call: Seen, marked: Marked, grads: Marked) -> dict[str, Array]:
-    """Whether any input is not finite, and any derivative there, for each step."""
+def _ends(call: Seen, marked: Marked, grads: Marked, survey: Survey) -> dict[str, Array]:
+    """Of what a call is given, for each step: its size, and whether it and the derivative there are
+    finite, and all examples the same.
+    """
     if call.given is None:
         return {}
-    any_non_finite = each_step(call.loops, _any_non_finite)
-    return {
-        "input_non_finite": any_non_finite(_floats(marked[call.given])),
-        "grad_input_non_finite": any_non_finite(_floats(grads[call.given])),
-    }
+    given = marked[call.given]
+    of = lambda fn, arrays: each_step(call.loops, lambda arrays: _any(fn, arrays))(_floats(arrays))
+    found = {}
+    if _floats(given):
+        found |= {
+            "input_non_finite": of(lambda x: ~jnp.isfinite(x), given),
+            "input_nan": of(jnp.isnan, given),
+            "input_inf": of(jnp.isposinf, given),
+            "grad_input_non_finite": of(lambda x: ~jnp.isfinite(x), grads[call.given]),
+        }
+        found["input_rms"] = each_step(call.loops, _largest_rms)(_floats(given))
+    kinds = survey.flow.vmaps.get(call.given, [])
+    mapped = [
+        x
+        for x, axes in zip(given, kinds, strict=True)
+        if "example" in axes and x.shape[len(call.loops)] >= ALIKE
+    ]
+    if mapped:
+        found["inputs_alike"] = each_step(call.loops, _alike)(mapped)
+    return found
+
+
+ALIKE = 8  # Fewer examples may be the same by chance.
+
+
+def _alike(arrays: list[Array]) -> Array:
+    """Whether the first axis has the same all along, in all arrays."""
+    return jnp.stack([jnp.all(x == x[:1]) for x in arrays]).all()
+
+
+def _largest_rms(arrays: list[Array]) -> Array:
+    return jnp.max(jnp.stack([activation_stats(x).rms.astype(jnp.float32) for x in arrays]))
 
 
 def _activation_input(call: Seen, marked: Marked) -> Array | None:
@@ -176,14 +297,32 @@ def _of_call(
     values, grads = output
     if call.applied is not None:
         x, y = values
-        return [_of_activation(x, y, call.activation, axis, call.loops) if is_floating(y) else {}]
+        if not is_floating(y):
+            return [{}]
+        found = _of_activation(y, axis, call.loops)
+        return [found | _of_units(x, y, call, axis)]
     parts = [
         _of_output(value, grad, axis, call.loops) | ends if is_floating(value) else {}
         for value, grad in zip(values, grads, strict=True)
     ]
+    for numbers, value, grad in zip(parts, values, grads, strict=True):
+        if numbers and not call.hidden and value.ndim > len(call.loops) + call.examples:
+            numbers |= _of_logits(grad, call.loops)
+        if numbers and call.type in _CENTRED:
+            numbers |= _of_norm(grad, call.loops, call.examples)
     if x is not None and parts[0]:
-        parts[0] |= _dead_and_saturated(x, values[0], call.activation, axis, call.loops)
+        parts[0] |= _of_units(x, values[0], call, axis)
     return parts
+
+
+_CENTRED = ("LayerNorm", "GroupNorm")  # A constant derivative at their output cancels.
+
+
+def _of_units(x: Array, y: Array, call: Seen, axis: int) -> dict[str, Array]:
+    if not call.units or y.ndim <= len(call.loops) + call.examples:
+        return {}
+    time = tuple(i for i, kind in enumerate(call.kinds) if kind == "time")
+    return _dead_and_saturated(x, y, call.activation, axis, call.loops, time, call.examples)
 
 
 # Jitted one by one: a deep model has many layers, but few shapes, and one program of all their
@@ -193,63 +332,142 @@ def _of_output(value: Array, grad: Array, axis: int, loops: tuple[int, ...]) -> 
     def one(value, grad):
         derivative = derivative_statistics(grad, axis)
         found = {f"grad_{name}": number for name, number in derivative.items()}
-        return layer_statistics(value, axis) | found | {"tiny": _tiny(grad)}
+        which = {"nan": jnp.isnan(value).any(), "inf": jnp.isposinf(value).any()}
+        return layer_statistics(value, axis) | found | which | {"tiny": _tiny(grad)}
 
     return each_step(loops, one)(value, grad)
 
 
-@ft.partial(jax.jit, static_argnums=(2, 3, 4))
-def _of_activation(
-    x: Array, y: Array, activation: Activation, axis: int, loops: tuple[int, ...]
-) -> dict[str, Array]:
-    found = each_step(loops, ft.partial(layer_statistics, unit_axis=axis))(y)
-    return found | _dead_and_saturated(x, y, activation, axis, loops)
+@ft.partial(jax.jit, static_argnums=(1, 2))
+def _of_activation(y: Array, axis: int, loops: tuple[int, ...]) -> dict[str, Array]:
+    return each_step(loops, ft.partial(layer_statistics, unit_axis=axis))(y)
 
 
-@ft.partial(jax.jit, static_argnums=(2, 3, 4))
+@ft.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _dead_and_saturated(
-    x: Array, y: Array, activation: Activation, axis: int, loops: tuple[int, ...]
+    x: Array,
+    y: Array,
+    activation: Activation,
+    axis: int,
+    loops: tuple[int, ...],
+    time: tuple[int, ...],
+    examples: int,
 ) -> dict[str, Array]:
+    """`dead`, of units that are silent at all positions of all examples, in all steps in time.
+
+    `firing` is the share of examples in which the others are not, on average, `distinct` how many
+    of a sample of the examples differ.
+    """
+
     def one(x, y):
-        found = {}
-        examples = as_examples(y, axis)
-        if len(examples) > 1:
-            found["dead"] = dead_unit_fraction(examples)
+        active = jnp.moveaxis(~(jnp.abs(y) < SILENT), axis, -1)  # which a NaN is
+        if examples:
+            active = active.any(tuple(range(examples, y.ndim - 1)))
+        fires = jnp.mean(active.reshape(-1, active.shape[-1]), axis=0, dtype=jnp.float32)
+        rows = x.reshape(-1, *x.shape[examples:]) if examples else as_examples(x, axis)
+        found = {"fires": fires, "distinct": _distinct(rows)}
         if activation.flat is not None and activation.fn is not None:
             found["saturated"] = saturation_fraction(activation.fn, x, activation.flat)
         return found
 
-    return each_step(loops, one)(x, y)
+    found = each_step(loops, one)(x, y)
+    fires = found.pop("fires")
+    fires = jnp.broadcast_to(jnp.mean(fires, time, keepdims=True), fires.shape)
+    return found | {
+        "dead": jnp.mean(fires == 0, axis=-1, dtype=jnp.float32),
+        "firing": jnp.sum(fires, axis=-1) / jnp.sum(fires > 0, axis=-1),
+    }
+
+
+SILENT = 1e-8
+_SAMPLE = 64
+
+
+def _distinct(rows: Array) -> Array:
+    rows = sample(rows.reshape(len(rows), -1), _SAMPLE).astype(jnp.float32)
+    weights = np.random.default_rng(0).normal(size=rows.shape[1])
+    sums = jnp.sum(rows * jnp.asarray(weights[None], rows.dtype), axis=1)
+    # What is the same may be summed in another order. (A sort takes XLA longer to compile.)
+    rounding = 16 * float(jnp.finfo(rows.dtype).eps) * jnp.max(jnp.abs(sums))
+    same = jnp.abs(sums[:, None] - sums[None]) <= rounding
+    return jnp.sum(~jnp.tril(same, -1).any(axis=1))
+
+
+@ft.partial(jax.jit, static_argnums=1)
+def _of_logits(grad: Array, loops: tuple[int, ...]) -> dict[str, Array]:
+    """Of the derivative of a loss that is a cross-entropy of these logits: probabilities, less one
+    at the label, of a common factor.
+
+    `wrong` is the mean probability of the wrong classes, over the largest of any example, and
+    `confident` the mean share of one class among these; NaN if it is not of that kind.
+    """
+
+    def one(grad):
+        g = grad.reshape(-1, grad.shape[-1]).astype(jnp.float32)
+        size = jnp.abs(g).sum(-1)
+        most = jnp.max(size)
+        negative = g < -1e-6 * most
+        rounding = 8 * float(jnp.finfo(grad.dtype).eps)
+        kind = (negative.sum(-1) <= 1) & (jnp.abs(g.sum(-1)) <= rounding * most)
+        ups = jnp.maximum(g, 0)
+        seen = size > 1e-3 * most
+        share = jnp.sum(jnp.where(seen, ups.max(-1) / ups.sum(-1), 0)) / jnp.sum(seen)
+        ok = jnp.all(kind) & (g.shape[-1] >= 3) & (most > 0)
+        return {
+            "wrong": jnp.where(ok, jnp.mean(size) / most, jnp.nan),
+            "confident": jnp.where(ok, share, jnp.nan),
+        }
+
+    return each_step(loops, one)(grad)
+
+
+@ft.partial(jax.jit, static_argnums=(1, 2))
+def _of_norm(grad: Array, loops: tuple[int, ...], examples: int) -> dict[str, Array]:
+    """How much the derivative at the output of a norm differs over the entries of an example."""
+
+    def one(grad):
+        g = grad.reshape(*grad.shape[:examples], -1).astype(jnp.float32)
+        rest = activation_stats(g - g[..., :1]).rms
+        return {"grad_spread": rest / activation_stats(g).rms}
+
+    return each_step(loops, one)(grad)
+
+
+def _updates(optimiser: tuple[Any, PyTree] | None, grads: PyTree, params: PyTree) -> PyTree | None:
+    if optimiser is None:
+        return None
+    optim, opt_state = optimiser
+    return eqx.filter_jit(optim.update)(grads, opt_state, params)[0]
 
 
 def _of_parameters(
-    model: PyTree, grads: PyTree, optimiser: tuple[Any, PyTree] | None
+    model: PyTree, grads: PyTree, updates: PyTree | None, stacks: list[int]
 ) -> list[dict[str, Array]]:
     params = eqx.filter(model, eqx.is_inexact_array)
     leaves = jtu.tree_leaves(params)
     found = [
-        _of_parameter(param, grad) if is_floating(param) else {}
-        for param, grad in zip(leaves, jtu.tree_leaves(grads), strict=True)
+        _of_parameter(param, grad, stack) if is_floating(param) else {}
+        for param, grad, stack in zip(leaves, jtu.tree_leaves(grads), stacks, strict=True)
     ]
-    if optimiser is not None:
-        optim, opt_state = optimiser
-        updates, _ = eqx.filter_jit(optim.update)(grads, opt_state, params)
+    if updates is not None:
         for param, update, numbers in zip(leaves, jtu.tree_leaves(updates), found, strict=True):
             if numbers:
-                numbers |= _of_update(param, update)
+                numbers |= of_update(param, update)
     return found
 
 
-@jax.jit
-def _of_parameter(param: Array, grad: Array) -> dict[str, Array]:
+@ft.partial(jax.jit, static_argnums=2)
+def _of_parameter(param: Array, grad: Array, stack: int) -> dict[str, Array]:
     of_param, of_grad = activation_stats(param), activation_stats(grad)
+    apart = lambda fn: each_step(param.shape[:stack], fn)
     return {
         "mean": of_param.mean,
         "std": of_param.std,
         "rms": of_param.rms,
         "largest": of_param.absmax,
         "non_finite": non_finite(param),
-        "outlier": _outlier(param),
+        "row_rms": apart(_row_rms)(param),
+        "identical_units": jnp.max(apart(_identical)(param, grad)),
         "grad_rms": of_grad.rms,
         "grad_largest": of_grad.absmax,
         "grad_non_finite": non_finite(grad),
@@ -257,21 +475,28 @@ def _of_parameter(param: Array, grad: Array) -> dict[str, Array]:
     }
 
 
-@jax.jit
-def _of_update(param: Array, update: Array) -> dict[str, Array]:
-    moved = (param + update.astype(param.dtype)).astype(param.dtype) != param
-    meant = update != 0
-    lost = jnp.sum(meant & ~moved) / jnp.maximum(jnp.sum(meant), 1)
-    rms = activation_stats(update).rms
-    return {"update_rms": rms, "update_ratio": rms / activation_stats(param).rms, "lost": lost}
-
-
-def _outlier(param: Array) -> Array:
-    """How many times the median row's rms the largest row's is."""
+def _row_rms(param: Array) -> Array:
     if param.ndim < 2 or param.shape[0] < 8:
-        return jnp.asarray(jnp.nan)
-    rows = jax.vmap(lambda row: activation_stats(row).rms)(param)
-    return jnp.max(rows) / jnp.median(rows)
+        return jnp.full(1, jnp.nan)
+    return jax.vmap(lambda row: activation_stats(row).rms)(param)
+
+
+def _outlier(rows: np.ndarray) -> float:
+    """How many times the rms of the row at the upper quartile the largest row's is."""
+    with np.errstate(all="ignore"):
+        return float(np.max(rows.max(-1) / np.quantile(rows, 0.75, axis=-1)))
+
+
+def _identical(param: Array, grad: Array) -> Array:
+    """Whether all rows are the same, and not 0, and get the same gradient, which is not 0."""
+    if param.ndim < 2 or param.shape[0] < 2:
+        return jnp.asarray(False)
+    size = activation_stats(grad).rms
+    same = jnp.all(param == param[:1]) & jnp.any(param != 0) & (size > 0)
+    # Units that are the same may be summed in another order.
+    return same & jnp.all(
+        jnp.abs(grad - grad[:1]) <= max(1e-3, 4 * jnp.finfo(grad.dtype).eps) * size
+    )
 
 
 def _tiny(x: Array) -> Array:
@@ -280,39 +505,54 @@ def _tiny(x: Array) -> Array:
     return jnp.mean((size > 0) & (size < jnp.finfo(x.dtype).tiny), dtype=jnp.float32)
 
 
-def _any_non_finite(arrays: list[Array]) -> Array:
-    return jnp.stack([non_finite(x) > 0 for x in arrays]).any() if arrays else jnp.asarray(False)
+def _any(fn: Callable, arrays: list[Array]) -> Array:
+    return jnp.stack([fn(x).any() for x in arrays]).any()
 
 
 def _floats(arrays: list[Any]) -> list[Array]:
     return [x for x in arrays if is_floating(x)]
 
 
-def _reached_from_elsewhere(loss_fn: Callable, model: PyTree, args: tuple) -> dict[str, bool]:
-    """Which parameters get a gradient where no array is all zero.
+def _reached_from_elsewhere(
+    loss_fn: Callable, model: PyTree, args: tuple, idle: set[str]
+) -> set[str]:
+    """Which of the parameters without a gradient get one when the others have moved.
 
     A branch that is switched on by a factor that starts at zero has no gradient in the first step,
-    on purpose.
+    on purpose, and an expert may be chosen by no example of a batch. Two factors that are both
+    zero never move.
     """
+    paths = _parameter_paths(model)
     leaves, structure = jtu.tree_flatten(eqx.filter(model, eqx.is_inexact_array))
-    keys = jr.split(jr.key(0), len(leaves))
-    noisy = [
-        jnp.where(jnp.any(leaf != 0), leaf, 0.01 * jr.normal(key, leaf.shape, leaf.dtype))
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    elsewhere = eqx.combine(jtu.tree_unflatten(structure, noisy), model)
-
-    dynamic, static = eqx.partition((elsewhere, args), eqx.is_array)
+    dynamic, static = eqx.partition((model, args), eqx.is_array)
 
     @jax.jit
-    def reached(dynamic):
+    def grads_are_there(leaves, dynamic):
         model, args = eqx.combine(dynamic, static)
+        model = eqx.combine(jtu.tree_unflatten(structure, leaves), model)
         grads = eqx.filter_grad(loss_fn)(model, *args)
-        return [jnp.any(grad != 0) for grad in jtu.tree_leaves(grads)]
+        return [jnp.any((grad != 0) & jnp.isfinite(grad)) for grad in jtu.tree_leaves(grads)]
 
-    with jax.debug_nans(False), jax.debug_infs(False):
-        found = reached(dynamic)
-    return dict(zip(_parameter_paths(model), map(bool, found), strict=True))
+    reached, noise = set(), np.random.default_rng(0)
+    for _ in range(_TRIES):
+        moved = [
+            leaf if path in idle - reached else _moved(leaf, noise)
+            for path, leaf in zip(paths, leaves, strict=True)
+        ]
+        found = jax.device_get(grads_are_there(moved, dynamic))
+        reached |= {path for path, there in zip(paths, found, strict=True) if there} & idle
+        if reached == idle:
+            break
+    return reached
+
+
+_TRIES = 4  # Of three factors in a row that start at zero, the last is reached in the third.
+
+
+def _moved(leaf: Array, noise: np.random.Generator) -> Array:
+    size = activation_stats(leaf).rms
+    size = jnp.where(size > 0, size, 0.1).astype(leaf.dtype)
+    return leaf + size * jnp.asarray(noise.normal(size=leaf.shape), leaf.dtype)
 
 
 # ---- Rows, on the host.
@@ -337,20 +577,26 @@ def _rows(call: Seen, parts: list[dict], survey: Survey) -> list[Row]:
                     kind.shape[len(call.loops) :],
                     str(kind.dtype),
                     call.applied is not None,
-                    {name: number for name, number in here.items() if not _missing(name, number)},
+                    {name: n for name, n in here.items() if not _missing(name, n, call, kind)},
+                    call,
                 )
             )
     return rows
 
 
-def _missing(name: str, number: float) -> bool:
-    return name == "effective_rank" and math.isnan(number)
+def _missing(name: str, number: float, call: Seen, kind: Any) -> bool:
+    """A statistic of units, where there are none, or that does not apply."""
+    of_units = name in ("effective_rank", "grad_silent")
+    if of_units and len(kind.shape) <= len(call.loops) + call.examples:
+        return True
+    sometimes = ("effective_rank", "firing", "wrong", "confident", "grad_spread")
+    return name in sometimes and math.isnan(number)
 
 
 def _taken(row: Row) -> bool:
     """Whether it was computed at all, and not in the branch of a `cond` that was not taken."""
     numbers = row.statistics
-    if numbers["non_finite"] < 1:
+    if not row.seen.conditional or numbers["non_finite"] < 1:
         return True
     return bool(numbers.get("grad_rms", 0.0) != 0 or not numbers.get("input_non_finite", True))
 
@@ -361,14 +607,32 @@ def _parameters(model: PyTree, found: list[dict]) -> list[Parameter]:
     for where, leaf, numbers in zip(_parameter_paths(model), leaves, found, strict=True):
         if not numbers:
             continue
+        outlier = _outlier(numbers.pop("row_rms"))
         statistics = {name: float(number) for name, number in numbers.items()}
-        # Only what has the same statistics is compared, number by number; ones and zeros are alike.
+        statistics["outlier"] = outlier
+        # Only what has the same statistics is compared, number by number.
         key = (leaf.shape, leaf.dtype, *(statistics[name] for name in ("mean", "std", "largest")))
         others = alike.setdefault(key, []) if statistics["std"] > 0 else []
         same = next((path for path, other in others if jnp.array_equal(leaf, other)), None)
+        same = same if same is not None and _looks_drawn(np.asarray(leaf, np.float64)) else None
         others.append((where, leaf))
         made.append(Parameter(where, leaf.shape, str(leaf.dtype), statistics, same))
     return made
+
+
+def _looks_drawn(x: np.ndarray) -> bool:
+    """Whether it is a matrix of random numbers, and none that a formula gives, as of decays or
+    positions, which every layer may have the same.
+    """
+    if x.ndim < 2 or len(np.unique(x)) <= max(x.shape):
+        return False
+    return all(abs(_neighbours(np.moveaxis(x, axis, -1))) < 0.5 for axis in range(x.ndim))
+
+
+def _neighbours(x: np.ndarray) -> float:
+    """The correlation of each entry with the next one along the last axis."""
+    x = x - x.mean()
+    return float(np.mean(x[..., 1:] * x[..., :-1]) / np.mean(x**2)) if x.shape[-1] > 2 else 0.0
 
 
 def _parameter_paths(model: PyTree) -> list[str]:

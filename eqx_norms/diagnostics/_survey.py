@@ -7,8 +7,9 @@ What `capture` refuses is listed here, and the rest is looked at all the same.
 import copy
 import dataclasses
 import functools as ft
+import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -19,12 +20,14 @@ import jax.tree_util as jtu
 from jax.extend.core import primitives
 from jaxtyping import Array, PyTree
 
+from .._jaxprs import is_jaxpr, opened
 from ._activations import Activation, activation_of, recognised
 from ._capture import _check_arrays, _Program, _zero_shift
+from ._dataflow import Flow
 from ._instrument import Observer, Where, path
-from ._interpret import Marked, loops_around, marked_types, supported
+from ._interpret import ArrayType, Marked, loops_around, marked_types, supported
 from ._plan import Output, Plan, Step, make_plan
-from ._tag import Call, Place, tag_p
+from ._tag import Inputs, Place, mark, tag_p
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,7 +35,16 @@ class Seen:
     """One call, of the submodule at `path` or, if there is one, of an activation function in it.
 
     `given` and `returned` say which of the marked arrays are its inputs and outputs; of an
-    activation function, `applied` are both. `loops` are the lengths of the scans around the call.
+    activation function, `applied` are both. `loops` are the lengths of the scans around the call,
+    and of the axes of an ensemble; `kinds` says of each whether its steps are each a `"layer"` with
+    parameters of its own, in `"time"`, or a `"member"`.
+
+    - `examples`: how many axes of examples the first array has, behind these.
+    - `inputs`: the marks of which its input was made.
+    - `units`: of an activation function, whether it acts on the units of a hidden layer: weights
+        made them, and weights read them. Terms of a loss, and variances in a norm, are none.
+    - `gate`: whether its output is multiplied with something else that is computed.
+    - `conditional`: whether it is in a `jax.lax.cond`.
     """
 
     path: str
@@ -43,7 +55,16 @@ class Seen:
     returned: int | None = None
     applied: int | None = None
     activation: Activation | None = None
-    last: "Seen | None" = None  # the last call within it that has returned
+    # The last call within it that has returned; that which an activation function is named after.
+    last: "Seen | None" = dataclasses.field(default=None, repr=False)
+    kinds: tuple[str, ...] = ()
+    examples: int = 0
+    inputs: int = 0
+    units: bool = False
+    gate: bool = False
+    hidden: bool = False
+    conditional: bool = False
+    differentiated: bool = False
 
     @property
     def output(self) -> int:
@@ -63,11 +84,18 @@ class Survey(_Program):
         plan = make_plan(jaxpr, model, args, watch)
         self.not_looked_at = dict.fromkeys(sorted(watch.unclear), _UNCLEAR)
         self.plan = _what_can_be_seen(plan, {id(o.call) for o in plan.recomputed}, self)
-        self.types = marked_types(self.plan)
+        self.marked_types = marked_types(self.plan)
         self.replacements = {}
         self.check_differentiable()
-        modules = {path(keys): module for keys, module in watch.modules.items()}
-        self.calls, self.returns = _calls(self.plan, self.types, modules)
+        self.modules = {path(keys): module for keys, module in watch.modules.items()}
+        self.flow = Flow(self.plan, model, args)
+        self.calls, self.returns = _calls(self.plan, self.marked_types, self.modules, self.flow)
+        self._arrangements = _described(self)
+        self.types = [
+            [_arranged_type(kind, how) for kind, how in zip(kinds, hows, strict=True)]
+            for kinds, hows in zip(self.marked_types, self._arrangements, strict=True)
+        ]
+        self.constants = list(_constants(jaxpr))
         reached = {call.path for call in self.calls} | set(self.not_looked_at)
         self.never_called = [
             path(keys)
@@ -76,15 +104,22 @@ class Survey(_Program):
         ]
 
     def zero_shifts(self) -> Marked:
-        pairs = zip(self.plan.outputs, self.types, strict=True)
+        pairs = zip(self.plan.outputs, self.marked_types, strict=True)
         return [
             [None if isinstance(o.call, Applied) else _zero_shift(kind) for kind in kinds]
             for o, kinds in pairs
         ]
 
+    def backward(self, model: PyTree, args: tuple) -> tuple[Any, Marked, Marked, PyTree]:
+        """With the axes of an ensemble ahead of all but those of loops."""
+        loss, marked, grads, model_grads = super().backward(model, args)
+        return loss, self._arranged(marked), self._arranged(grads), model_grads
 
-class Inputs(Call):
-    """Marks what a submodule is given."""
+    def _arranged(self, marked: Marked) -> Marked:
+        return [
+            [x if x is None else _arranged(x, how) for x, how in zip(arrays, hows, strict=True)]
+            for arrays, hows in zip(marked, self._arrangements, strict=True)
+        ]
 
 
 class Applied(NamedTuple):
@@ -127,7 +162,7 @@ def _tagged(inputs: PyTree, place: Place, held: Sequence[Array], level: int) -> 
     if at:
         arrays = [leaves[i] for i in at]
         call = Inputs(place, level, jtu.tree_structure(arrays), None)
-        for i, x in zip(at, tag_p.bind(*arrays, *held, call=call), strict=True):
+        for i, x in zip(at, mark([*arrays, *held], call), strict=True):
             leaves[i] = x
     return jtu.tree_unflatten(structure, leaves)
 
@@ -180,14 +215,16 @@ def _seen_step(plan: Plan, i: int, recomputed: set[int], survey: Survey) -> Step
 
 
 def _calls(
-    plan: Plan, types: list, modules: dict[str, eqx.Module]
+    plan: Plan, types: list, modules: dict[str, eqx.Module], flow: Flow
 ) -> tuple[list[Seen], list[Seen]]:
     """In the order in which they begin, and those of submodules in the order they return."""
     calls, returned, open_, numbers = [], [], [], Counter()
     for i, (output, loops) in enumerate(zip(plan.outputs, loops_around(plan), strict=True)):
         [where] = output.paths
         if isinstance(output.call, Applied):
-            _add_activation(calls, open_, i, output.call.activation, loops, types)
+            like = flow.facts[i][0].like if i in flow.facts else -1
+            feeds = next((call for call in returned if call.returned == like), None)
+            _add_activation(calls, open_, feeds, i, output.call.activation, loops, types)
             continue
         call = None
         if not isinstance(output.call, Inputs):
@@ -205,6 +242,7 @@ def _calls(
             call.given = i
             continue
         call.returned = i
+        call.differentiated = output.call.differentiated
         del open_[open_.index(call) :]
         returned.append(call)
         if open_:
@@ -217,6 +255,7 @@ def _calls(
 def _add_activation(
     calls: list[Seen],
     open_: list[Seen],
+    feeds: Seen | None,
     i: int,
     activation: Activation,
     loops: tuple[int, ...],
@@ -226,13 +265,120 @@ def _add_activation(
     if around is not None and around.activation is not None:
         return  # It is the whole of an `equinox.nn.Lambda`.
     # It is named after the submodule whose output it takes, if that is in the same call.
-    where = around
-    if around is not None and around.last is not None:
-        feeds = around.last
-        where = feeds if types[feeds.output][0].shape == types[i][0].shape else around
+    inside = around is None or (feeds is not None and calls.index(feeds) > calls.index(around))
+    where = feeds if inside else around
+    if where is around and around is not None and around.last is not None:
+        last = around.last
+        where = last if types[last.output][0].shape == types[i][0].shape else around
     at = "" if where is None else where.path
     number = 0 if where is None else where.number
     taken = {(c.path, c.number, c.type) for c in calls}
     while (at, number, activation.name) in taken:
         number += 1
-    calls.append(Seen(at, activation.name, loops, number, applied=i, activation=activation))
+    seen = Seen(at, activation.name, loops, number, applied=i, activation=activation)
+    seen.last = where  # whose axes it has
+    calls.append(seen)
+
+
+# ---- What the program says of each call, and the order of the axes of what it marks.
+
+
+class Arrangement(NamedTuple):
+    """How many axes of loops are in front, which axes are an ensemble's, and their lengths."""
+
+    loops: int
+    members: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+
+def _described(survey: Survey) -> list[list[Arrangement]]:
+    """Fills in what the program says of the calls; returns the arrangement of each marked array."""
+    flow, types = survey.flow, survey.marked_types
+    loops = loops_around(survey.plan)
+    arrangements = [
+        [Arrangement(len(around), (), ())] * len(kinds)
+        for around, kinds in zip(loops, types, strict=True)
+    ]
+    conditional = _in_branches(survey.plan)
+    for call in survey.calls:
+        around = loops[call.output]
+        call.conditional = conditional[call.output]
+        call.hidden = flow.is_hidden(call.output)
+        call.gate = flow.is_gate(call.output)
+        if call.applied is None:
+            vmaps, given = flow.vmaps[call.output], call.given
+            facts = flow.facts.get(-1 if given is None else given, [])
+            call.inputs = ft.reduce(operator.or_, (fact.reach for fact in facts), 0)
+        else:
+            vmaps = [_of_function(call, flow, types)] * 2
+            facts = flow.facts[call.output]
+        call.units = call.hidden and any(fact.affine for fact in facts)
+        sliced = flow.sliced.get(call.last.output if call.applied and call.last else call.output, 0)
+        call.kinds = tuple("layer" if sliced >> i & 1 else "time" for i in range(len(around)))
+        widest = max(vmaps, key=lambda kinds: kinds.count("member"), default=())
+        at = vmaps.index(widest) if vmaps else 0
+        shape = types[call.output][at].shape if vmaps else ()
+        members = [len(around) + i for i, kind in enumerate(widest) if kind == "member"]
+        lengths = tuple(shape[i] for i in members)
+        for each in {call.output, call.output if call.given is None else call.given}:
+            arrangements[each] = [
+                _arrangement(len(around), kinds, lengths)
+                for kinds in (vmaps if each == call.output else flow.vmaps[each])
+            ]
+        call.loops = (*around, *lengths)
+        call.kinds += ("member",) * len(lengths)
+        call.examples = vmaps[0].count("example") if vmaps else 0
+    return arrangements
+
+
+def _of_function(call: Seen, flow: Flow, types: list) -> tuple[str, ...]:
+    """The kinds of its axes that come from `jax.vmap`: those of the call that it is named after."""
+    if call.last is None or call.last.applied is not None or call.last.returned is None:
+        return ()
+    of = flow.vmaps.get(call.last.returned)
+    same = of and types[call.last.returned][0].shape == types[call.output][0].shape
+    return of[0] if of and (same or len(of[0]) <= len(types[call.output][0].shape)) else ()
+
+
+def _arrangement(loops: int, kinds: tuple[str, ...], lengths: tuple[int, ...]) -> Arrangement:
+    members = tuple(loops + i for i, kind in enumerate(kinds) if kind == "member")
+    return Arrangement(loops, members if len(members) == len(lengths) else (), lengths)
+
+
+def _arranged(x: Array, how: Arrangement) -> Array:
+    loops, members, lengths = how
+    if members:
+        return jnp.moveaxis(x, members, range(loops, loops + len(members)))
+    if not lengths:
+        return x
+    ahead = x.shape[:loops]
+    x = x.reshape(*ahead, *[1] * len(lengths), *x.shape[loops:])
+    return jnp.broadcast_to(x, (*ahead, *lengths, *x.shape[loops + len(lengths) :]))
+
+
+def _arranged_type(kind: ArrayType, how: Arrangement) -> jax.ShapeDtypeStruct:
+    if not how.lengths:
+        return jax.ShapeDtypeStruct(kind.shape, kind.dtype)
+    return jax.eval_shape(
+        ft.partial(_arranged, how=how), jax.ShapeDtypeStruct(kind.shape, kind.dtype)
+    )
+
+
+def _in_branches(plan: Plan, inside: bool = False) -> list[bool]:
+    """Whether each mark is in the branch of a `cond`."""
+    found = []
+    for eqn, step in zip(plan.jaxpr.eqns, plan.steps, strict=True):
+        here = inside or eqn.primitive is primitives.cond_p
+        inner = [each for part in step.inner for each in _in_branches(part, here)]
+        found += inner or [inside] * len(step.outputs)
+    return found
+
+
+def _constants(jaxpr: Any) -> Iterator[Any]:
+    """The arrays that a traced function holds, without having been given them."""
+    yield from getattr(jaxpr, "consts", ())
+    for eqn in opened(jaxpr).eqns:
+        for value in eqn.params.values():
+            for each in value if isinstance(value, tuple | list) else (value,):
+                if is_jaxpr(each):
+                    yield from _constants(each)

@@ -53,6 +53,10 @@ class Call:
         return eqx.combine(jtu.tree_unflatten(self.structure, leaves), self.static)
 
 
+class Inputs(Call):
+    """Marks what a submodule is given."""
+
+
 def tag(out: PyTree, place: Place, held: Sequence[Array], level: int) -> PyTree:
     """`out`, with its arrays marked as what the submodule at `place` returned.
 
@@ -66,8 +70,12 @@ def tag(out: PyTree, place: Place, held: Sequence[Array], level: int) -> PyTree:
     if not leaves:
         return out
     call = Call(place, level, structure, static)
-    value = call.rebuild(tag_p.bind(*leaves, *held, call=call))
+    value = call.rebuild(mark([*leaves, *held], call))
     return value if state is None else (value, state)
+
+
+def mark(arrays: Sequence[Array], call: Call) -> list[Array]:
+    return tag_p.bind(*arrays, call=call, mapped=())
 
 
 def _split_state(out: PyTree) -> tuple[PyTree, eqx.nn.State | None]:
@@ -81,32 +89,35 @@ def _marked(operands: Sequence, call: Call) -> list:
     return list(operands[: call.structure.num_leaves])
 
 
+# `mapped` says for each `jax.vmap` around, the innermost first, which operands have an axis for it.
 tag_p = Primitive("eqx_norms_tag")
 tag_p.multiple_results = True
-tag_p.def_impl(lambda *arrays, call: _marked(arrays, call))
-tag_p.def_abstract_eval(lambda *avals, call: _marked(avals, call))
-mlir.register_lowering(tag_p, lambda context, *arrays, call: _marked(arrays, call))
+tag_p.def_impl(lambda *arrays, call, mapped: _marked(arrays, call))
+tag_p.def_abstract_eval(lambda *avals, call, mapped: _marked(avals, call))
+mlir.register_lowering(tag_p, lambda context, *arrays, call, mapped: _marked(arrays, call))
 
 
-def _jvp(primals, tangents, *, call):
+def _jvp(primals, tangents, *, call, mapped):
     # Only the value is the submodule's output; a marked tangent would be taken for a call.
-    return tag_p.bind(*primals, call=call.within_derivative()), _marked(tangents, call)
+    outs = tag_p.bind(*primals, call=call.within_derivative(), mapped=mapped)
+    return outs, _marked(tangents, call)
 
 
-def _transpose(cotangents, *operands, call):
+def _transpose(cotangents, *operands, call, mapped):
     return [*cotangents, *[None] * (len(operands) - len(cotangents))]
 
 
-def _jet(primals, series, *, call):
-    return tag_p.bind(*primals, call=call.within_derivative()), _marked(series, call)
+def _jet(primals, series, *, call, mapped):
+    outs = tag_p.bind(*primals, call=call.within_derivative(), mapped=mapped)
+    return outs, _marked(series, call)
 
 
-def _batch(arrays, axes, *, call):
+def _batch(arrays, axes, *, call, mapped):
     # vmap leaves the batch axis wherever the last operation put it; a caller expects it in front.
     moved = [_to_front(x, axis) for x, axis in zip(arrays, axes, strict=True)]
-    return tag_p.bind(*moved, call=call), [
-        None if axis is None else 0 for axis in _marked(axes, call)
-    ]
+    mapped = (*mapped, tuple(axis is not None for axis in axes))
+    outs = tag_p.bind(*moved, call=call, mapped=mapped)
+    return outs, [None if axis is None else 0 for axis in _marked(axes, call)]
 
 
 def _to_front(x, axis):

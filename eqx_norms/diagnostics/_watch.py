@@ -33,9 +33,10 @@ class Look(NamedTuple):
 
     - `loss`.
     - `values`: of what the submodules return `mean`, `std`, `rms`, `largest` (in absolute value),
-        `non_finite` (the share of entries), `effective_rank` of at most 256 examples, `dead` (the
-        share of units as [`eqx_norms.diagnostics.dead_unit_fraction`][] counts it) and `counts`, a
-        histogram.
+        `non_finite` (the share of entries), `effective_rank` of at most 256 examples, `dead` and
+        `counts`, a histogram. `dead` is the share of units as
+        [`eqx_norms.diagnostics.dead_unit_fraction`][] counts it, or of those with derivative 0 in
+        all examples, if that is more: in front of a dead ReLU, its linear layer has them.
     - `grads`: of the loss's derivatives there `rms`, `non_finite`, `silent` (the share of units
         with derivative 0 in all examples), `largest` and `counts`.
     - `params`: `rms` and `grad_rms`; `update_ratio` if there is an optimiser.
@@ -122,12 +123,11 @@ class Watch:
         updates = None
         if self.optimiser is not None:
             updates, _ = self.optimiser.update(model_grads, opt_state, params)
-        return Look(
-            loss,
-            by_name(_of_value, marked),
-            by_name(_of_derivative, grads),
-            _of_params(params, model_grads, updates),
-        )
+        values, derivatives = by_name(_of_value, marked), by_name(_of_derivative, grads)
+        for name, numbers in values.items():
+            # Behind a linear layer, the activation function that follows has no row of its own.
+            numbers["dead"] = jnp.maximum(numbers["dead"], derivatives[name]["silent"])
+        return Look(loss, values, derivatives, _of_params(params, model_grads, updates))
 
     def plot(
         self,

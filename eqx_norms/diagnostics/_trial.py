@@ -1,0 +1,130 @@
+"""What would become of the loss with a longer step: evidence that a learning rate is too small.
+
+One update says little. The first one of a warm-up and the last of a decay are small on purpose, and
+so is any where the gradient is.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from ._layer_statistics import is_floating, non_finite
+from ._statistics import activation_stats
+
+SMALL, USUAL = 1e-5, 1e-3
+_COUNTS = (1, 10, 100, 1000, 10_000, 100_000)
+
+
+@jax.jit
+def of_update(param: Array, update: Array) -> dict[str, Array]:
+    moved = (param + update.astype(param.dtype)).astype(param.dtype) != param
+    meant = update != 0
+    lost = jnp.sum(meant & ~moved) / jnp.maximum(jnp.sum(meant), 1)
+    rms = activation_stats(update).rms
+    return {
+        "update_rms": rms,
+        "update_ratio": rms / activation_stats(param).rms,
+        "update_non_finite": non_finite(update),
+        "lost": lost,
+    }
+
+
+def typical_ratio(parameters: Sequence[Any]) -> float | None:
+    """The median of the update ratios of the weights; `None` if there are none."""
+    ratios = [p.statistics.get("update_ratio", 0) for p in parameters if len(p.shape) > 1]
+    known = [r for r in ratios if 0 < r < float("inf")]
+    return float(np.median(known)) if known else None
+
+
+def try_steps(
+    loss_fn: Callable,
+    model: PyTree,
+    args: tuple,
+    optimiser: tuple[Any, PyTree],
+    grads: PyTree,
+    updates: PyTree,
+    parameters: Sequence[Any],
+) -> dict[str, float]:
+    """Tries what the updates leave in doubt, and nothing where they do not.
+
+    `longer` is, for a small step, the share of the fall that the gradient promises which is kept
+    with one of the usual size; 0 if the schedule has larger ones. The `lost` of the parameters
+    becomes that of the schedule's largest step.
+    """
+    ratio = typical_ratio(parameters)
+    if ratio is None:
+        return {}
+    in_doubt = [p for p in parameters if p.statistics.get("lost", 0) > 0.5]
+    if ratio >= SMALL and not in_doubt:
+        return {}
+    params = eqx.filter(model, eqx.is_inexact_array)
+    best = _largest_of_schedule(optimiser, grads, params)
+    for p, numbers in zip(parameters, best, strict=True):
+        p.statistics["lost"] = min(p.statistics["lost"], float(numbers["lost"]))
+    peak = float(np.median([float(n["update_ratio"]) for n in best if _counts(n)] or [0.0]))
+    if ratio >= SMALL or peak >= SMALL:
+        return {"longer": 0.0}
+    loss_at = _loss_along(loss_fn, model, args, updates)
+    scale = USUAL / ratio
+    promised = -scale * _dot(grads, updates)
+    now = loss_at(0.0)
+    if not promised > 1e-6 * abs(now):  # what float32 can show
+        return {"longer": 0.0}
+    return {"longer": (now - loss_at(scale)) / promised}
+
+
+def _counts(numbers: dict[str, Any]) -> bool:
+    return numbers["matrix"] and 0 < float(numbers["update_ratio"]) < float("inf")
+
+
+def _largest_of_schedule(
+    optimiser: tuple[Any, PyTree], grads: PyTree, params: PyTree
+) -> list[dict[str, Any]]:
+    """The figures of the largest update that this gradient gives at any step of a schedule."""
+    optim, state = optimiser
+    update = eqx.filter_jit(optim.update)
+    floats = lambda tree: [x for x in jtu.tree_leaves(tree) if is_floating(x)]
+    leaves = floats(params)
+    best, size = [], -1.0
+    for count in (None, *_COUNTS):
+        at = state if count is None else jtu.tree_map(lambda x: _set_count(x, count), state)  # noqa: B023
+        updates = floats(update(grads, at, params)[0])
+        found = [
+            of_update(p, u) | {"matrix": p.ndim > 1} for p, u in zip(leaves, updates, strict=True)
+        ]
+        here = float(np.nanmedian([float(n["update_ratio"]) for n in found if _counts(n)] or [0.0]))
+        # Without the moments that are there at such a count, Adam's steps are 3 times as large.
+        if here > (10 * size if best else -1):
+            best, size = found, here
+    return best
+
+
+def _set_count(x: Any, count: int) -> Any:
+    is_count = eqx.is_array(x) and x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
+    return jnp.full_like(x, count) if is_count else x
+
+
+def _loss_along(
+    loss_fn: Callable, model: PyTree, args: tuple, updates: PyTree
+) -> Callable[[float], float]:
+    dynamic, static = eqx.partition((model, args), eqx.is_array)
+
+    @jax.jit
+    def at(scale, updates, dynamic) -> Array:
+        model, args = eqx.combine(dynamic, static)
+        params, rest = eqx.partition(model, eqx.is_inexact_array)
+        step = lambda p, u: p if u is None else p + scale.astype(p.dtype) * u.astype(p.dtype)
+        return loss_fn(eqx.combine(jtu.tree_map(step, params, updates), rest), *args)
+
+    return lambda scale: float(at(jnp.float32(scale), updates, dynamic))
+
+
+def _dot(grads: PyTree, updates: PyTree) -> float:
+    of = lambda g, u: float(jnp.sum(g.astype(jnp.float32) * u.astype(jnp.float32)))
+    return sum(map(of, jtu.tree_leaves(grads), jtu.tree_leaves(updates)))
