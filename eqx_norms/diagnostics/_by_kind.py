@@ -122,6 +122,6 @@ def _measured(
         ]
 
     return [
-        _Kind(found, *(vectors or [None]), tuple(numbers), *(vector or [None]))
+        _Kind(found, next(iter(vectors), None), tuple(numbers), next(iter(vector), None))
         for (found, vectors), (numbers, vector) in zip(measured(layers), names, strict=True)
     ]

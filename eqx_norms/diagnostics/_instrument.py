@@ -6,6 +6,8 @@ The model stays as it is, the structure of its tree with it. For as long as the 
 
 import contextlib
 import functools as ft
+import inspect
+import re
 import threading
 import weakref
 from collections import Counter
@@ -20,7 +22,7 @@ from jaxtyping import Array, PyTree
 
 from ._tag import Place, tag
 
-Where = type | tuple[type, ...] | Callable[[str, eqx.Module], bool]
+Where = type | tuple[type, ...] | Callable[[str, eqx.Module], bool] | Callable[[eqx.Module], bool]
 
 
 class Observer:
@@ -236,16 +238,34 @@ def _as_predicate(where: Where) -> Callable[[str, eqx.Module], bool]:
     if all(isinstance(cls, type) for cls in classes):
         return lambda path, module: isinstance(module, classes)  # pyright: ignore
     if not isinstance(where, tuple) and callable(where):
-        return where
+        return where if _takes_a_path(where) else lambda _, module: where(module)  # pyright: ignore
     raise TypeError(
         "`where` must be a submodule type, a tuple of types, or a function of (path, module), "
         f"but it is {where!r}. Type for instance `where=eqx.nn.Linear`."
     )
 
 
+def _takes_a_path(where: Callable) -> bool:
+    """Whether it is a function of (path, module), and not of the module alone, as `is_norm` is."""
+    try:
+        inspect.signature(where).bind("", None)
+    except TypeError:
+        return False
+    except ValueError:  # It has no signature.
+        return True
+    return True
+
+
 def _nothing_matches(modules: dict[tuple, eqx.Module]) -> str:
+    must = "`where` must match at least one submodule that can be called, but "
+    if not modules:
+        return (
+            f"{must}the second argument, the model, has none: only an `equinox.Module` with a "
+            "`__call__` is one. The first is a function of the model: type for instance "
+            "`capture(lambda model, x: model(x), model, x, where=where)`."
+        )
     return (
-        "`where` must match at least one submodule that can be called, but it matches none. The "
+        f"{must}it matches none. The "
         f"model has {_listed(modules)}: type one of these types, or a function of (path, module)."
     )
 
@@ -258,8 +278,14 @@ def _not_there(path: str, modules: dict[tuple, eqx.Module]) -> str:
 
 
 def _listed(modules: dict[tuple, eqx.Module]) -> str:
-    here = [f"{path(keys)!r}: {type(module).__name__}" for keys, module in modules.items()]
+    here = [f"{path(keys)!r}: {_full_name(type(module))}" for keys, module in modules.items()]
     return f"{{{', '.join(here[:20])}{', ...' if len(here) > 20 else ''}}}"
+
+
+def _full_name(cls: type) -> str:
+    """With the module that it is imported from, for many libraries have a LayerNorm."""
+    public = re.sub(r"\._.*", "", cls.__module__)
+    return f"{public}.{cls.__qualname__}"
 
 
 def _callable_modules(keys: tuple, node: Any) -> Iterator[tuple[tuple, eqx.Module]]:

@@ -25,6 +25,9 @@ from ._layer_statistics import (
     layer_statistics,
     non_finite,
 )
+from ._mesh import on_any_mesh
+from ._once import jit_once
+from ._optimiser import next_updates
 from ._statistics import activation_stats, dead_unit_fraction, saturation_fraction
 from ._survey import Seen, Survey
 
@@ -90,7 +93,7 @@ def measure(
     # As `trace` parts them: NumPy arrays are no operands of its jaxpr.
     dynamic, static = eqx.partition((model, args), eqx.is_array)
 
-    @jax.jit
+    @jit_once
     def run(dynamic):
         model, args = eqx.combine(dynamic, static)
         loss, marked, grads, model_grads = survey.backward(model, args)
@@ -104,7 +107,8 @@ def measure(
         loss, ends, outputs, inputs, model_grads = run(dynamic)
         axes = _unit_axes(survey, model)
         calls = list(map(_of_call, axes, ends, outputs, inputs))
-        params = _of_parameters(model, model_grads, optimiser)
+        value_fn = lambda params: loss_fn(eqx.combine(params, model), *args)
+        params = _of_parameters(model, model_grads, optimiser, loss, value_fn)
     calls, params = jax.device_get((calls, params))
     rows, by_call, not_taken = [], {}, []
     for call, parts in zip(survey.calls, calls, strict=True):
@@ -210,6 +214,7 @@ def _of_activation(
 def _dead_and_saturated(
     x: Array, y: Array, activation: Activation, axis: int, loops: tuple[int, ...]
 ) -> dict[str, Array]:
+    @on_any_mesh
     def one(x, y):
         found = {}
         examples = as_examples(y, axis)
@@ -223,7 +228,11 @@ def _dead_and_saturated(
 
 
 def _of_parameters(
-    model: PyTree, grads: PyTree, optimiser: tuple[Any, PyTree] | None
+    model: PyTree,
+    grads: PyTree,
+    optimiser: tuple[Any, PyTree] | None,
+    loss: Array,
+    value_fn: Callable,
 ) -> list[dict[str, Array]]:
     params = eqx.filter(model, eqx.is_inexact_array)
     leaves = jtu.tree_leaves(params)
@@ -233,7 +242,7 @@ def _of_parameters(
     ]
     if optimiser is not None:
         optim, opt_state = optimiser
-        updates, _ = eqx.filter_jit(optim.update)(grads, opt_state, params)
+        updates = eqx.filter_jit(next_updates)(optim, grads, opt_state, params, loss, value_fn)
         for param, update, numbers in zip(leaves, jtu.tree_leaves(updates), found, strict=True):
             if numbers:
                 numbers |= _of_update(param, update)
@@ -304,7 +313,7 @@ def _reached_from_elsewhere(loss_fn: Callable, model: PyTree, args: tuple) -> di
 
     dynamic, static = eqx.partition((elsewhere, args), eqx.is_array)
 
-    @jax.jit
+    @jit_once
     def reached(dynamic):
         model, args = eqx.combine(dynamic, static)
         grads = eqx.filter_grad(loss_fn)(model, *args)

@@ -2,16 +2,15 @@
 
 import functools as ft
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.tree_util as jtu
 
-P = ParamSpec("P")
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def on_any_mesh(fn: Callable[P, T]) -> Callable[P, T]:
+def on_any_mesh(fn: F) -> F:
     """`fn`, computed as on automatic axes; its results, which are small, are whole everywhere."""
 
     @ft.wraps(fn)
@@ -33,10 +32,10 @@ def on_any_mesh(fn: Callable[P, T]) -> Callable[P, T]:
         run = jax.sharding.auto_axes(automatic, axes=axes, out_sharding=whole)
         return run(*[leaves[i] for i in at])
 
-    return anywhere
+    return anywhere  # pyright: ignore[reportReturnType]
 
 
-def _explicit(x) -> tuple[str, ...]:
+def _explicit(x: Any) -> tuple[str, ...]:
     """The explicit axes of the mesh that an array lies on."""
     if not isinstance(x, jax.Array):
         return ()
@@ -45,5 +44,5 @@ def _explicit(x) -> tuple[str, ...]:
     return tuple(name for name, kind in pairs if kind == jax.sharding.AxisType.Explicit)
 
 
-def _mesh(x):
+def _mesh(x: Any) -> Any:
     return jax.typeof(x).sharding.mesh

@@ -20,6 +20,7 @@ from ._layer_statistics import (
     is_floating,
     layer_statistics,
 )
+from ._optimiser import next_updates
 from ._statistics import activation_stats, dead_unit_fraction
 
 
@@ -27,7 +28,8 @@ class Look(NamedTuple):
     """What [`eqx_norms.diagnostics.Watch.measure`][] returns.
 
     In `values`, `grads` and `params` the statistics of each array stand by its name, in the order
-    of the calls and of the parameters. Inside a `jax.lax.scan`, of each step.
+    of the calls and of the parameters. Inside a `jax.lax.scan`, of each step. They are mappings,
+    which hold all layers of a kind in one array; `{**look.values}` is a dictionary of dictionaries.
 
     - `loss`.
     - `values`: of what the submodules return `mean`, `std`, `rms`, `largest` (in absolute value),
@@ -87,8 +89,8 @@ class Watch:
     def measure(self, model: PyTree, *args: Any, opt_state: PyTree = None) -> Look:
         """Looks at the model as it is, and at the step that it is about to take.
 
-        It costs a forward and a backward pass, and counting the entries costs more than these on a
-        CPU: call it once in a while.
+        It costs a few steps, a forward and a backward pass and the counting of the entries: call it
+        once in a while.
 
         **Arguments:**
 
@@ -117,7 +119,8 @@ class Watch:
         params = eqx.filter(model, eqx.is_inexact_array)  # as those of the gradients
         updates = None
         if self.optimiser is not None:
-            updates, _ = self.optimiser.update(model_grads, opt_state, params)
+            value_fn = lambda params: self.loss_fn(eqx.combine(params, model), *args)
+            updates = next_updates(self.optimiser, model_grads, opt_state, params, loss, value_fn)
         values, derivatives = _of_calls(program, marked, grads)
         return Look(loss, values, derivatives, _of_params(params, model_grads, updates))
 
