@@ -213,16 +213,15 @@ ANY = {
 }
 
 
-@pytest.mark.parametrize("name", few(MATRIX | ANY, ("histogram", "effective_rank")))
+@pytest.mark.parametrize("name", few(MATRIX | ANY, ("effective_rank",)))
 def test_statistics_of_a_split_array(name, getkey):
     fn, shape = (MATRIX | ANY)[name], (8, 4) if name in MATRIX else (8, 4, 6)
     x = normal(getkey(), shape)
-    for axes in (("a",), ("a", "b"), (None, "b"), (("a", "b"),), (*[None] * (len(shape) - 1), "a")):
-        for run in (fn, jax.jit(fn)):
-            found, expected = run(split(x, *axes)), run(x)
-            assert jax.tree.structure(found) == jax.tree.structure(expected)
-            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for axes in (("a", "b"), (*[None] * (len(shape) - 1), "a")):
+        found, expected = jax.jit(fn)(split(x, *axes)), jax.jit(fn)(x)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
