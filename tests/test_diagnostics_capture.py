@@ -849,7 +849,7 @@ def test_where_that_matches_nothing(net):
         capture(_forward, net, jnp.ones(4), where=eqx.nn.Conv1d)
     assert "matches none" in str(error.value)
     assert (
-        "The model has {'linear': Linear, 'stack': Linear, 'norm': LayerNorm, 'act': Tanh}"
+        "The model has {'linear': equinox.nn.Linear, 'stack': equinox.nn.Linear, 'norm': "
         in str(error.value)
     )
 

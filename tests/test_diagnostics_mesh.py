@@ -10,8 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from draws import normal
+from slow import few
 
-from eqx_norms.diagnostics import capture, capture_grads
+from eqx_norms.diagnostics import (
+    Watch,
+    activation_stats,
+    capture,
+    capture_grads,
+    dead_unit_fraction,
+    diagnose,
+    effective_rank,
+    histogram,
+    saturation_fraction,
+    singular_value_ratio,
+    stable_rank,
+)
 
 RTOL, ATOL = 2e-6, 2e-6
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
@@ -173,3 +186,58 @@ def test_a_mesh_that_is_not_set(axis_type, getkey):
     )
     assert_close(grads[""], jnp.cos(jnp.tanh(x)))
     assert grads[""].sharding.is_equivalent_to(values[""].sharding, 2)
+
+
+# Statistics. Oracle: those of the same array on one device, of which the sums may be in another
+# order: so many ulps of what is summed.
+
+
+def split(x, *axes):
+    """On a mesh of the kind that `jax.make_mesh` gives, whose axes are explicit."""
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(EXPLICIT, EXPLICIT))
+    return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P(*axes)))
+
+
+MATRIX = {
+    "effective_rank": effective_rank,
+    "stable_rank": stable_rank,
+    "singular_value_ratio": singular_value_ratio,
+}
+ANY = {
+    "activation_stats": activation_stats,
+    "histogram": lambda x: histogram(x, jnp.linspace(-2.0, 2.0, 9)),
+    "dead_unit_fraction": dead_unit_fraction,
+    "saturation_fraction": lambda x: saturation_fraction(jnp.tanh, x),
+}
+
+
+@pytest.mark.parametrize("name", few(MATRIX | ANY, ("effective_rank",)))
+def test_statistics_of_a_split_array(name, getkey):
+    fn, shape = (MATRIX | ANY)[name], (8, 4) if name in MATRIX else (8, 4, 6)
+    x = normal(getkey(), shape)
+    for axes in (("a", "b"), (*[None] * (len(shape) - 1), "a")):
+        found, expected = jax.jit(fn)(split(x, *axes)), jax.jit(fn)(x)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_instruments_on_an_explicit_mesh(getkey):
+    mlp = LINEAR(4, 4, key=getkey())
+    x = normal(getkey(), (16, 6, 4))
+    loss = lambda mlp, x: jnp.mean((jax.vmap(jax.vmap(mlp))(x) - x) ** 2)
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(EXPLICIT, EXPLICIT))
+    measure = eqx.filter_jit(Watch(loss, where=LINEAR).measure)
+    sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("a")))
+    expected = measure(mlp, x), diagnose(loss, mlp, x)
+    with jax.set_mesh(mesh):
+        look, diagnosis = measure(mlp, sharded), diagnose(loss, mlp, sharded)
+    for a, b in zip(jax.tree.leaves(look), jax.tree.leaves(expected[0]), strict=True):
+        if jnp.issubdtype(a.dtype, jnp.floating):  # a count may be next to its bin
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert [row.name for row in diagnosis.calls] == [row.name for row in expected[1].calls]
+    for a, b in zip(diagnosis.calls, expected[1].calls, strict=True):
+        assert set(a.statistics) == set(b.statistics)
+        for name, number in a.statistics.items():
+            np.testing.assert_allclose(number, b.statistics[name], rtol=1e-4, atol=1e-6)

@@ -1,5 +1,6 @@
 """capture of what programs are made of besides layers: constants, jitted parts, branches."""
 
+import functools as ft
 import gc
 
 import equinox as eqx
@@ -12,6 +13,7 @@ from draws import normal
 from jax.experimental import jet
 
 from eqx_norms.diagnostics import capture, capture_grads
+from eqx_norms.diagnostics._survey import Survey
 
 LINEAR = eqx.nn.Linear
 
@@ -133,6 +135,64 @@ def test_jit_keeps_its_name_and_how_it_is_inlined(linear):
     [plain], [ours] = ([eqn.params for eqn in jaxpr.eqns] for jaxpr in (plain, ours))
     for name in ("keep_unused", "inline", "name"):
         assert ours[name] == plain[name]
+
+
+def applied(act):
+    """Both modules of the model, one after the other."""
+    return lambda m, x: act(m[1], act(m[0], x))
+
+
+BY_JIT = (
+    eqx.filter_jit(lambda module, x: module(x)),
+    jax.jit(lambda module, x: module(x), static_argnums=0),
+)
+
+
+@pytest.mark.parametrize("act", BY_JIT)
+def test_a_trace_that_jax_keeps_has_no_paths_of_another_model(act):
+    x = jnp.array([-1.0, 2.0])
+    model = [eqx.nn.Lambda(jax.nn.relu), eqx.nn.Lambda(jnp.tanh)]
+    for first, second in (model, model[::-1], model):
+        run = ft.partial(capture, applied(act), [first, second], x, where=eqx.nn.Lambda)
+        assert_close(run()[1], {"[0]": first(x), "[1]": second(first(x))})
+        out, _ = run(replace={"[0]": jnp.zeros_like})
+        assert_close(out, jnp.zeros(2))  # of 0 the second one makes 0 again
+
+
+@pytest.mark.parametrize("act", BY_JIT)
+def test_equal_modules_that_share_a_trace_are_not_confused(act):
+    model = [eqx.nn.Lambda(jnp.tanh), eqx.nn.Lambda(jnp.tanh)]
+    with pytest.raises(NotImplementedError, match=r"'\[0\]', '\[1\]'.*cannot be told"):
+        capture(applied(act), model, jnp.ones(2), where=eqx.nn.Lambda)
+
+
+def test_a_diagnosis_and_a_capture_have_traces_of_their_own(linear, getkey):
+    x = normal(getkey(), (4, 3))
+    jitted = eqx.filter_jit(lambda linear, x: jnp.sum(jax.vmap(linear)(x) ** 2))
+    loss = lambda linear, x: jitted(linear, x)
+    everything = lambda path, module: True
+    # A diagnosis begins with a survey, which marks inputs as well.
+    ends = lambda: [(c.given, c.returned) for c in Survey(loss, linear, (x,), everything).calls]
+    assert ends() == [(0, 1)]
+    _, values, grads, _ = capture_grads(loss, linear, x, where=everything)
+    assert ends() == [(0, 1)]
+    y = jax.vmap(linear)(x)
+    assert_close((values, grads), ({"": y}, {"": 2 * y}))
+
+
+@pytest.mark.parametrize(
+    "around",
+    [lambda f: f, pytest.param(jax.checkpoint, marks=pytest.mark.slow)],
+    ids=["plain", "checkpoint"],
+)
+def test_what_fn_gives_away_is_there_afterwards(around, linear, getkey):
+    x = normal(getkey(), (4, 3))
+    double = around(jax.jit(lambda h: 2 * h, donate_argnums=0))
+    fn = lambda linear, x: double(jax.vmap(linear)(x))
+    _, values = capture(fn, linear, x, where=LINEAR)
+    *_, grads, _ = capture_grads(lambda *args: jnp.sum(fn(*args)), linear, x, where=LINEAR)
+    y = jax.vmap(linear)(x)
+    assert_close((values, grads), ({"": y}, {"": jnp.full((4, 3), 2.0)}))
 
 
 # Branches

@@ -42,13 +42,23 @@ _NAMED = {
         jax.nn.hard_tanh,
         jax.nn.hard_sigmoid,
         jax.nn.soft_sign,
+        jax.nn.squareplus,
+        jax.nn.mish,
     )
 }
 _PRIMITIVES = {"tanh": jnp.tanh, "logistic": jax.nn.sigmoid}
 
 
-@ft.cache
 def activation_of(fn: Callable, name: str) -> Activation:
+    """`fn` as one, if it can be hashed, as a bound method of a module with arrays cannot."""
+    try:
+        return _activation_of(fn, name)
+    except TypeError:
+        return Activation(name, None, None)
+
+
+@ft.cache
+def _activation_of(fn: Callable, name: str) -> Activation:
     """With a tenth of the largest slope as the limit, if `fn` is flat at both ends."""
     z = np.linspace(-30, 30, 601, dtype=np.float32)
     try:

@@ -52,9 +52,10 @@ def capture(
     - `fn`: a function of the model and `args`. It may return anything.
     - `model`: any pytree with `equinox.Module`s in it.
     - `args`: anything; arrays are traced.
-    - `where`: which submodules: a type, a tuple of types, or a function of `(path, module)` that
-        says whether to capture it. It is asked about every module that can be called, the model
-        itself included, of which the path is `""`. `()` for those alone that are replaced.
+    - `where`: which submodules: a type, a tuple of types, or a function of `(path, module)`, or of
+        the module alone, as [`eqx_norms.is_norm`][], that says whether to capture it. It is asked
+        about every `equinox.Module` that can be called, the model itself included, of which the
+        path is `""`. `()` for those alone that are replaced.
     - `replace`: what `fn` goes on with in place of the output of a submodule, by the key that the
         value has below; each call has its own. Either what it is to return, as the value below:
         the same structure, shapes and dtypes. Or a function of what it returned, `fn(value)`, of

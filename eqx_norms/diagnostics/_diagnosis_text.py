@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,11 +92,11 @@ def _table(what: str, rows: Sequence[Any], columns: dict[str, str]) -> str:
 
 
 def _line(left: str, right: str, cells: Sequence[str], room: int) -> str:
-    """`left` is cut in its middle where both do not fit."""
+    """`left` is cut near its front where both do not fit: names of layers differ at the end."""
     space = room - len(right) - 1
     if len(left) > space:
-        half = (space - 1) // 2
-        left = f"{left[: space - 1 - half]}…{left[len(left) - half :]}"
+        front = (space - 1) // 4
+        left = f"{left[:front]}…{left[len(left) - (space - 1 - front) :]}"
     numbers = "".join(f" {cell:>{_CELL}}" for cell in cells)
     return f"{left:<{space}} {right}{numbers}".rstrip()
 
@@ -161,8 +162,19 @@ def _extremes(group: list[Any]) -> str:
 
 
 def _not_looked_at(reasons: dict[str, str]) -> str:
-    lines = []
+    """Calls and steps of one submodule together, and so what has the same reason."""
+    by_reason = {}
     for where, reason in reasons.items():
-        text = f"not looked at: {where or 'the model'}: {reason}"
+        name = re.sub(r"#\d+|\{[\d, ]*\}", "", where) or "the model"
+        counts = by_reason.setdefault(reason, Counter())
+        counts[name] += 1
+    lines = []
+    for reason, counts in by_reason.items():
+        names = [f"{name} x{n}" if n > 1 else name for name, n in counts.items()]
+        more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+        text = f"not looked at: {', '.join(names[:_NAMES])}{more}: {reason}"
         lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
     return "\n".join(lines)
+
+
+_NAMES = 12  # So many are listed for one reason.

@@ -6,11 +6,14 @@ The model stays as it is, the structure of its tree with it. For as long as the 
 
 import contextlib
 import functools as ft
+import inspect
+import re
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -19,7 +22,7 @@ from jaxtyping import Array, PyTree
 
 from ._tag import Place, tag
 
-Where = type | tuple[type, ...] | Callable[[str, eqx.Module], bool]
+Where = type | tuple[type, ...] | Callable[[str, eqx.Module], bool] | Callable[[eqx.Module], bool]
 
 
 class Observer:
@@ -41,6 +44,7 @@ class Observer:
         self.level = 0 if self.outer is None else self.outer.level + 1
         self._places = {}
         self._calls = []
+        self._contents = _contents(self.modules)
 
     def trace(self, fn: Callable, model: PyTree, args: tuple) -> tuple[Any, PyTree, PyTree]:
         """As `equinox.filter_make_jaxpr(fn)(model, *args)`, with tags in it."""
@@ -74,7 +78,8 @@ class Observer:
 
     def _place(self, module: eqx.Module) -> tuple[Place | None, Sequence[Array]]:
         if id(module) in self._places:
-            return Place(self._places[id(module)]), ()
+            keys = self._places[id(module)]
+            return Place(keys, equals=self._equals(keys)), ()
         # `fn` has built it anew, as `jax.jit` and `equinox.combine` do.
         leaves, _ = jtu.tree_flatten_with_path(eqx.filter(module, eqx.is_array))
         if leaves:
@@ -85,6 +90,12 @@ class Observer:
                 if child is module:
                     return place and place._replace(keys=(*place.keys, *keys)), held
         return self._place_of_equal(module), ()
+
+    def _equals(self, keys: tuple) -> tuple[tuple, ...]:
+        """Where the others stand that are equal to the module at `keys`, which holds no array."""
+        same = self._contents.get(keys)
+        others = self._contents.items()
+        return tuple(other for other, each in others if each == same and other != keys)
 
     def _place_of_equal(self, module: eqx.Module) -> Place | None:
         equal = [keys for keys, other in self.modules.items() if _equal(module, other)]
@@ -102,14 +113,18 @@ class Observer:
         return {type(module) for module in self.modules.values()}
 
     def _key(self) -> "_Key":
+        """What tags depend on besides the arguments of a function and its own code."""
         matched = frozenset((keys, type(self.modules[keys])) for keys in self.matched)
-        return _Key((matched, self.outer and self.outer._key()))
+        contents = frozenset(self._contents.items())
+        key = _Key((type(self), matched, contents, self.outer and self.outer._key()))
+        return _keys.setdefault(key, key)
 
 
 # The innermost capture whose function is being traced, in this thread.
 _watch: ContextVar[Observer | None] = ContextVar("watch", default=None)
 # JAX keeps traces of the functions that are jitted inside `fn`. This is part of what it finds them
-# by, so that none with our tags in it is used where nothing is captured, nor the other way round.
+# by, so that none with our tags in it is used where nothing is captured, where other things are, or
+# in another model, nor the other way round.
 _traces = jax.make_user_context()
 
 
@@ -124,7 +139,36 @@ class _Key:
         return self.hash
 
     def __eq__(self, other):
-        return isinstance(other, _Key) and self.value == other.value
+        return self is other or (isinstance(other, _Key) and self.value == other.value)
+
+
+# Those in use, so that equal ones are the same, which is quickly seen.
+_keys = weakref.WeakValueDictionary()
+
+
+class _Content(NamedTuple):
+    """What a module without arrays consists of; two that are equal cannot be told apart."""
+
+    structure: Any
+    leaves: tuple
+
+
+def _contents(modules: dict[tuple, eqx.Module]) -> dict[tuple, Any]:
+    return {keys: _content(module) for keys, module in modules.items() if _is_bare(module)}
+
+
+def _is_bare(module: eqx.Module) -> bool:
+    return not any(map(eqx.is_array, jtu.tree_leaves(module)))
+
+
+def _content(module: eqx.Module) -> _Content | object:
+    leaves, structure = jtu.tree_flatten(module)
+    content = _Content(structure, tuple(leaves))
+    try:
+        hash(content)
+    except TypeError:
+        return object()  # equal to nothing else
+    return content
 
 
 @contextlib.contextmanager
@@ -194,16 +238,34 @@ def _as_predicate(where: Where) -> Callable[[str, eqx.Module], bool]:
     if all(isinstance(cls, type) for cls in classes):
         return lambda path, module: isinstance(module, classes)  # pyright: ignore
     if not isinstance(where, tuple) and callable(where):
-        return where
+        return where if _takes_a_path(where) else lambda _, module: where(module)  # pyright: ignore
     raise TypeError(
         "`where` must be a submodule type, a tuple of types, or a function of (path, module), "
         f"but it is {where!r}. Type for instance `where=eqx.nn.Linear`."
     )
 
 
+def _takes_a_path(where: Callable) -> bool:
+    """Whether it is a function of (path, module), and not of the module alone, as `is_norm` is."""
+    try:
+        inspect.signature(where).bind("", None)
+    except TypeError:
+        return False
+    except ValueError:  # It has no signature.
+        return True
+    return True
+
+
 def _nothing_matches(modules: dict[tuple, eqx.Module]) -> str:
+    must = "`where` must match at least one submodule that can be called, but "
+    if not modules:
+        return (
+            f"{must}the second argument, the model, has none: only an `equinox.Module` with a "
+            "`__call__` is one. The first is a function of the model: type for instance "
+            "`capture(lambda model, x: model(x), model, x, where=where)`."
+        )
     return (
-        "`where` must match at least one submodule that can be called, but it matches none. The "
+        f"{must}it matches none. The "
         f"model has {_listed(modules)}: type one of these types, or a function of (path, module)."
     )
 
@@ -216,8 +278,14 @@ def _not_there(path: str, modules: dict[tuple, eqx.Module]) -> str:
 
 
 def _listed(modules: dict[tuple, eqx.Module]) -> str:
-    here = [f"{path(keys)!r}: {type(module).__name__}" for keys, module in modules.items()]
+    here = [f"{path(keys)!r}: {_full_name(type(module))}" for keys, module in modules.items()]
     return f"{{{', '.join(here[:20])}{', ...' if len(here) > 20 else ''}}}"
+
+
+def _full_name(cls: type) -> str:
+    """With the module that it is imported from, for many libraries have a LayerNorm."""
+    public = re.sub(r"\._.*", "", cls.__module__)
+    return f"{public}.{cls.__qualname__}"
 
 
 def _callable_modules(keys: tuple, node: Any) -> Iterator[tuple[tuple, eqx.Module]]:

@@ -86,7 +86,10 @@ def _as_it_stands(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[
     inputs = {atom: x for atom, x in pairs if not isinstance(atom, Literal)}
     names = DebugInfo("capture", "", ("",) * len(inputs), ("",) * len(eqn.outvars))
     alone = Jaxpr((), list(inputs), eqn.outvars, [eqn], eqn.effects, names)
-    return eval_jaxpr(alone, (), *inputs.values()), []
+    run = lambda *inputs: eval_jaxpr(alone, (), *inputs)
+    # What is given away may be what is captured, but nothing is in a function that is jitted.
+    run = jax.jit(run) if step.donates else run
+    return run(*inputs.values()), []
 
 
 def _operand_and_result(
@@ -100,9 +103,10 @@ def _tag(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any]
     [output], [edit] = step.outputs, edits
     if len(output.paths) > 1:
         raise NotImplementedError(
-            f"The module that is called is made of {', '.join(map(repr, output.paths))} together, "
-            "so its output has no path. Stack or combine them before, so that `model` holds what "
-            "is called, or type a `where` that leaves them out."
+            f"Which of {', '.join(map(repr, output.paths))} is called cannot be told, so that its "
+            "output has no path: `fn` has stacked or combined them, or they are equal static "
+            "arguments of one jitted function. Stack or combine them before, so that `model` holds "
+            "what is called, or type a `where` that leaves them out."
         )
     values = edit.replaced(args[: len(eqn.outvars)])
     return edit.shifted(values), [values]
@@ -119,7 +123,7 @@ def _jit(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any]
 
     params = eqn.params
     run.__name__ = params["name"]
-    # All but the donations: what is given away may be what is captured.
+    # All but the donations, for the same reason as in `_as_it_stands`.
     jitted = jax.jit(
         run,
         in_shardings=(_given(params["in_shardings"]), None),

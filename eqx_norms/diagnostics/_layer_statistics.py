@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ._mesh import on_any_mesh
 from ._statistics import activation_stats, effective_rank
 
 # The singular values of so many examples say whether a layer's outputs collapse, at a bounded cost.
 RANK_EXAMPLES = 256
 
 
+@on_any_mesh
 def layer_statistics(x: Float[Array, "*shape"], unit_axis: int = -1) -> dict[str, Float[Array, ""]]:
     """What one array looks like, in numbers.
 
@@ -47,6 +49,7 @@ def layer_statistics(x: Float[Array, "*shape"], unit_axis: int = -1) -> dict[str
     }
 
 
+@on_any_mesh
 def derivative_statistics(
     x: Float[Array, "*shape"], unit_axis: int = -1
 ) -> dict[str, Float[Array, ""]]:

@@ -26,6 +26,9 @@ from ._layer_statistics import (
     non_finite,
     sample,
 )
+from ._mesh import on_any_mesh
+from ._once import jit_once
+from ._optimiser import next_updates
 from ._statistics import activation_stats, saturation_fraction
 from ._survey import Seen, Survey
 from ._trial import of_update, try_steps
@@ -108,7 +111,7 @@ def measure(
     # As `trace` parts them: NumPy arrays are no operands of its jaxpr.
     dynamic, static = eqx.partition((model, args), eqx.is_array)
 
-    @jax.jit
+    @jit_once
     def run(dynamic):
         model, args = eqx.combine(dynamic, static)
         loss, marked, grads, model_grads = survey.backward(model, args)
@@ -122,7 +125,9 @@ def measure(
         loss, ends, outputs, inputs, model_grads = run(dynamic)
         axes = _unit_axes(survey, model)
         calls = list(map(_of_call, axes, ends, outputs, inputs))
-        updates = _updates(optimiser, model_grads, eqx.filter(model, eqx.is_inexact_array))
+        value_fn = lambda params: loss_fn(eqx.combine(params, model), *args)
+        trained = eqx.filter(model, eqx.is_inexact_array)
+        updates = _updates(optimiser, model_grads, trained, loss, value_fn)
         params = _of_parameters(model, model_grads, updates, _stacks(survey, model))
     calls, params = jax.device_get((calls, params))
     rows, by_call, not_taken = [], {}, []
@@ -142,7 +147,9 @@ def measure(
         trial = {}
         if updates is not None:
             assert optimiser is not None
-            trial = try_steps(loss_fn, model, args, optimiser, model_grads, updates, parameters)
+            trial = try_steps(
+                loss_fn, model, args, optimiser, loss, model_grads, updates, parameters
+            )
     return Measured(
         float(loss),
         rows,
@@ -359,6 +366,7 @@ def _dead_and_saturated(
     of a sample of the examples differ.
     """
 
+    @on_any_mesh
     def one(x, y):
         active = jnp.moveaxis(~(jnp.abs(y) < SILENT), axis, -1)  # which a NaN is
         if examples:
@@ -433,11 +441,17 @@ def _of_norm(grad: Array, loops: tuple[int, ...], examples: int) -> dict[str, Ar
     return each_step(loops, one)(grad)
 
 
-def _updates(optimiser: tuple[Any, PyTree] | None, grads: PyTree, params: PyTree) -> PyTree | None:
+def _updates(
+    optimiser: tuple[Any, PyTree] | None,
+    grads: PyTree,
+    params: PyTree,
+    loss: Array,
+    value_fn: Callable[[PyTree], Array],
+) -> PyTree | None:
     if optimiser is None:
         return None
     optim, opt_state = optimiser
-    return eqx.filter_jit(optim.update)(grads, opt_state, params)[0]
+    return eqx.filter_jit(next_updates)(optim, grads, opt_state, params, loss, value_fn)
 
 
 def _of_parameters(
@@ -526,7 +540,7 @@ def _reached_from_elsewhere(
     leaves, structure = jtu.tree_flatten(eqx.filter(model, eqx.is_inexact_array))
     dynamic, static = eqx.partition((model, args), eqx.is_array)
 
-    @jax.jit
+    @jit_once
     def grads_are_there(leaves, dynamic):
         model, args = eqx.combine(dynamic, static)
         model = eqx.combine(jtu.tree_unflatten(structure, leaves), model)

@@ -31,12 +31,14 @@ class Step(NamedTuple):
     """What is marked in one equation, in program order, and the plans of its inner jaxprs.
 
     Where the equation itself is marked, though it is no tag, `operand` is which of its operands is
-    handed out, ahead of its first result.
+    handed out, ahead of its first result. `donates` says whether something in it gives operands
+    away, outside `jax.jit`.
     """
 
     outputs: list[Output]
     inner: list["Plan"]
     operand: int | None = None
+    donates: bool = False
 
 
 class Plan:
@@ -51,6 +53,7 @@ class Plan:
         self.consts = getattr(jaxpr, "consts", ())
         self.steps = steps
         self.outputs = [output for step in steps for output in step.outputs]
+        self.donates = any(step.donates for step in steps)
         self.recomputed = recomputed
 
     @ft.cached_property
@@ -67,7 +70,7 @@ class Plan:
 
 def make_plan(jaxpr: Any, model: PyTree, args: tuple, watch: Observer) -> Plan:
     """The plan of a jaxpr whose operands are the arrays of `model` and of `args`."""
-    planner = _Planner(model, watch)
+    planner = _Planner(jaxpr, model, watch)
     origins = list(planner.arrays.values())
     for arg in args:
         # What `equinox.partition` has taken out of the model stands there in an argument.
@@ -83,7 +86,8 @@ def _array_keys(tree: PyTree) -> list[tuple]:
 
 
 class _Planner:
-    def __init__(self, model: PyTree, watch: Observer):
+    def __init__(self, jaxpr: Any, model: PyTree, watch: Observer):
+        self.repeated = _repeated(jaxpr)
         self.arrays = {keys: 1 << i for i, keys in enumerate(_array_keys(model))}
         self.watch = watch
         self.plans = {}
@@ -110,12 +114,14 @@ class _Planner:
         for eqn in inside.eqns:
             inner, outs = self._inner(eqn, tuple(map(read, eqn.invars)))
             env.update(zip(eqn.outvars, outs, strict=True))
-            found = self._outputs(eqn, read) or [o for plan in inner for o in plan.outputs]
+            found = self._outputs(eqn, read, id(inside) in self.repeated)
+            found = found or [o for plan in inner for o in plan.outputs]
             recomputed += [o for plan in inner for o in plan.recomputed]
             if eqn.primitive is primitives.remat_p and eqn.params["differentiated"]:
                 recomputed += found
                 found = []
-            steps.append(Step(found, inner))
+            donates = any(eqn.params.get("donated_invars", ())) or any(p.donates for p in inner)
+            steps.append(Step(found, inner, donates=donates))
         return Plan(jaxpr, steps, recomputed), [read(atom) for atom in inside.outvars]
 
     def _inner(self, eqn: Any, origins: tuple[int, ...]) -> tuple[list[Plan], list[int]]:
@@ -152,12 +158,15 @@ class _Planner:
                 return plan, outs
             origins = (*origins[:start], *carry, *origins[stop:])
 
-    def _outputs(self, eqn: Any, read: Any) -> list[Output]:
+    def _outputs(self, eqn: Any, read: Any, repeated: bool) -> list[Output]:
         call = eqn.params.get("call")
         if eqn.primitive is not tag_p or call.level != self.watch.level:
             return []
         held = [read(atom) for atom in eqn.invars[len(eqn.outvars) :]]
-        found = [(*keys, *call.place.keys) for keys in self._holders(call, held)]
+        holders = self._holders(call, held)
+        # Modules that are static arguments share a trace if they are equal.
+        ends = [call.place.keys, *(call.place.equals if repeated else ())]
+        found = [(*keys, *end) for keys in holders for end in ends]
         if not self.watch.matched.intersection(found):
             return []
         return [Output(tuple(path(keys) for keys in found), call)]
@@ -176,6 +185,21 @@ class _Planner:
                 scores[keys] = (sum(a == b for a, b in both), len(both))
         best = max(scores.values(), default=(0, 0))
         return [keys for keys, score in scores.items() if score == best != (0, 0)]
+
+
+def _repeated(jaxpr: Any) -> set[int]:
+    """The ids of the jaxprs that several equations hold, and of all within these."""
+    seen, repeated = set(), set()
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            for inner in map(opened, _inner_jaxprs(eqn.params)):
+                if id(inner) not in repeated:
+                    (repeated if id(inner) in seen else seen).add(id(inner))
+                    walk(inner)
+
+    walk(opened(jaxpr))
+    return repeated
 
 
 def _outer_origins(eqn: Any, origins: tuple[int, ...]) -> list[int]:

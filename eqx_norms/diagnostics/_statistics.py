@@ -13,10 +13,12 @@ import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from .._largest import largest
 from .._real import Real
+from ._mesh import on_any_mesh
 
 
 class ActivationStats(NamedTuple):
@@ -76,10 +78,11 @@ def activation_stats(
     variance = jnp.mean(rest**2) - jnp.mean(rest) ** 2
     std = jnp.sqrt(jnp.maximum(variance, 0))
     rms = jnp.sqrt(jnp.mean(u**2))
-    bands = np.percentile(np.asarray(x), percentiles) if percentiles else None
+    bands = np.percentile(_on_the_host(x), percentiles) if percentiles else None
     return ActivationStats(mean * scale, std * scale, rms * scale, absmax, bands)
 
 
+@on_any_mesh
 def histogram(
     x: Float[ArrayLike, "*shape"], edges: Float[ArrayLike, " edges"]
 ) -> Int[Array, " bins"]:
@@ -119,6 +122,7 @@ def histogram(
     return counts[1:-1].at[-1].add(jnp.sum(x == edges[-1], dtype=jnp.int32))
 
 
+@on_any_mesh
 def dead_unit_fraction(
     x: Float[ArrayLike, "*batch units"], threshold: Real = 1e-8, batch_fraction: Real = 0.95
 ) -> Float[Array, ""]:
@@ -160,6 +164,7 @@ def dead_unit_fraction(
     return jnp.mean(dead, dtype=x.dtype)
 
 
+@on_any_mesh
 def saturation_fraction(
     fn: Callable[[Float[Array, ""]], Float[Array, ""]],
     x: Float[ArrayLike, "*shape"],
@@ -319,6 +324,7 @@ def effective_rank(x: Float[ArrayLike, "rows columns"]) -> Float[Array, ""]:
     return jnp.exp(jnp.sum(jax.scipy.special.entr(p)))
 
 
+@on_any_mesh
 def _singular_values(x: Float[ArrayLike, "rows columns"]) -> Float[Array, " values"]:
     """Those of a multiple of `x`, whose squares and sums neither overflow nor underflow."""
     x = _wide(x)
@@ -330,7 +336,17 @@ def _singular_values(x: Float[ArrayLike, "rows columns"]) -> Float[Array, " valu
         )
     # No statistic depends on the size of `x`, so that its scale is a constant to differentiation.
     scale = _power_of_two(jax.lax.stop_gradient(largest(x)))
-    return jnp.linalg.svd(x / scale, compute_uv=False)
+    # Of what is not finite LAPACK complains on stderr.
+    finite = jnp.isfinite(x).all()
+    singular = jnp.linalg.svd(jnp.where(finite, x / scale, 0), compute_uv=False)
+    return jnp.where(finite, singular, jnp.nan)
+
+
+def _on_the_host(x: Float[Array, "*shape"]) -> np.ndarray:
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    # Split over processes, each of which calls this.
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def _wide(x: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:

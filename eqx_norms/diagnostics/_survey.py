@@ -190,7 +190,7 @@ def _seen_step(plan: Plan, i: int, recomputed: set[int], survey: Survey) -> Step
         for output in step.outputs:
             reason = None
             if len(output.paths) > 1:
-                reason = "it is stacked or combined from several in the function"
+                reason = "which of several is called cannot be told"
             elif id(output.call) in recomputed:
                 reason = "the function differentiates a `jax.checkpoint` that calls it"
             if reason:

@@ -18,11 +18,13 @@ class Place(NamedTuple):
 
     At `keys`; or, where `holder` is not `None`, at `keys` within a module of that class. Which one
     of that class is seen from the arrays it holds, at `names`: the tag has them as operands.
+    A module without arrays may have `equals`: where those stand that are equal to it.
     """
 
     keys: tuple
     holder: type | None = None
     names: tuple = ()
+    equals: tuple[tuple, ...] = ()
 
 
 class Call:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ._layer_statistics import is_floating, non_finite
+from ._optimiser import next_updates
 from ._statistics import activation_stats
 
 SMALL, USUAL = 1e-5, 1e-3
@@ -47,6 +48,7 @@ def try_steps(
     model: PyTree,
     args: tuple,
     optimiser: tuple[Any, PyTree],
+    loss: Array,
     grads: PyTree,
     updates: PyTree,
     parameters: Sequence[Any],
@@ -64,7 +66,9 @@ def try_steps(
     if ratio >= SMALL and not in_doubt:
         return {}
     params = eqx.filter(model, eqx.is_inexact_array)
-    best = _largest_of_schedule(optimiser, grads, params)
+    value_fn = lambda params: loss_fn(eqx.combine(params, model), *args)
+    update = lambda *now: eqx.filter_jit(next_updates)(*now, loss, value_fn)
+    best = _largest_of_schedule(update, optimiser, grads, params)
     for p, numbers in zip(parameters, best, strict=True):
         p.statistics["lost"] = min(p.statistics["lost"], float(numbers["lost"]))
     peak = float(np.median([float(n["update_ratio"]) for n in best if _counts(n)] or [0.0]))
@@ -84,17 +88,16 @@ def _counts(numbers: dict[str, Any]) -> bool:
 
 
 def _largest_of_schedule(
-    optimiser: tuple[Any, PyTree], grads: PyTree, params: PyTree
+    update: Callable, optimiser: tuple[Any, PyTree], grads: PyTree, params: PyTree
 ) -> list[dict[str, Any]]:
     """The figures of the largest update that this gradient gives at any step of a schedule."""
     optim, state = optimiser
-    update = eqx.filter_jit(optim.update)
     floats = lambda tree: [x for x in jtu.tree_leaves(tree) if is_floating(x)]
     leaves = floats(params)
     best, size = [], -1.0
     for count in (None, *_COUNTS):
         at = state if count is None else jtu.tree_map(lambda x: _set_count(x, count), state)  # noqa: B023
-        updates = floats(update(grads, at, params)[0])
+        updates = floats(update(optim, grads, at, params))
         found = [
             of_update(p, u) | {"matrix": p.ndim > 1} for p, u in zip(leaves, updates, strict=True)
         ]

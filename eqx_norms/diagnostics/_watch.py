@@ -1,35 +1,35 @@
 """What goes on inside a model, over the steps of its training."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from ._by_kind import Statistics, by_kind
 from ._capture import _Program
 from ._instrument import Where, path
-from ._interpret import loops_around
+from ._interpret import Marked, loops_around
 from ._layer_statistics import (
     as_examples,
     derivative_statistics,
-    each_step,
     is_floating,
     layer_statistics,
 )
-from ._statistics import activation_stats, dead_unit_fraction, histogram, update_ratio
-
-Statistics = OrderedDict[str, dict[str, Any]]  # which jit does not sort
+from ._optimiser import next_updates
+from ._statistics import activation_stats, dead_unit_fraction
 
 
 class Look(NamedTuple):
     """What [`eqx_norms.diagnostics.Watch.measure`][] returns.
 
     In `values`, `grads` and `params` the statistics of each array stand by its name, in the order
-    of the calls and of the parameters. Inside a `jax.lax.scan`, of each step.
+    of the calls and of the parameters. Inside a `jax.lax.scan`, of each step. They are mappings,
+    which hold all layers of a kind in one array; `{**look.values}` is a dictionary of dictionaries.
 
     - `loss`.
     - `values`: of what the submodules return `mean`, `std`, `rms`, `largest` (in absolute value),
@@ -90,8 +90,8 @@ class Watch:
     def measure(self, model: PyTree, *args: Any, opt_state: PyTree = None) -> Look:
         """Looks at the model as it is, and at the step that it is about to take.
 
-        It costs a forward and a backward pass, and counting the entries costs more than these on a
-        CPU: call it once in a while.
+        It costs a few steps, a forward and a backward pass and the counting of the entries: call it
+        once in a while.
 
         **Arguments:**
 
@@ -117,16 +117,12 @@ class Watch:
             )
         program = _Program(self.loss_fn, model, args, self.where, None)
         loss, marked, grads, model_grads = program.backward(model, args)
-        by_name = lambda fn, found: _by_name(fn, program.by_path(found), loops)
-        loops = dict(zip(program.keys, loops_around(program.plan), strict=True))
         params = eqx.filter(model, eqx.is_inexact_array)  # as those of the gradients
         updates = None
         if self.optimiser is not None:
-            updates, _ = self.optimiser.update(model_grads, opt_state, params)
-        values, derivatives = by_name(_of_value, marked), by_name(_of_derivative, grads)
-        for name, numbers in values.items():
-            # Behind a linear layer, the activation function that follows has no row of its own.
-            numbers["dead"] = jnp.maximum(numbers["dead"], derivatives[name]["silent"])
+            value_fn = lambda params: self.loss_fn(eqx.combine(params, model), *args)
+            updates = next_updates(self.optimiser, model_grads, opt_state, params, loss, value_fn)
+        values, derivatives = _of_calls(program, marked, grads)
         return Look(loss, values, derivatives, _of_params(params, model_grads, updates))
 
     def plot(
@@ -193,43 +189,70 @@ _SIZES = 2.0 ** (np.arange(-_BINS_A_DOUBLING * _DOUBLINGS, 1) / _BINS_A_DOUBLING
 EDGES = np.concatenate([-_SIZES[::-1], _SIZES])
 
 
-def _by_name(
-    fn: Callable, found: dict[str, PyTree], loops: dict[str, tuple[int, ...]]
-) -> Statistics:
+def _of_calls(program: _Program, marked: Marked, grads: Marked) -> list[Statistics]:
     """Of each floating-point array, by the key of its call, and its place in what that returned."""
-    statistics = OrderedDict()
-    for key, value in found.items():
-        for place, x in jtu.tree_flatten_with_path(value)[0]:
+    values, derivatives = program.by_path(marked), program.by_path(grads)
+    arrays, loops = {}, {}
+    for key, around in zip(program.keys, loops_around(program.plan), strict=True):
+        of_grads = dict(jtu.tree_flatten_with_path(derivatives[key])[0])
+        for place, x in jtu.tree_flatten_with_path(values[key])[0]:
             if is_floating(x):
-                statistics[key + jtu.keystr(place)] = each_step(loops[key], fn)(x)
-    return statistics
+                arrays[key + jtu.keystr(place)] = x, of_grads[place]
+                loops[key + jtu.keystr(place)] = around
+    return by_kind(_of_outputs, arrays, loops, parts=2)
 
 
-def _of_value(x: Float[Array, "*shape"]) -> dict[str, Array]:
-    statistics = layer_statistics(x)
-    counts = _counts(x, statistics["largest"])
-    return statistics | {"dead": dead_unit_fraction(as_examples(x)), "counts": counts}
+def _of_outputs(values: Array, grads: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+    both = jax.lax.map(_of_array, jnp.concatenate([values, grads]))
+    of_values = {name: x[: len(values)] for name, x in both.items() if name != "silent"}
+    of_values["effective_rank"] = jax.lax.map(_rank, values)
+    names = ("rms", "non_finite", "silent", "largest", "counts")
+    of_grads = {name: both[name][len(values) :] for name in names}
+    # Behind a linear layer, the activation function that follows has no row of its own.
+    of_values["dead"] = jnp.maximum(of_values["dead"], of_grads["silent"])
+    return of_values, of_grads
 
 
-def _of_derivative(x: Float[Array, "*shape"]) -> dict[str, Array]:
-    largest = activation_stats(x).absmax
-    return derivative_statistics(x) | {"largest": largest, "counts": _counts(x, largest)}
+def _of_array(x: Float[Array, "*shape"]) -> dict[str, Array]:
+    """Of an output or a derivative there; the rank, which takes longer, is only of an output."""
+    found = layer_statistics(x) | derivative_statistics(x)
+    del found["effective_rank"]
+    found["dead"] = dead_unit_fraction(as_examples(x))
+    return found | {"counts": _counts(x, found["largest"])}
+
+
+def _rank(x: Float[Array, "*shape"]) -> Float[Array, ""]:
+    return layer_statistics(x)["effective_rank"]
 
 
 def _counts(x: Float[Array, "*shape"], largest: Float[Array, ""]) -> Int[Array, " bins"]:
-    return histogram(x, largest * jnp.asarray(EDGES, largest.dtype))
+    """As `histogram`, which compiles for longer, and takes longer for so few bins."""
+    edges = largest * jnp.asarray(EDGES, largest.dtype)
+    # One more than the last, which is in its bin, as is all that rounding leaves above it.
+    edges = edges.at[-1].set(jnp.inf)[:, None]
+    above = jnp.sum(x.astype(largest.dtype).ravel()[None] >= edges, axis=1, dtype=jnp.int32)
+    return above[:-1] - above[1:]
 
 
 def _of_params(params: PyTree, grads: PyTree, updates: PyTree | None) -> Statistics:
-    rms = lambda x: activation_stats(x).rms
-    statistics = OrderedDict()
-    ratios = None if updates is None else update_ratio(updates, params)
-    grads_by_path = dict(jtu.tree_flatten_with_path(grads)[0])
-    ratios_by_path = dict(jtu.tree_flatten_with_path(ratios)[0])
-    for keys, param in jtu.tree_flatten_with_path(params)[0]:
-        if is_floating(param):
-            found = {"rms": rms(param), "grad_rms": rms(grads_by_path[keys])}
-            if ratios is not None:
-                found["update_ratio"] = ratios_by_path[keys]
-            statistics[path(keys)] = found
+    trees = (params, grads) if updates is None else (params, grads, updates)
+    own, *others = (dict(jtu.tree_flatten_with_path(tree)[0]) for tree in trees)
+    arrays = {
+        path(keys): (param, *(of[keys] for of in others))
+        for keys, param in own.items()
+        if is_floating(param)
+    }
+    [statistics] = by_kind(_of_params_alike, arrays, dict.fromkeys(arrays, ()), flat=True)
     return statistics
+
+
+def _of_params_alike(*arrays: Array) -> list[dict[str, Array]]:
+    wide = jnp.float64 if jnp.float64 in [x.dtype for x in arrays] else jnp.float32
+    rms = jax.vmap(lambda x: activation_stats(x).rms)(
+        jnp.concatenate([x.astype(wide) for x in arrays])
+    )
+    of_param, of_grad, *of_update = rms.reshape(len(arrays), -1)
+    found = {"rms": of_param, "grad_rms": of_grad}
+    for update in of_update:
+        found["update_ratio"] = update / of_param
+    return [found]

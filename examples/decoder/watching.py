@@ -44,7 +44,8 @@ class Watching:
             return
         model, opt_state = on_one_device((state.model, state.opt_state), self.mesh)
         look = jax.device_get(self.measure(model, names, opt_state=opt_state))
-        entry = {"step": state.step, **jax.tree.map(np.ndarray.tolist, look)._asdict()}
+        plain = Look(look.loss, *({**statistics} for statistics in look[1:]))
+        entry = {"step": state.step, **jax.tree.map(np.ndarray.tolist, plain)._asdict()}
         with self.file.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 

@@ -1,0 +1,26 @@
+"""What an optimiser is about to do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+
+def next_updates(
+    optim: Any,
+    grads: PyTree,
+    opt_state: PyTree,
+    params: PyTree,
+    loss: Float[Array, ""],
+    value_fn: Callable[[PyTree], Float[Array, ""]],
+) -> PyTree:
+    """The updates, also of an optimiser that needs the loss, or the function that gives it, as
+    Optax's `lbfgs`, `polyak_sgd` and `reduce_on_plateau` do.
+    """
+    try:
+        updates, _ = optim.update(grads, opt_state, params)
+    except TypeError:
+        more = {"value": jnp.asarray(loss), "grad": grads, "value_fn": value_fn}
+        updates, _ = optim.update(grads, opt_state, params, **more)
+    return updates
