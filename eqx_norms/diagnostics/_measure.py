@@ -410,6 +410,7 @@ def _of_logits(grad: Array, loops: tuple[int, ...]) -> dict[str, Array]:
     `confident` the mean share of one class among these; NaN if it is not of that kind.
     """
 
+    @on_any_mesh
     def one(grad):
         g = grad.reshape(-1, grad.shape[-1]).astype(jnp.float32)
         size = jnp.abs(g).sum(-1)
@@ -433,6 +434,7 @@ def _of_logits(grad: Array, loops: tuple[int, ...]) -> dict[str, Array]:
 def _of_norm(grad: Array, loops: tuple[int, ...], examples: int) -> dict[str, Array]:
     """How much the derivative at the output of a norm differs over the entries of an example."""
 
+    @on_any_mesh
     def one(grad):
         g = grad.reshape(*grad.shape[:examples], -1).astype(jnp.float32)
         rest = activation_stats(g - g[..., :1]).rms
