@@ -278,33 +278,26 @@ def test_an_edit_outside_the_domain_is_no_leak(x):
 def test_float64_has_rounding_of_its_own():
     # A change of a millionth of an ulp of float32 and of 5 ulps of float64: no leak, though it did
     # not shrink a thousandfold.
-    def measured(ulps):
-        changes = np.array([[0.0], [ulps]])
-        one = np.ones((2, 1))
-        return Changes(changes, changes, one, one, np.zeros((2, 1), bool))
+    def measured(edits, ulps):
+        changes = np.array([[ulps if edit.where.any() else 0.0] for edit in edits])
+        one = np.ones_like(changes)
+        return Changes(changes, changes, one, one, changes < 0)
 
-    class Wide:
-        eps = 2.0**-52
-        ulps = 5.0
+    class Measured(Probe):
+        ulps = 1e-6
 
-        def measure(self, edits, label):
-            return measured(self.ulps)
+        def measure(self, edits, label=""):
+            return measured(edits, self.ulps)
 
-    class Narrow(Probe):
-        def __init__(self):
-            object.__setattr__(self, "eps", 2.0**-23)
-            object.__setattr__(self, "editor", Editor((), (1.0,), (0,)))
-
+    editor = make_editor((np.ones(2),), (0,), (1.0,), None, None)
     closed = trace(lambda x: [x], [jnp.ones(2)])
     problem = Problem(zoo.rnn_scan, (), (0,), (0,), closed, ())
     edits = [Edit(np.array(where), 0, 0) for where in ([False, False], [False, True])]
     watch = np.array([[True], [True]])
-    wide = Wide()
-    judge = Judge(problem, Narrow(), 64, confirm_x64=True)
-    vars(judge)["_second"] = wide
-    assert not judge.tell(edits, watch, measured(1e-6)).leaks.any()
-    wide.ulps = 65.0
-    assert judge.tell(edits, watch, measured(1e-6)).leaks.any()
+    judge = Judge(problem, Measured(jnp.ones, editor, (0,), 2.0**-23, 8), 64, confirm_x64=True)
+    vars(judge)["_second"] = Measured(jnp.ones, editor, (0,), 2.0**-52, 8)
+    for Measured.ulps, leaks in ((5.0, False), (65.0, True)):
+        assert judge.tell(edits, watch, measured(edits, 1e-6)).leaks.any() == leaks
 
 
 def test_nan_in_the_past_alone_is_a_leak(x):

@@ -326,7 +326,11 @@ run = lambda net, x: net(x)
 @pytest.mark.parametrize(
     ("replace", "error", "texts"),
     [
-        ({"second": halved}, ValueError, ("at 'second' there is none", "'first': Linear")),
+        (
+            {"second": halved},
+            ValueError,
+            ("at 'second' there is none", "'first': equinox.nn.Linear"),
+        ),
         ({"first.weight": halved}, ValueError, ("at 'first.weight' there is none",)),
         ({"first#1": halved}, ValueError, ("the key 'first#1'", "Its calls are 'first'.")),
         ({"stack": halved}, ValueError, ("the key 'stack'", "not called")),

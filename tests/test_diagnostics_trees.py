@@ -247,7 +247,7 @@ def test_layers_that_are_stacked_in_the_function(net, getkey):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), net.first, net.second)
         return jax.lax.scan(lambda x, linear: (linear(x), None), x, stacked)[0]
 
-    message = r"made of 'first', 'second' together.*Stack or combine them before"
+    message = r"Which of 'first', 'second' is called cannot be told.*Stack or combine them before"
     with pytest.raises(NotImplementedError, match=message):
         capture(fn, net, normal(getkey(), (4,)), where=LINEAR)
 

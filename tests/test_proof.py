@@ -351,7 +351,7 @@ def test_the_platform_is_said():
 
 def test_several_arrays_that_are_put_somewhere():
     put = lambda x: jax.device_put((x, 2 * x[::-1]))
-    assert check_causal(lambda x: put(x)[0], line(), prove=True).status == "proved"
+    assert check_causal(lambda x: put(x)[0].cumsum(), line(), prove=True).status == "proved"
     assert check_causal(lambda x: put(x)[1], line(), prove=True).status == "leak"
 
 
@@ -428,7 +428,8 @@ def test_whose_array_a_parameter_is_does_not_matter(gate):
         lambda x: module(x[:, None]),
         lambda x: x + HELD * x.sum(),
     ):
-        assert not check_causal(fn, line(), prove=True, splits=(3,)).status == "proved"
+        report = check_causal(fn, line(), prove=True, splits=(3,), pointwise=True)
+        assert not report.status == "proved"
 
 
 def test_a_numpy_scalar_takes_nothing_from_a_proof():

@@ -20,13 +20,16 @@ def beside(editor: Editor, by: float, seed: int = 0, wide: bool = False) -> Edit
     return dataclasses.replace(editor, leaves=tuple(leaves))
 
 
+@dataclasses.dataclass(frozen=True)
 class Shaken(Editor):
-    """Of each edit only its seed counts: the input is moved by an eps of float64, of 0 not."""
+    """Of each edit only its seed counts: the input is moved by so much of its size, of 0 not."""
+
+    by: float = 0.0
 
     def apply(self, edit: Edit) -> tuple[np.ndarray, ...]:
         """The leaves, moved."""
-        by = float(np.finfo(np.float64).eps) * bool(edit.seed)
-        return tuple(leaf.values for leaf in beside(self, by, edit.seed, wide=True).leaves)
+        moved = beside(self, self.by * bool(edit.seed), edit.seed, wide=True)
+        return tuple(leaf.values for leaf in moved.leaves)
 
 
 def _moved(values: np.ndarray, by: float, seed: int, wide: bool) -> np.ndarray:
