@@ -31,7 +31,7 @@ from eqx_norms.causality import (
     check_independent,
     dependency_matrix,
 )
-from eqx_norms.causality._edits import Edit, Editor, make_editor
+from eqx_norms.causality._edits import Edit, make_editor
 from eqx_norms.causality._inputs import Problem
 from eqx_norms.causality._judge import Judge
 from eqx_norms.causality._probe import Changes, Probe
