@@ -225,7 +225,7 @@ class Judge:
     def _nudged_by_half_an_ulp(self, closed: jex.ClosedJaxpr, chosen: np.ndarray) -> Outputs:
         rng = np.random.default_rng(0)
         nudge = lambda value: _nudged(value, rng)
-        lies = [leaf.sharding for leaf in self.rows[0]]
+        lies = [getattr(leaf, "sharding", None) for leaf in self.rows[0]]
         with jax.enable_x64(True):
             rows = [list(map(placed, map(nudge, self.rows[k]), lies)) for k in chosen]
         return _wide(closed, rows, nudge)
@@ -251,7 +251,7 @@ class Judge:
             why = "Integers differ where two scores nearly tie, or at a threshold, and rounding "
             return [*notes, f"{why}decides. Compare what they come from."]
         try:
-            told = blame(closed, self.rows[row], int(leaf), float(errors[worse, row, leaf]))
+            told = blame(closed, self.rows[int(row)], int(leaf), float(errors[worse, row, leaf]))
         except Exception:  # what cannot be run operation by operation may raise what it likes
             told = ""
         return [*notes, told] if told else notes
@@ -260,7 +260,7 @@ class Judge:
         """How far the outputs of both move when inputs and constants do by an eps of float64."""
         rng = np.random.default_rng(0)
         nudge = lambda value: _nudged(value, rng, _EPS64)
-        lies = [leaf.sharding for leaf in self.rows[0]]
+        lies = [getattr(leaf, "sharding", None) for leaf in self.rows[0]]
         with jax.enable_x64(True):
             rows = [list(map(placed, map(nudge, self.rows[k]), lies)) for k in chosen]
         one = gaps([exact.one[k] for k in chosen], _wide(self.one, rows, nudge)).size

@@ -184,14 +184,15 @@ def _linear_pairs(survey: Survey) -> list[tuple[str, str]]:
     Where the first has fewer units than what is at either end, they are a matrix of low rank.
     """
     pairs = {}
-    calls = [c for c in survey.calls if isinstance(survey.modules.get(c.path), eqx.nn.Linear)]
+    linear = {k: m for k, m in survey.modules.items() if isinstance(m, eqx.nn.Linear)}
+    calls = [call for call in survey.calls if call.path in linear]
     by_mark = {call.returned: call for call in calls if call.returned is not None}
     for call in calls:
         for fact in survey.flow.facts.get(-1 if call.given is None else call.given, []):
             before = by_mark.get(fact.same)
             if before is None or len(survey.flow.readers.get(fact.same, ())) != 1:
                 continue
-            one, two = survey.modules[before.path], survey.modules[call.path]
+            one, two = linear[before.path], linear[call.path]
             sizes = (one.in_features, one.out_features, two.out_features)
             full = "scalar" not in sizes and sizes[1] >= min(sizes[0], sizes[2])
             if full and _parent(before.path) == _parent(call.path):
@@ -303,11 +304,11 @@ def _of_call(
     call, axis = call_and_axis
     values, grads = output
     if call.applied is not None:
-        x, y = values
+        given, y = values
         if not is_floating(y):
             return [{}]
         found = _of_activation(y, axis, call.loops)
-        return [found | _of_units(x, y, call, axis)]
+        return [found | _of_units(given, y, call, axis)]
     parts = [
         _of_output(value, grad, axis, call.loops) | ends if is_floating(value) else {}
         for value, grad in zip(values, grads, strict=True)

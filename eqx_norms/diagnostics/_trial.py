@@ -67,8 +67,10 @@ def try_steps(
         return {}
     params = eqx.filter(model, eqx.is_inexact_array)
     value_fn = lambda params: loss_fn(eqx.combine(params, model), *args)
-    update = lambda *now: eqx.filter_jit(next_updates)(*now, loss, value_fn)
-    best = _largest_of_schedule(update, optimiser, grads, params)
+    optim, state = optimiser
+    jitted = eqx.filter_jit(next_updates)
+    update = lambda state: jitted(optim, grads, state, params, loss, value_fn)
+    best = _largest_of_schedule(update, state, params)
     for p, numbers in zip(parameters, best, strict=True):
         p.statistics["lost"] = min(p.statistics["lost"], float(numbers["lost"]))
     peak = float(np.median([float(n["update_ratio"]) for n in best if _counts(n)] or [0.0]))
@@ -88,16 +90,15 @@ def _counts(numbers: dict[str, Any]) -> bool:
 
 
 def _largest_of_schedule(
-    update: Callable, optimiser: tuple[Any, PyTree], grads: PyTree, params: PyTree
+    update: Callable[[PyTree], PyTree], state: PyTree, params: PyTree
 ) -> list[dict[str, Any]]:
     """The figures of the largest update that this gradient gives at any step of a schedule."""
-    optim, state = optimiser
     floats = lambda tree: [x for x in jtu.tree_leaves(tree) if is_floating(x)]
     leaves = floats(params)
     best, size = [], -1.0
     for count in (None, *_COUNTS):
-        at = state if count is None else jtu.tree_map(lambda x: _set_count(x, count), state)  # noqa: B023
-        updates = floats(update(optim, grads, at, params))
+        at = state if count is None else _at_count(state, count)
+        updates = floats(update(at))
         found = [
             of_update(p, u) | {"matrix": p.ndim > 1} for p, u in zip(leaves, updates, strict=True)
         ]
@@ -108,9 +109,9 @@ def _largest_of_schedule(
     return best
 
 
-def _set_count(x: Any, count: int) -> Any:
-    is_count = eqx.is_array(x) and x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
-    return jnp.full_like(x, count) if is_count else x
+def _at_count(state: PyTree, count: int) -> PyTree:
+    is_count = lambda x: eqx.is_array(x) and x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
+    return jtu.tree_map(lambda x: jnp.full_like(x, count) if is_count(x) else x, state)
 
 
 def _loss_along(

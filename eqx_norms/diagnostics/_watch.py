@@ -1,6 +1,6 @@
 """What goes on inside a model, over the steps of its training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -46,9 +46,9 @@ class Look(NamedTuple):
     """
 
     loss: Float[Array, ""]
-    values: Statistics
-    grads: Statistics
-    params: Statistics
+    values: Mapping[str, dict[str, Any]]
+    grads: Mapping[str, dict[str, Any]]
+    params: Mapping[str, dict[str, Any]]
 
 
 class Watch:
