@@ -194,7 +194,8 @@ def _linear_pairs(survey: Survey) -> list[tuple[str, str]]:
                 continue
             one, two = linear[before.path], linear[call.path]
             sizes = (one.in_features, one.out_features, two.out_features)
-            full = "scalar" not in sizes and sizes[1] >= min(sizes[0], sizes[2])
+            numbers = [size for size in sizes if size != "scalar"]
+            full = len(numbers) == 3 and numbers[1] >= min(numbers[0], numbers[2])
             if full and _parent(before.path) == _parent(call.path):
                 pairs[before.path, call.path] = None
     return list(pairs)

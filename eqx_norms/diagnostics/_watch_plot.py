@@ -1,14 +1,14 @@
 """The figure of a training run: percentiles or histograms by layer, and what all layers share."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from .._real import Real
-from ._watch import EDGES, Look, Statistics
+from ._watch import EDGES, Look
 
 BANDS = 16, 50, 84
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, which colour-blind readers can tell apart
@@ -22,7 +22,7 @@ class Course(NamedTuple):
     statistics: dict[str, Any]
 
 
-def courses(measured: Statistics) -> list[Course]:
+def courses(measured: Mapping[str, dict[str, Any]]) -> list[Course]:
     """In the order of the calls; those of a loop step by step."""
     found = []
     for name, statistics in measured.items():
