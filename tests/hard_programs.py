@@ -470,13 +470,13 @@ def rng_of_casts():
     return np.random.default_rng(0)
 
 
-def steps(rng, values, count, depth):
+def steps(rng, values, count, depth, among=STEPS):
     pick = lambda: values[int(rng.integers(max(0, len(values) - 4), len(values)))]
     for _ in range(count):
         if depth and rng.random() < 0.15:
             value = control(rng, pick, depth)
         else:
-            value = STEPS[int(rng.integers(len(STEPS)))](rng, pick)
+            value = among[int(rng.integers(len(among)))](rng, pick)
         values.append(full(value))
     return values
 
@@ -492,18 +492,72 @@ def program(seed, dtype):
     return run
 
 
-# So many short programs differ in their numbers alone, so that what runs is compiled once for all.
-ALIKE = 8
+# Short programs: something of which a bound is known, what is done with it, and what follows if the
+# bound still holds. A wrong bound has no other way to be seen.
+
+
+def bounded(rng, x):
+    """One of two numbers, a range, zeros in places or a constant, of any real dtype."""
+    dtype = str(rng.choice([d for d in dtypes() if d != "complex64"]))
+    literal = lambda: lax.full((T, D), values_of(rng).choice(specials(dtype)), dtype)
+    kind = rng.integers(5)
+    if kind in (0, 1):
+        one_of_two = jnp.where(
+            real(rng, x) > other(rng, lambda: x, real(rng, x)), literal(), literal()
+        )
+        return one_of_two if kind == 0 else jnp.where(mask(rng), one_of_two, literal())
+    if kind == 2 and dtype != "bool":
+        ends = np.sort(values_of(rng).choice(specials(dtype), 2).astype(dtype))
+        low, high = (lax.full((), end, dtype) for end in ends)
+        return lax.clamp(low, cast(rng, x, dtype), high)
+    if kind == 3:
+        return jnp.where(mask(rng), cast(rng, x, dtype), literal())
+    return constant(rng, dtype)
+
+
+def decides(rng, b, x):
+    """What x, or a constant, is where b is large, small, zero or in the way."""
+    b = real(rng, b) if b.dtype != "bool" else b
+    near = lambda: lax.full((T, D), values_of(rng).choice(specials(str(b.dtype))), b.dtype)
+    kind = rng.integers(8)
+    if kind in (0, 1) and b.dtype != "bool":
+        found = getattr(lax, choose(rng, "lt", "le", "gt", "ge", "eq", "ne"))(b, near())
+        return jnp.where(found, x, other(rng, lambda: x, x))
+    if kind == 2 and b.dtype != "bool":
+        return getattr(lax, choose(rng, "max", "min"))(cast(rng, x, str(b.dtype)), b)
+    if kind == 3:
+        return cast(rng, b, str(x.dtype)) * x if x.dtype != "bool" else cast(rng, b, "bool") & x
+    if kind == 4:
+        wide = cast(rng, b, choose(rng, "float32", "bfloat16", "float16"))
+        return getattr(lax, choose(rng, "exp", "exp2", "logistic"))(wide) * cast(
+            rng, x, str(wide.dtype)
+        )
+    if kind == 5:
+        where = cast(rng, b, choose(rng, *INTS))
+        return jnp.take(x, where[:, 0], 0, mode=choose(rng, "clip", "fill", "wrap"))
+    if kind == 6 and b.dtype != "bool":
+        rivals = jnp.where(mask(rng), b, cast(rng, x, str(b.dtype)))
+        name = choose(rng, "max", "min", "argmax", "argmin")
+        return jnp.broadcast_to(getattr(jnp, name)(rivals, 0, keepdims=True), (T, D))
+    return jnp.where(cast(rng, b, "bool"), x, other(rng, lambda: x, x))
+
+
+# So many of them differ in their numbers alone, so that what runs is compiled once for all.
+ALIKE = 3
+# What computes bounds, more often than the rest.
+BOUNDING = [unary, unary, binary, binary, converted, clamped, times_zero, reduced]
 
 
 def short(seed, dtype):
-    """As `program`, of one to three steps, from the array and constants; one in four may loop."""
+    """As `program`: up to two steps between a bound and what it decides; one in four may loop."""
 
     def run(x):
         rng = Split(seed // ALIKE, seed % ALIKE)
         with jax.numpy_dtype_promotion("standard"):
-            held = [constant(rng, str(rng.choice(dtypes()))) for _ in range(rng.integers(3))]
-            values = steps(rng, [*held, x], int(rng.integers(1, 4)), 2 * (seed // ALIKE % 4 == 0))
-            return values[len(held) + 1 :]
+            depth, among = 2 * (seed // ALIKE % 4 == 0), BOUNDING * 6 + STEPS
+            there = x[::-1]  # or what is lost of b is read of x
+            b = [there] * (rng.random() < 0.25) + [bounded(rng, there)]
+            values = steps(rng, b, int(rng.integers(0, 3)), depth, among)
+            return [*map(full, values[1:]), full(decides(rng, values[-1], x))]
 
     return run
