@@ -543,7 +543,7 @@ def decides(rng, b, x):
 
 
 # So many of them differ in their numbers alone, so that what runs is compiled once for all.
-ALIKE = 3
+ALIKE = 8
 # What computes bounds, more often than the rest.
 BOUNDING = [unary, unary, binary, binary, converted, clamped, times_zero, reduced]
 

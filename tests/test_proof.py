@@ -176,8 +176,8 @@ def test_random_programs(part):
 @pytest.mark.filterwarnings("ignore")  # of numbers that overflow, as they are meant to
 @pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
 def test_hard_programs(pytestconfig, short):
-    """What no bound may be broken by. `--programs` says how many there are, of 1 to 3 steps each;
-    for every 50 of them one of 6 to 12 steps, which takes as long as all of those.
+    """What no bound may be broken by. `--programs` says how many short ones are drawn, at a
+    tenth of a second each; for every 50 of them one of 6 to 12 steps is, at some seconds.
     """
     count, results = pytestconfig.getoption("--programs") // (1 if short else 50), 0
     for number in range(count):
