@@ -17,7 +17,7 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--draw", type=int, default=0, help="shifts every random draw of the tests")
-    parser.addoption("--programs", type=int, default=20, help="how many hard programs are drawn")
+    parser.addoption("--programs", type=int, default=100, help="how many hard programs are drawn")
 
 
 def pytest_configure(config):

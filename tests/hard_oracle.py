@@ -14,6 +14,7 @@ import numpy as np
 from hard_programs import D, T
 
 from eqx_norms._jaxprs import called, first_ref, opened
+from eqx_norms.causality._known import Known
 from eqx_norms.causality._loops import BODIES, rewritten
 from eqx_norms.causality._meetings import sizes
 from eqx_norms.causality._prove import Context, Question, _by_position, _input
@@ -30,37 +31,70 @@ class Found(NamedTuple):
     excepted: int
 
 
-def check(seed: int) -> Found:
+def check(seed: int, short: bool = False) -> Found:
+    """Of one program and one input; of a short one, several inputs, for its edits cost less."""
     rng = np.random.default_rng(seed)
-    dtype = str(rng.choice(programs.dtypes()))
-    x = programs.draw(rng, dtype)
-    closed = trace(programs.program(seed, dtype), [jnp.asarray(x)])
+    dtype = _dtype(seed // programs.ALIKE if short else seed)
+    first = programs.draw(rng, dtype)
+    make = programs.short if short else programs.program
+    closed = trace(make(seed, dtype), [jnp.asarray(first)])
     if first_ref(closed) is not None:
         return Found(0, [], 0)
-    context = Context(assume_bounded=True)
-    outs = Question(closed, [x], [0], [0])._outputs(context, [_input(x, 0, np.arange(T))])
+    outs = _outputs(closed, first, Context(assume_bounded=True))
     connected = np.stack([_by_position([out], [0], T) for out in outs])
-    edits = [x]
-    for j in range(T):
-        for _ in range(8):
-            edits.append(x.copy())
-            edits[-1][j] = programs.draw(rng, dtype, 1, D)[0]
-    # Compiled as a whole, one program in four; the others by `vmap`, operation by operation, which
-    # compiles each of these once for all programs.
-    fn = lambda a: _inlined(closed, [a])
-    run = jax.jit(lambda xs: jax.lax.map(fn, xs)) if seed % 4 == 0 else jax.vmap(fn)
-    changed = [_changed(np.asarray(out)) for out in run(jnp.asarray(np.stack(edits)))]
+    if connected.all():
+        return Found(0, [], 0)
+    plain, whole = (short and seed % 15 == 1), seed % (15 if short else 4) == 0
+    inputs = [first, *(programs.draw(rng, dtype) for _ in range(3 * (short and not plain)))]
+    edits = [_edited(rng, x) for x in inputs]
+    results = _run(closed, np.concatenate(edits), plain, whole)
     unsound, excused = [], 0
-    for step, (moves, links) in enumerate(zip(changed, connected, strict=True)):
-        for j in range(T):
-            for k in range(1 + 8 * j, 9 + 8 * j):
-                if not (moves[k] & ~links[:, j]).any():
+    for which, x in enumerate(edits):
+        mine = slice(which * len(x), (which + 1) * len(x))
+        for step, (out, links) in enumerate(zip(results, connected, strict=True)):
+            moves = _changed(out[mine])
+            for k in range(1, len(x)):
+                j = (k - 1) // _EDITS
+                wrong = np.flatnonzero(moves[k] & ~links[:, j])
+                if not wrong.size:
                     continue
-                if excepted(closed, edits[k], step) or excepted(closed, x, step):
+                if excepted(closed, x[k], step) or excepted(closed, x[0], step):
                     excused += 1
                 else:
-                    unsound.append((step, int(np.flatnonzero(moves[k] & ~links[:, j])[0]), j))
+                    unsound.append((step, int(wrong[0]), j))
     return Found(int((~connected.all((1, 2))).sum()), sorted(set(unsound)), excused)
+
+
+def _dtype(seed: int) -> str:
+    return str(np.random.default_rng(seed).choice(programs.dtypes()))
+
+
+def _outputs(closed, x, context: Context) -> list[Known]:
+    """What is known of each result."""
+    return Question(closed, [x], [0], [0])._outputs(context, [_input(x, 0, np.arange(T))])
+
+
+_EDITS = 8
+
+
+def _edited(rng, x: np.ndarray) -> np.ndarray:
+    """x, and x with another row j: so many edits for each j."""
+    edits = np.stack([x] * (1 + T * _EDITS))
+    rows = programs.draw(rng, str(x.dtype), T * _EDITS, D)
+    edits[np.arange(1, len(edits)), np.arange(T * _EDITS) // _EDITS] = rows
+    return edits
+
+
+def _run(closed, xs: np.ndarray, plain: bool, whole: bool) -> list[np.ndarray]:
+    """The results for each x: one by one; compiled as a whole; or by `vmap`, operation by
+    operation, each of which is compiled once for all programs.
+    """
+    fn = lambda a: _inlined(closed, [a])
+    if plain:
+        rows = [list(map(np.asarray, fn(jnp.asarray(x)))) for x in xs]
+        return list(map(np.stack, zip(*rows, strict=True)))
+    run = jax.jit(lambda a: jax.lax.map(fn, a)) if whole else jax.vmap(fn)
+    return list(map(np.asarray, run(jnp.asarray(xs))))
 
 
 def _inlined(closed, args):
@@ -93,7 +127,7 @@ def excepted(closed, x, step: int) -> bool:
     jaxpr = opened(closed)
     x = jnp.asarray(x)
     meeting = Context(assume_bounded=True)
-    Question(closed, [x], [0], [0]).connected(meeting)
+    _outputs(closed, x, meeting)
     used = {name: meeting.meetings[name] for name in meeting.used}
     if used and float(sizes(closed, used)(x).max()) >= 1:
         return True

@@ -54,9 +54,21 @@ def specials(dtype):
     return np.concatenate([np.array(sizes), -np.array(sizes)]).astype(dtype)
 
 
+class Split(np.random.Generator):
+    """Decides what a program is made of; `values` decides about the numbers in it."""
+
+    def __init__(self, seed, values):
+        super().__init__(np.random.PCG64(seed))
+        self.values = np.random.default_rng([seed, values])
+
+
+def values_of(rng):
+    return getattr(rng, "values", rng)
+
+
 def draw(rng, dtype, *shape):
-    """Half of them special, half ordinary."""
-    shape = shape or (T, D)
+    """Half of them special, half ordinary; each row has a share of its own."""
+    rng, shape = values_of(rng), shape or (T, D)
     odd = rng.choice(specials(dtype), shape)
     with np.errstate(all="ignore"):
         if dtype == "bool":
@@ -65,7 +77,8 @@ def draw(rng, dtype, *shape):
             plain = rng.integers(0, 6, shape).astype(dtype)
         else:
             plain = rng.normal(size=shape).astype(dtype)
-    return np.where(rng.random(shape) < rng.choice([0.2, 0.5, 0.9]), odd, plain).astype(dtype)
+    share = rng.choice([0.2, 0.5, 0.9], (len(odd), *[1] * (odd.ndim - 1)))
+    return np.where(rng.random(shape) < share, odd, plain).astype(dtype)
 
 
 def mask(rng, *shape):
@@ -75,12 +88,12 @@ def mask(rng, *shape):
         return lax.broadcasted_iota(jnp.int32, shape, 0) >= lax.broadcasted_iota(
             jnp.int32, shape, 1
         )
-    return jnp.asarray(rng.random(shape) < 0.5)
+    return jnp.asarray(values_of(rng).random(shape) < 0.5)
 
 
 def constant(rng, dtype):
     """A scalar of the program, an array made there, or one that is held."""
-    a, b = rng.choice(specials(dtype), 2)
+    a, b = values_of(rng).choice(specials(dtype), 2)
     kind = rng.integers(4)
     literal = lambda v: lax.full((), v, dtype) if rng.random() < 0.5 else lax.full((T, D), v, dtype)
     if kind == 0:
@@ -356,15 +369,71 @@ def exponential(rng, pick):
     return getattr(lax, choose(rng, "exp", "exp2", "logistic"))(x)
 
 
+@step
+def along(rng, pick):
+    """Of an axis, what is not a mere reduction."""
+    x, axis = real(rng, pick()), int(rng.integers(2))
+    name = choose(rng, "cumprod", "cummin", "cumlogsumexp", "top_k", "sort", "window", "bitwise")
+    if name == "bitwise":
+        whole = x if is_int(x) else cast(rng, x, "int32")
+        fn = {"and": jnp.bitwise_and, "or": jnp.bitwise_or, "xor": jnp.bitwise_xor}
+        return jnp.broadcast_to(fn[choose(rng, *fn)].reduce(whole, 0)[None], (T, D))
+    if name == "window":
+        fn = choose(rng, "max", "min", "add")
+        x = ranged(name, x)
+        zero = {"max": _least(x.dtype), "min": _most(x.dtype), "add": 0}[fn]
+        sizes = ((2, 1), (1, 1), [(1, 0), (0, 0)])
+        return lax.reduce_window(x, np.asarray(zero, x.dtype), getattr(lax, fn), *sizes)
+    if name == "top_k":
+        return lax.top_k(ranged(name, x).T, T)[int(rng.integers(2))].T
+    if name == "sort":
+        return lax.sort((x, other(rng, pick, x)), dimension=axis, num_keys=1)[1]
+    if name == "cumlogsumexp":
+        x = cast(rng, x, "float32")
+    return getattr(lax, name)(ranged(name, x), axis=axis, reverse=bool(rng.integers(2)))
+
+
+def _least(dtype):
+    return -np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
+
+
+def _most(dtype):
+    return np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
+
+
+@step
+def power(rng, pick):
+    x = pick()
+    x = cast(rng, x, "float32") if x.dtype == "bool" else x
+    if is_float(x) and rng.random() < 0.5:
+        return lax.reduce_precision(x, 5, int(rng.integers(2, 11)))
+    if is_int(x):
+        return lax.integer_pow(x, int(rng.integers(0, 5)))
+    return lax.integer_pow(ranged("pow", x), int(rng.integers(-3, 6)))
+
+
+@step
+def convolved(rng, pick):
+    """Along the positions, with the past alone or not, with zeros in the kernel."""
+    x = cast(rng, pick(), choose(rng, "float32", "float16", "bfloat16"))
+    kernel = jnp.where(mask(rng, 3, 1), 1, 0) if rng.random() < 0.5 else draw(rng, "float32", 3, 1)
+    kernel = jnp.asarray(kernel).astype(x.dtype)[:, None]
+    dims = ("NWC", "WIO", "NWC")
+    pads = [(2, 0)] if rng.random() < 0.5 else [(1, 1)]
+    return lax.conv_general_dilated(x.T[..., None], kernel, (1,), pads, dimension_numbers=dims)[
+        ..., 0
+    ].T
+
+
 # Control flow, whose bodies are programs
 
 
 def inner(rng, depth):
     """A program of one or two steps, the same at each call."""
-    seed = int(rng.integers(2**31))
+    seed, numbers = int(rng.integers(2**31)), int(values_of(rng).integers(2**31))
 
     def run(*values):
-        mine = np.random.default_rng(seed)
+        mine = Split(seed, numbers)
         return steps(mine, list(values), int(mine.integers(1, 3)), depth - 1)[-1]
 
     return run
@@ -401,13 +470,13 @@ def rng_of_casts():
     return np.random.default_rng(0)
 
 
-def steps(rng, values, count, depth):
+def steps(rng, values, count, depth, among=STEPS):
     pick = lambda: values[int(rng.integers(max(0, len(values) - 4), len(values)))]
     for _ in range(count):
         if depth and rng.random() < 0.15:
             value = control(rng, pick, depth)
         else:
-            value = STEPS[int(rng.integers(len(STEPS)))](rng, pick)
+            value = among[int(rng.integers(len(among)))](rng, pick)
         values.append(full(value))
     return values
 
@@ -419,5 +488,76 @@ def program(seed, dtype):
         rng = np.random.default_rng(seed)
         with jax.numpy_dtype_promotion("standard"):
             return steps(rng, [x], int(rng.integers(6, 13)), 2)[1:]
+
+    return run
+
+
+# Short programs: something of which a bound is known, what is done with it, and what follows if the
+# bound still holds. A wrong bound has no other way to be seen.
+
+
+def bounded(rng, x):
+    """One of two numbers, a range, zeros in places or a constant, of any real dtype."""
+    dtype = str(rng.choice([d for d in dtypes() if d != "complex64"]))
+    literal = lambda: lax.full((T, D), values_of(rng).choice(specials(dtype)), dtype)
+    kind = rng.integers(5)
+    if kind in (0, 1):
+        one_of_two = jnp.where(
+            real(rng, x) > other(rng, lambda: x, real(rng, x)), literal(), literal()
+        )
+        return one_of_two if kind == 0 else jnp.where(mask(rng), one_of_two, literal())
+    if kind == 2 and dtype != "bool":
+        ends = np.sort(values_of(rng).choice(specials(dtype), 2).astype(dtype))
+        low, high = (lax.full((), end, dtype) for end in ends)
+        return lax.clamp(low, cast(rng, x, dtype), high)
+    if kind == 3:
+        return jnp.where(mask(rng), cast(rng, x, dtype), literal())
+    return constant(rng, dtype)
+
+
+def decides(rng, b, x):
+    """What x, or a constant, is where b is large, small, zero or in the way."""
+    b = real(rng, b) if b.dtype != "bool" else b
+    near = lambda: lax.full((T, D), values_of(rng).choice(specials(str(b.dtype))), b.dtype)
+    kind = rng.integers(8)
+    if kind in (0, 1) and b.dtype != "bool":
+        found = getattr(lax, choose(rng, "lt", "le", "gt", "ge", "eq", "ne"))(b, near())
+        return jnp.where(found, x, other(rng, lambda: x, x))
+    if kind == 2 and b.dtype != "bool":
+        return getattr(lax, choose(rng, "max", "min"))(cast(rng, x, str(b.dtype)), b)
+    if kind == 3:
+        return cast(rng, b, str(x.dtype)) * x if x.dtype != "bool" else cast(rng, b, "bool") & x
+    if kind == 4:
+        wide = cast(rng, b, choose(rng, "float32", "bfloat16", "float16"))
+        return getattr(lax, choose(rng, "exp", "exp2", "logistic"))(wide) * cast(
+            rng, x, str(wide.dtype)
+        )
+    if kind == 5:
+        where = cast(rng, b, choose(rng, *INTS))
+        return jnp.take(x, where[:, 0], 0, mode=choose(rng, "clip", "fill", "wrap"))
+    if kind == 6 and b.dtype != "bool":
+        rivals = jnp.where(mask(rng), b, cast(rng, x, str(b.dtype)))
+        name = choose(rng, "max", "min", "argmax", "argmin")
+        return jnp.broadcast_to(getattr(jnp, name)(rivals, 0, keepdims=True), (T, D))
+    return jnp.where(cast(rng, b, "bool"), x, other(rng, lambda: x, x))
+
+
+# So many of them differ in their numbers alone, so that what runs is compiled once for all.
+ALIKE = 8
+# What computes bounds, more often than the rest.
+BOUNDING = [unary, unary, binary, binary, converted, clamped, times_zero, reduced]
+
+
+def short(seed, dtype):
+    """As `program`: up to two steps between a bound and what it decides; one in four may loop."""
+
+    def run(x):
+        rng = Split(seed // ALIKE, seed % ALIKE)
+        with jax.numpy_dtype_promotion("standard"):
+            depth, among = 2 * (seed // ALIKE % 4 == 0), BOUNDING * 6 + STEPS
+            there = x[::-1]  # or what is lost of b is read of x
+            b = [there] * (rng.random() < 0.25) + [bounded(rng, there)]
+            values = steps(rng, b, int(rng.integers(0, 3)), depth, among)
+            return [*map(full, values[1:]), full(decides(rng, values[-1], x))]
 
     return run
