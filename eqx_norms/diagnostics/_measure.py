@@ -278,11 +278,13 @@ def _ends(call: Seen, marked: Marked, grads: Marked, survey: Survey) -> dict[str
 ALIKE = 8  # Fewer examples may be the same by chance.
 
 
+@on_any_mesh
 def _alike(arrays: list[Array]) -> Array:
     """Whether the first axis has the same all along, in all arrays."""
     return jnp.stack([jnp.all(x == x[:1]) for x in arrays]).all()
 
 
+@on_any_mesh
 def _largest_rms(arrays: list[Array]) -> Array:
     return jnp.max(jnp.stack([activation_stats(x).rms.astype(jnp.float32) for x in arrays]))
 
@@ -383,7 +385,7 @@ def _dead_and_saturated(
     fires = jnp.broadcast_to(jnp.mean(fires, time, keepdims=True), fires.shape)
     return found | {
         "dead": jnp.mean(fires == 0, axis=-1, dtype=jnp.float32),
-        "firing": jnp.sum(fires, axis=-1) / jnp.sum(fires > 0, axis=-1),
+        "firing": jnp.mean(fires, axis=-1, where=fires > 0),
     }
 
 
@@ -420,7 +422,7 @@ def _of_logits(grad: Array, loops: tuple[int, ...]) -> dict[str, Array]:
         kind = (negative.sum(-1) <= 1) & (jnp.abs(g.sum(-1)) <= rounding * most)
         ups = jnp.maximum(g, 0)
         seen = size > 1e-3 * most
-        share = jnp.sum(jnp.where(seen, ups.max(-1) / ups.sum(-1), 0)) / jnp.sum(seen)
+        share = jnp.mean(ups.max(-1) / ups.sum(-1), where=seen)
         ok = jnp.all(kind) & (g.shape[-1] >= 3) & (most > 0)
         return {
             "wrong": jnp.where(ok, jnp.mean(size) / most, jnp.nan),
@@ -473,6 +475,7 @@ def _of_parameters(
 
 
 @ft.partial(jax.jit, static_argnums=2)
+@on_any_mesh
 def _of_parameter(param: Array, grad: Array, stack: int) -> dict[str, Array]:
     of_param, of_grad = activation_stats(param), activation_stats(grad)
     apart = lambda fn: each_step(param.shape[:stack], fn)
@@ -511,7 +514,8 @@ def _identical(param: Array, grad: Array) -> Array:
     same = jnp.all(param == param[:1]) & jnp.any(param != 0) & (size > 0)
     # Units that are the same may be summed in another order.
     return same & jnp.all(
-        jnp.abs(grad - grad[:1]) <= max(1e-3, 4 * jnp.finfo(grad.dtype).eps) * size
+        jnp.abs(grad - grad[:1]).astype(size.dtype)
+        <= max(1e-3, 4 * float(jnp.finfo(grad.dtype).eps)) * size
     )
 
 
@@ -521,6 +525,7 @@ def _tiny(x: Array) -> Array:
     return jnp.mean((size > 0) & (size < jnp.finfo(x.dtype).tiny), dtype=jnp.float32)
 
 
+@on_any_mesh
 def _any(fn: Callable, arrays: list[Array]) -> Array:
     return jnp.stack([fn(x).any() for x in arrays]).any()
 
@@ -568,7 +573,8 @@ _TRIES = 4  # Of three factors in a row that start at zero, the last is reached 
 def _moved(leaf: Array, noise: np.random.Generator) -> Array:
     size = activation_stats(leaf).rms
     size = jnp.where(size > 0, size, 0.1).astype(leaf.dtype)
-    return leaf + size * jnp.asarray(noise.normal(size=leaf.shape), leaf.dtype)
+    by = jax.device_put(noise.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
+    return leaf + size * by
 
 
 # ---- Rows, on the host.
