@@ -203,7 +203,8 @@ def _linear_pairs(survey: Survey) -> list[tuple[str, str]]:
             before = by_mark.get(fact.same)
             if before is None or len(survey.flow.readers.get(fact.same, ())) != 1:
                 continue
-            one, two = survey.modules[before.path], survey.modules[call.path]
+            one: Any = survey.modules[before.path]
+            two: Any = survey.modules[call.path]
             sizes = (one.in_features, one.out_features, two.out_features)
             full = "scalar" not in sizes and sizes[1] >= min(sizes[0], sizes[2])
             if full and _parent(before.path) == _parent(call.path):
@@ -324,17 +325,17 @@ def _activation_input(call: Seen, marked: Marked) -> Array | None:
 
 
 def _of_call(
-    call_and_axis: tuple[Seen, int], ends: dict, output: tuple[list, list], x: Array | None
+    call_and_axis: tuple[Seen, int], ends: dict, output: tuple[Any, Any], x: Array | None
 ) -> list[dict[str, Array]]:
     """For each array of the output its statistics, each with an axis for each loop."""
     call, axis = call_and_axis
     values, grads = output
     if call.applied is not None:
-        x, y = values
+        before, y = values
         if not is_floating(y):
             return [{}]
         found = _of_activation(y, axis, call.loops)
-        return [found | _of_units(x, y, call, axis)]
+        return [found | _of_units(before, y, call, axis)]
     parts = [
         _of_output(value, grad, axis, call.loops) | ends if is_floating(value) else {}
         for value, grad in zip(values, grads, strict=True)

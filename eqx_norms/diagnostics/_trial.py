@@ -4,6 +4,7 @@ One update says little. The first one of a warm-up and the last of a decay are s
 so is any where the gradient is.
 """
 
+import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,7 +68,9 @@ def try_steps(
         return {}
     params = eqx.filter(model, eqx.is_inexact_array)
     value_fn = lambda params: loss_fn(eqx.combine(params, model), *args)
-    update = lambda *now: compiled_updates(*now, loss, value_fn)
+    update = lambda optim, grads, state, params: compiled_updates(
+        optim, grads, state, params, loss, value_fn
+    )
     best = _largest_of_schedule(update, optimiser, grads, params)
     for p, numbers in zip(parameters, best, strict=True):
         p.statistics["lost"] = min(p.statistics["lost"], float(numbers["lost"]))
@@ -96,7 +99,7 @@ def _largest_of_schedule(
     leaves = floats(params)
     best, size = [], -1.0
     for count in (None, *_COUNTS):
-        at = state if count is None else jtu.tree_map(lambda x: _set_count(x, count), state)  # noqa: B023
+        at = state if count is None else jtu.tree_map(ft.partial(_set_count, count), state)
         updates = floats(update(optim, grads, at, params))
         found = [
             of_update(p, u) | {"matrix": p.ndim > 1} for p, u in zip(leaves, updates, strict=True)
@@ -108,7 +111,7 @@ def _largest_of_schedule(
     return best
 
 
-def _set_count(x: Any, count: int) -> Any:
+def _set_count(count: int, x: Any) -> Any:
     is_count = eqx.is_array(x) and x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
     return jnp.full_like(x, count) if is_count else x
 
