@@ -2,7 +2,7 @@
 
     python benchmarks/diagnosis.py --write         # the table of docs/diagnosis.md
     python benchmarks/diagnosis.py --models gru convnet    # these rows of it
-    python benchmarks/diagnosis.py --cost 12       # what diagnose and Watch cost, for so many blocks
+    python benchmarks/diagnosis.py --cost 12      # of so many blocks: diagnose, Watch
 
 The models are those that our own tests use. A tool is asked whether anything is wrong, and where.
 The table of norms is what people log: the norm of each parameter and of its gradient, read by the
@@ -163,9 +163,8 @@ def cost(key, depth):
         for which in ("the first call", "again"):
             start = time.process_time()
             jax.block_until_ready(run())
-            print(
-                f"{depth} blocks, {name}, {which}: {time.process_time() - start:.3f} s", flush=True
-            )
+            took = time.process_time() - start
+            print(f"{depth} blocks, {name}, {which}: {took:.3f} s", flush=True)
 
 
 if __name__ == "__main__":
