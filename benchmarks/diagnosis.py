@@ -2,7 +2,7 @@
 
     python benchmarks/diagnosis.py --write         # the table of docs/diagnosis.md
     python benchmarks/diagnosis.py --models gru convnet    # these rows of it
-    python benchmarks/diagnosis.py --cost          # what diagnose costs, in steps of training
+    python benchmarks/diagnosis.py --cost 12      # of so many blocks: diagnose, Watch
 
 The models are those that our own tests use. A tool is asked whether anything is wrong, and where.
 The table of norms is what people log: the norm of each parameter and of its gradient, read by the
@@ -22,7 +22,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import optax
 
-from eqx_norms.diagnostics import diagnose
+from eqx_norms.diagnostics import Watch, diagnose
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 import diagnosis_models  # noqa: F401  which adds to the zoo
@@ -139,38 +139,43 @@ def _page():
     return (text[:start].rstrip("\n") + "\n", text[end:]), {row[0]: row for row in rows}
 
 
-def cost(key):
+def cost(key, depth):
     """Processor seconds, which other processes disturb less than time."""
-    for depth in (4, 12):
-        model = zoo.Transformer(key, depth)
-        ids = zoo.tokens(key)
-        optim = optax.adam(1e-3)
-        state = optim.init(zoo.weights(model))
+    model = zoo.Transformer(key, depth)
+    ids = zoo.tokens(key)
+    optim = optax.adam(1e-3)
+    state = optim.init(zoo.weights(model))
 
-        @eqx.filter_jit
-        def step(model, state, ids):
-            loss, grads = eqx.filter_value_and_grad(zoo.next_token)(model, ids)
-            updates, state = optim.update(grads, state, zoo.weights(model))  # noqa: B023
-            return eqx.apply_updates(model, updates), state, loss
+    @eqx.filter_jit
+    def step(model, state, ids):
+        loss, grads = eqx.filter_value_and_grad(zoo.next_token)(model, ids)
+        updates, state = optim.update(grads, state, zoo.weights(model))
+        return eqx.apply_updates(model, updates), state, loss
 
-        run_step = lambda: jax.block_until_ready(step(model, state, ids)[2])  # noqa: B023
-        run = lambda: diagnose(zoo.next_token, model, ids, optimiser=(optim, state))  # noqa: B023
-        names = ("step, compiled", "step", "diagnose", "diagnose again")
-        for name, fn in zip(names, (run_step, run_step, run, run), strict=True):
+    watch = Watch(zoo.next_token, where=lambda path, module: True, optimiser=optim)
+    measure = eqx.filter_jit(watch.measure)
+    runs = {
+        "step": lambda: step(model, state, ids)[2],
+        "diagnose": lambda: diagnose(zoo.next_token, model, ids, optimiser=(optim, state)).loss,
+        "Watch": lambda: measure(model, ids, opt_state=state),
+    }
+    for name, run in runs.items():
+        for which in ("the first call", "again"):
             start = time.process_time()
-            fn()
-            print(f"{depth} blocks, {name}: {time.process_time() - start:.3f} s", flush=True)
+            jax.block_until_ready(run())
+            took = time.process_time() - start
+            print(f"{depth} blocks, {name}, {which}: {took:.3f} s", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--cost", type=int, metavar="BLOCKS", help="of the decoder of the zoo")
     parser.add_argument("--models", nargs="*", help="of the zoo; all by default")
     parser.add_argument("--tools", nargs="*", default=TOOLS, choices=TOOLS)
     parser.add_argument("--write", action="store_true", help="into docs/diagnosis.md")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     if chosen.cost:
-        cost(jr.key(chosen.seed))
+        cost(jr.key(chosen.seed), chosen.cost)
     else:
         table(jr.key(chosen.seed), chosen.models, chosen.tools, chosen.write)

@@ -1,7 +1,7 @@
 """Which operations of a traced program are activation functions."""
 
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,10 +37,13 @@ _NAMED = {
         jax.nn.celu,
         jax.nn.leaky_relu,
         jax.nn.silu,
-        jax.nn.gelu,
+        jax.nn.hard_silu,
         jax.nn.softplus,
+        jax.nn.sparse_plus,
+        jax.nn.log_sigmoid,
         jax.nn.hard_tanh,
         jax.nn.hard_sigmoid,
+        jax.nn.sparse_sigmoid,
         jax.nn.soft_sign,
         jax.nn.squareplus,
         jax.nn.mish,
@@ -83,11 +86,54 @@ def recognised(jaxpr: Any, i: int) -> tuple[Activation, int] | None:
         zero = [isinstance(a, Literal) and np.ndim(a.val) == 0 and a.val == 0 for a in eqn.invars]
         if sum(zero) == 1 and eqn.outvars[0].aval.shape:
             return activation_of(jax.nn.relu, "relu"), zero.index(False)
+    if name == "mul" and (half := _half_of_gelu(jaxpr, i)) is not None:
+        return activation_of(jax.nn.gelu, "gelu"), half
     inner = eqn.params.get("jaxpr") if name == "jit" else eqn.params.get("call_jaxpr")
     fn = _NAMED.get(opened(inner).debug_info.func_name) if inner is not None else None
     if fn is not None and eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape:
         return activation_of(fn, fn.__name__), 0
     return None
+
+
+def _half_of_gelu(jaxpr: Any, i: int) -> int | None:
+    """Which operand of equation `i` is the input of a gelu, if it is the last of `jax.nn.gelu`.
+
+    That is `x * (.5 * (1 + tanh(√(2/π) * (x + .0447 * x**3))))`, or `(.5 * x) * erfc(-x * √.5)`,
+    of which half of the input is an operand. JAX leaves no name in the jaxpr.
+    """
+    before = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns[max(0, i - _GELU) : i] if eqn.outvars}
+    made_by = lambda atom: None if isinstance(atom, Literal) else before.get(atom)
+
+    def inner(atom: Any, chain: Sequence[tuple[str, float | None]]) -> Any:
+        """What the operations of a chain, the last one first, were applied to."""
+        for name, number in chain:
+            eqn = made_by(atom)
+            if eqn is None or eqn.primitive.name != name:
+                return None
+            rest = [a for a in eqn.invars if not (number and _is_about(a, number))]
+            if len(rest) != 1:
+                return None
+            [atom] = rest
+        return atom
+
+    one, two = jaxpr.eqns[i].invars
+    x = inner(two, [("erfc", None), ("mul", 0.5**0.5), ("neg", None)])
+    if x is not None and x is inner(one, [("mul", 0.5)]):
+        return 0
+    total = made_by(inner(two, [("mul", 0.5), ("add", 1), ("tanh", None), ("mul", 0.79788)]))
+    if total is not None and total.primitive.name == "add" and total.invars[0] is one:
+        cubed = inner(total.invars[1], [("mul", 0.044715), ("integer_pow", None)])
+        return 0 if cubed is one else None
+    return None
+
+
+_GELU = 16  # equations, of which it has nine at most, with some of other origin between
+
+
+def _is_about(atom: Any, number: float) -> bool:
+    """Whether it is this number, rounded to the dtype."""
+    known = isinstance(atom, Literal) and np.ndim(atom.val) == 0
+    return known and abs(float(atom.val) - number) < 0.01 * number
 
 
 def _is_part_of_another(jaxpr: Any, i: int) -> bool:

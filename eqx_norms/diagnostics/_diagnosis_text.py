@@ -92,13 +92,19 @@ def _table(what: str, rows: Sequence[Any], columns: dict[str, str]) -> str:
 
 
 def _line(left: str, right: str, cells: Sequence[str], room: int) -> str:
-    """`left` is cut near its front where both do not fit: names of layers differ at the end."""
+    """`left` has a line of its own where both do not fit: layers differ anywhere in their names."""
     space = room - len(right) - 1
+    ahead = ""
     if len(left) > space:
-        front = (space - 1) // 4
-        left = f"{left[:front]}…{left[len(left) - (space - 1 - front) :]}"
+        ahead, left = f"{_cut(left)}\n", ""
     numbers = "".join(f" {cell:>{_CELL}}" for cell in cells)
-    return f"{left:<{space}} {right}{numbers}".rstrip()
+    return f"{ahead}{left:<{space}} {right}{numbers}".rstrip()
+
+
+def _cut(name: str) -> str:
+    """Near its front, if it is longer than a line."""
+    front = WIDTH // 4
+    return name if len(name) <= WIDTH else f"{name[:front]}…{name[front + 1 - WIDTH :]}"
 
 
 def _groups(rows: Sequence[Any]) -> list[list[Any]]:

@@ -81,7 +81,8 @@ class Observer:
             keys = self._places[id(module)]
             return Place(keys, equals=self._equals(keys)), ()
         # `fn` has built it anew, as `jax.jit` and `equinox.combine` do.
-        leaves, _ = jtu.tree_flatten_with_path(eqx.filter(module, eqx.is_array))
+        opened = jtu.tree_map(_opened, eqx.filter(module, eqx.is_array))
+        leaves, _ = jtu.tree_flatten_with_path(opened)
         if leaves:
             names, held = zip(*leaves, strict=True)
             return Place((), type(module), names), held
@@ -118,6 +119,16 @@ class Observer:
         contents = frozenset(self._contents.items())
         key = _Key((type(self), matched, contents, self.outer and self.outer._key()))
         return _keys.setdefault(key, key)
+
+
+def _opened(leaf: Any) -> Any:
+    """The arrays that a parameter consists of, if it is a pytree that Quax traces as one array.
+
+    Some, as a LoRA matrix, refuse to be made one, which a tag would ask of them.
+    """
+    value = getattr(leaf, "value", None)  # of a tracer of Quax's; other arrays have one array there
+    parts = isinstance(value, eqx.Module) and len(jtu.tree_leaves(value)) > 1
+    return value if parts else leaf
 
 
 # The innermost capture whose function is being traced, in this thread.

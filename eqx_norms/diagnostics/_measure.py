@@ -28,7 +28,7 @@ from ._layer_statistics import (
 )
 from ._mesh import on_any_mesh
 from ._once import jit_once
-from ._optimiser import next_updates
+from ._optimiser import compiled_updates
 from ._statistics import activation_stats, saturation_fraction
 from ._survey import Seen, Survey
 from ._trial import of_update, try_steps
@@ -110,12 +110,17 @@ def measure(
     """One forward and one backward pass, of which only statistics come back."""
     # As `trace` parts them: NumPy arrays are no operands of its jaxpr.
     dynamic, static = eqx.partition((model, args), eqx.is_array)
+    kinds = _kinds_of_inputs(survey)
 
     @jit_once
     def run(dynamic):
         model, args = eqx.combine(dynamic, static)
         loss, marked, grads, model_grads = survey.backward(model, args)
-        ends = [_ends(call, marked, grads, survey) for call in survey.calls]
+        of = lambda marks, calls: [marks[call.given] for call in calls]
+        ends = [
+            _ends(of(marked, calls), of(grads, calls), calls[0].loops, mapped)
+            for (*_, mapped), calls in kinds.items()
+        ]
         outputs = [(marked[call.output], grads[call.output]) for call in survey.calls]
         inputs = [_activation_input(call, marked) for call in survey.calls]
         return loss, ends, outputs, inputs, model_grads
@@ -124,10 +129,17 @@ def measure(
     with jax.debug_nans(False), jax.debug_infs(False):
         loss, ends, outputs, inputs, model_grads = run(dynamic)
         axes = _unit_axes(survey, model)
-        calls = list(map(_of_call, axes, ends, outputs, inputs))
+        by_call = {id(call): {} for call in survey.calls}
+        for alike, found in zip(kinds.values(), jax.device_get(ends), strict=True):
+            for i, call in enumerate(alike):
+                by_call[id(call)] = {name: numbers[i] for name, numbers in found.items()}
+        calls = list(map(_of_call, axes, by_call.values(), outputs, inputs))
         value_fn = lambda params: loss_fn(eqx.combine(params, model), *args)
         trained = eqx.filter(model, eqx.is_inexact_array)
-        updates = _updates(optimiser, model_grads, trained, loss, value_fn)
+        updates = None
+        if optimiser is not None:
+            optim, opt_state = optimiser
+            updates = compiled_updates(optim, model_grads, opt_state, trained, loss, value_fn)
         params = _of_parameters(model, model_grads, updates, _stacks(survey, model))
     calls, params = jax.device_get((calls, params))
     rows, by_call, not_taken = [], {}, []
@@ -173,7 +185,7 @@ def _moments_are_finite(state: PyTree) -> bool:
     return not moments or bool(_all_finite(moments))
 
 
-@jax.jit
+@jit_once
 def _all_finite(arrays: list[Array]) -> Array:
     return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
 
@@ -249,31 +261,46 @@ def _unit_axes(survey: Survey, model: PyTree) -> list[tuple[Seen, int]]:
 _CONVOLUTIONS = (eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.Pool)
 
 
-def _ends(call: Seen, marked: Marked, grads: Marked, survey: Survey) -> dict[str, Array]:
-    """Of what a call is given, for each step: its size, and whether it and the derivative there are
-    finite, and all examples the same.
+def _kinds_of_inputs(survey: Survey) -> dict[tuple, list[Seen]]:
+    """Calls that are given arrays of the same shapes, in the same loops.
+
+    They are measured by one function, for XLA takes long to compile one for each. With each kind
+    stands, last, which of the arrays have an axis of examples.
     """
-    if call.given is None:
-        return {}
-    given = marked[call.given]
-    of = lambda fn, arrays: each_step(call.loops, lambda arrays: _any(fn, arrays))(_floats(arrays))
+    kinds = {}
+    for call in survey.calls:
+        if call.given is not None:
+            types, axes = survey.types[call.given], survey.flow.vmaps.get(call.given, [])
+            around = len(call.loops)
+            mapped = [i for i, each in enumerate(axes) if "example" in each]
+            mapped = tuple(i for i in mapped if types[i].shape[around] >= ALIKE)
+            shapes = tuple((kind.shape, kind.dtype) for kind in types)
+            kinds.setdefault((call.loops, shapes, mapped), []).append(call)
+    return kinds
+
+
+@on_any_mesh
+def _ends(
+    given: Marked, grads: Marked, loops: tuple[int, ...], mapped: tuple[int, ...]
+) -> dict[str, Array]:
+    """Of what calls are given, for each call and step: its size, and whether it and the derivative
+    there are finite, and all examples the same.
+    """
+    each = lambda fn: each_step((len(given), *loops), fn)
+    stacked = lambda lists: [jnp.stack(arrays) for arrays in zip(*lists, strict=True)]
+    of = lambda fn, arrays: each(lambda arrays: _any(fn, arrays))(arrays)
     found = {}
-    if _floats(given):
+    floats = stacked(map(_floats, given))
+    if floats:
         found |= {
-            "input_non_finite": of(lambda x: ~jnp.isfinite(x), given),
-            "input_nan": of(jnp.isnan, given),
-            "input_inf": of(jnp.isposinf, given),
-            "grad_input_non_finite": of(lambda x: ~jnp.isfinite(x), grads[call.given]),
+            "input_non_finite": of(lambda x: ~jnp.isfinite(x), floats),
+            "input_nan": of(jnp.isnan, floats),
+            "input_inf": of(jnp.isposinf, floats),
+            "grad_input_non_finite": of(lambda x: ~jnp.isfinite(x), stacked(map(_floats, grads))),
         }
-        found["input_rms"] = each_step(call.loops, _largest_rms)(_floats(given))
-    kinds = survey.flow.vmaps.get(call.given, [])
-    mapped = [
-        x
-        for x, axes in zip(given, kinds, strict=True)
-        if "example" in axes and x.shape[len(call.loops)] >= ALIKE
-    ]
+        found["input_rms"] = each(_largest_rms)(floats)
     if mapped:
-        found["inputs_alike"] = each_step(call.loops, _alike)(mapped)
+        found["inputs_alike"] = each(_alike)(stacked([x[i] for i in mapped] for x in given))
     return found
 
 
@@ -299,7 +326,7 @@ def _activation_input(call: Seen, marked: Marked) -> Array | None:
 
 
 def _of_call(
-    call_and_axis: tuple[Seen, int], ends: dict, output: tuple[list, list], x: Array | None
+    call_and_axis: tuple[Seen, int], ends: dict, output: tuple[Any, Any], x: Array | None
 ) -> list[dict[str, Array]]:
     """For each array of the output its statistics, each with an axis for each loop."""
     call, axis = call_and_axis
@@ -336,7 +363,7 @@ def _of_units(x: Array, y: Array, call: Seen, axis: int) -> dict[str, Array]:
 
 # Jitted one by one: a deep model has many layers, but few shapes, and one program of all their
 # statistics would take XLA longer to compile than the model itself.
-@ft.partial(jax.jit, static_argnums=(2, 3))
+@ft.partial(jit_once, static_argnums=(2, 3))
 def _of_output(value: Array, grad: Array, axis: int, loops: tuple[int, ...]) -> dict[str, Array]:
     def one(value, grad):
         derivative = derivative_statistics(grad, axis)
@@ -347,12 +374,12 @@ def _of_output(value: Array, grad: Array, axis: int, loops: tuple[int, ...]) -> 
     return each_step(loops, one)(value, grad)
 
 
-@ft.partial(jax.jit, static_argnums=(1, 2))
+@ft.partial(jit_once, static_argnums=(1, 2))
 def _of_activation(y: Array, axis: int, loops: tuple[int, ...]) -> dict[str, Array]:
     return each_step(loops, ft.partial(layer_statistics, unit_axis=axis))(y)
 
 
-@ft.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+@ft.partial(jit_once, static_argnums=(2, 3, 4, 5, 6))
 def _dead_and_saturated(
     x: Array,
     y: Array,
@@ -385,7 +412,7 @@ def _dead_and_saturated(
     fires = jnp.broadcast_to(jnp.mean(fires, time, keepdims=True), fires.shape)
     return found | {
         "dead": jnp.mean(fires == 0, axis=-1, dtype=jnp.float32),
-        "firing": jnp.sum(fires, axis=-1) / jnp.sum(fires > 0, axis=-1),
+        "firing": jnp.mean(fires, axis=-1, where=fires > 0),
     }
 
 
@@ -403,7 +430,7 @@ def _distinct(rows: Array) -> Array:
     return jnp.sum(~jnp.tril(same, -1).any(axis=1))
 
 
-@ft.partial(jax.jit, static_argnums=1)
+@ft.partial(jit_once, static_argnums=1)
 def _of_logits(grad: Array, loops: tuple[int, ...]) -> dict[str, Array]:
     """Of the derivative of a loss that is a cross-entropy of these logits: probabilities, less one
     at the label, of a common factor.
@@ -422,7 +449,7 @@ def _of_logits(grad: Array, loops: tuple[int, ...]) -> dict[str, Array]:
         kind = (negative.sum(-1) <= 1) & (jnp.abs(g.sum(-1)) <= rounding * most)
         ups = jnp.maximum(g, 0)
         seen = size > 1e-3 * most
-        share = jnp.sum(jnp.where(seen, ups.max(-1) / ups.sum(-1), 0)) / jnp.sum(seen)
+        share = jnp.mean(ups.max(-1) / ups.sum(-1), where=seen)
         ok = jnp.all(kind) & (g.shape[-1] >= 3) & (most > 0)
         return {
             "wrong": jnp.where(ok, jnp.mean(size) / most, jnp.nan),
@@ -432,7 +459,7 @@ def _of_logits(grad: Array, loops: tuple[int, ...]) -> dict[str, Array]:
     return each_step(loops, one)(grad)
 
 
-@ft.partial(jax.jit, static_argnums=(1, 2))
+@ft.partial(jit_once, static_argnums=(1, 2))
 def _of_norm(grad: Array, loops: tuple[int, ...], examples: int) -> dict[str, Array]:
     """How much the derivative at the output of a norm differs over the entries of an example."""
 
@@ -443,19 +470,6 @@ def _of_norm(grad: Array, loops: tuple[int, ...], examples: int) -> dict[str, Ar
         return {"grad_spread": rest / activation_stats(g).rms}
 
     return each_step(loops, one)(grad)
-
-
-def _updates(
-    optimiser: tuple[Any, PyTree] | None,
-    grads: PyTree,
-    params: PyTree,
-    loss: Array,
-    value_fn: Callable[[PyTree], Array],
-) -> PyTree | None:
-    if optimiser is None:
-        return None
-    optim, opt_state = optimiser
-    return eqx.filter_jit(next_updates)(optim, grads, opt_state, params, loss, value_fn)
 
 
 def _of_parameters(
@@ -474,7 +488,8 @@ def _of_parameters(
     return found
 
 
-@ft.partial(jax.jit, static_argnums=2)
+@ft.partial(jit_once, static_argnums=2)
+@on_any_mesh
 def _of_parameter(param: Array, grad: Array, stack: int) -> dict[str, Array]:
     of_param, of_grad = activation_stats(param), activation_stats(grad)
     apart = lambda fn: each_step(param.shape[:stack], fn)
@@ -513,7 +528,8 @@ def _identical(param: Array, grad: Array) -> Array:
     same = jnp.all(param == param[:1]) & jnp.any(param != 0) & (size > 0)
     # Units that are the same may be summed in another order.
     return same & jnp.all(
-        jnp.abs(grad - grad[:1]) <= max(1e-3, 4 * jnp.finfo(grad.dtype).eps) * size
+        jnp.abs(grad - grad[:1]).astype(size.dtype)
+        <= max(1e-3, 4 * float(jnp.finfo(grad.dtype).eps)) * size
     )
 
 
@@ -570,7 +586,8 @@ _TRIES = 4  # Of three factors in a row that start at zero, the last is reached 
 def _moved(leaf: Array, noise: np.random.Generator) -> Array:
     size = activation_stats(leaf).rms
     size = jnp.where(size > 0, size, 0.1).astype(leaf.dtype)
-    return leaf + size * jnp.asarray(noise.normal(size=leaf.shape), leaf.dtype)
+    by = jax.device_put(noise.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
+    return leaf + size * by
 
 
 # ---- Rows, on the host.

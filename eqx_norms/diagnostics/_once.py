@@ -1,12 +1,19 @@
-"""Programs that run once, and so take longer to compile than to run."""
+"""Programs that take longer to compile than to run."""
 
+import functools as ft
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 
-def jit_once(fn: Callable) -> Callable:
+def jit_once(fn: Callable, static_argnums: int | tuple[int, ...] = ()) -> Callable:
     """`jax.jit`, with little optimisation on a CPU: that is half of the time to compile."""
-    if jax.default_backend() != "cpu":
-        return jax.jit(fn)
-    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
+
+    @ft.cache
+    def compiled():  # Not before it is called, for this finds the devices.
+        on_cpu = jax.default_backend() == "cpu"
+        options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
+        return jax.jit(fn, static_argnums=static_argnums, compiler_options=options)
+
+    return ft.wraps(fn)(lambda *args: compiled()(*args))

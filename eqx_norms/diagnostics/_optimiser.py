@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
@@ -24,3 +25,23 @@ def next_updates(
         more = {"value": jnp.asarray(loss), "grad": grads, "value_fn": value_fn}
         updates, _ = optim.update(grads, opt_state, params, **more)
     return updates
+
+
+def compiled_updates(
+    optim: Any,
+    grads: PyTree,
+    opt_state: PyTree,
+    params: PyTree,
+    loss: Float[Array, ""],
+    value_fn: Callable[[PyTree], Float[Array, ""]],
+) -> PyTree:
+    """As `next_updates`, compiled: for most optimisers once, for `value_fn` is not part of it."""
+    try:
+        return _updates(optim, grads, opt_state, params)
+    except TypeError:
+        return eqx.filter_jit(next_updates)(optim, grads, opt_state, params, loss, value_fn)
+
+
+@eqx.filter_jit
+def _updates(optim: Any, grads: PyTree, opt_state: PyTree, params: PyTree) -> PyTree:
+    return optim.update(grads, opt_state, params)[0]

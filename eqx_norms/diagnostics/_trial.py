@@ -8,21 +8,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
 from ._layer_statistics import is_floating, non_finite
-from ._optimiser import next_updates
+from ._once import jit_once
+from ._optimiser import compiled_updates
 from ._statistics import activation_stats
 
 SMALL, USUAL = 1e-5, 1e-3
 _COUNTS = (1, 10, 100, 1000, 10_000, 100_000)
 
 
-@jax.jit
+@jit_once
 def of_update(param: Array, update: Array) -> dict[str, Array]:
     moved = (param + update.astype(param.dtype)).astype(param.dtype) != param
     meant = update != 0
@@ -68,8 +68,7 @@ def try_steps(
     params = eqx.filter(model, eqx.is_inexact_array)
     value_fn = lambda params: loss_fn(eqx.combine(params, model), *args)
     optim, state = optimiser
-    jitted = eqx.filter_jit(next_updates)
-    update = lambda state: jitted(optim, grads, state, params, loss, value_fn)
+    update = lambda state: compiled_updates(optim, grads, state, params, loss, value_fn)
     best = _largest_of_schedule(update, state, params)
     for p, numbers in zip(parameters, best, strict=True):
         p.statistics["lost"] = min(p.statistics["lost"], float(numbers["lost"]))
@@ -119,7 +118,7 @@ def _loss_along(
 ) -> Callable[[float], float]:
     dynamic, static = eqx.partition((model, args), eqx.is_array)
 
-    @jax.jit
+    @jit_once
     def at(scale, updates, dynamic) -> Array:
         model, args = eqx.combine(dynamic, static)
         params, rest = eqx.partition(model, eqx.is_inexact_array)
