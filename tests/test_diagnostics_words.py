@@ -2,6 +2,8 @@
 have, and how they name things. Oracles: the optimiser's own update, JAX's own activation functions.
 """
 
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -195,6 +197,9 @@ def test_lapack_is_given_no_nan(capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    sys.version_info < (3, 12), reason="the extra `test` has Quax from Python 3.12 on"
+)
 @pytest.mark.parametrize("allow", [True, False])
 def test_parameters_that_quax_traces_as_one_array(allow, getkey):
     import quax
