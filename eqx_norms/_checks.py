@@ -94,7 +94,7 @@ def check_param_dtype(name: str, dtype):
     return dtype
 
 
-def check_floating(name: str, x: Array, *, narrow: bool = False) -> None:
+def check_floating(name: str, x: Any, *, narrow: bool = False) -> None:
     """`narrow` is for parameters, which are cast up: it lets float8 and float4 through."""
     dtype = getattr(x, "dtype", None)
     known = getattr(dtype, "name", None) in DTYPES

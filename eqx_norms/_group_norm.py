@@ -6,6 +6,7 @@ from typing import overload
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._checks import (
@@ -26,8 +27,8 @@ from ._real import Integer, Number
 def group_norm(
     x: Float[Array, "channels *spatial"],
     groups: Integer,
-    weight: Float[Array, "..."] | None = None,
-    bias: Float[Array, "..."] | None = None,
+    weight: Float[Array | np.ndarray, "..."] | None = None,
+    bias: Float[Array | np.ndarray, "..."] | None = None,
     *,
     eps: Number = 1e-5,
 ) -> Float[Array, "channels *spatial"]:
@@ -86,7 +87,7 @@ def _left_aligned(shape: tuple[int, ...], x: Array) -> tuple[int, ...]:
 def _by_group(x: Array, groups: Integer, weight: Array | None, bias: Array | None, eps: float):
     channels = x.shape[0]
 
-    def by_channel(param: Array | None) -> Array | None:
+    def by_channel(param: Array | np.ndarray | None) -> Array | None:
         if param is None:
             return None
         param = jnp.asarray(param).reshape(_left_aligned(param.shape, x))

@@ -34,7 +34,7 @@ def layer_norm(
     *,
     eps: Number = 1e-5,
     where: Bool[Array, "*shape"] | None = None,
-    axis_name: Hashable | None = None,
+    axis_name: Hashable | Sequence[Hashable] | None = None,
     implementation: str = "xla",
 ) -> Float[Array, "*shape"]:
     r"""Normalises one example over all its entries, and scales and shifts the result.
@@ -126,7 +126,7 @@ class LayerNorm(eqx.Module):
         dtype=None,
         *,
         unit_offset: bool = False,
-        axis_name: Hashable | None = None,
+        axis_name: Hashable | Sequence[Hashable] | None = None,
         implementation: str = "xla",
         elementwise_affine: bool | None = None,
     ):

@@ -71,7 +71,7 @@ class _Pass(NamedTuple):
 
 
 def _mean(
-    spec: _Spec, a: Example, where: Mask | None, settle: bool = False, of_nothing: float = 0
+    spec: _Spec, a: Example, where: Mask | None, settle: bool = False, of_nothing: int = 0
 ) -> Array:
     """Over what `where` lets through, on all devices of `axis_name`; `of_nothing` if it is none."""
     total = jnp.sum(a, where=where)

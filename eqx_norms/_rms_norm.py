@@ -33,7 +33,7 @@ def rms_norm(
     *,
     eps: Number = 1e-5,
     where: Bool[Array, "*shape"] | None = None,
-    axis_name: Hashable | None = None,
+    axis_name: Hashable | Sequence[Hashable] | None = None,
     implementation: str = "xla",
 ) -> Float[Array, "*shape"]:
     r"""Divides one example by the root mean square of all its entries; scales and shifts.
@@ -124,7 +124,7 @@ class RMSNorm(eqx.Module):
         dtype=None,
         *,
         unit_offset: bool = False,
-        axis_name: Hashable | None = None,
+        axis_name: Hashable | Sequence[Hashable] | None = None,
         implementation: str = "xla",
     ):
         """**Arguments:**

@@ -67,7 +67,7 @@ def test_the_rank_of_many_examples_is_fair_to_any_layout(examples, getkey):
     x = (size * own).astype(np.float32).reshape(-1, units)
     assert len(x) > 2 * RANK_EXAMPLES
     # Of 4096 rows or so, 256 have singular values some 10% off; the entropy of these much less.
-    np.testing.assert_allclose(_rank(x), _effective_rank(x), rtol=0.15)
+    np.testing.assert_allclose(_rank(jnp.asarray(x)), _effective_rank(x), rtol=0.15)
 
 
 @pytest.mark.slow

@@ -244,7 +244,7 @@ def _max(context, eqn, a, b):
     return [_entries(aval, union(aval.shape, *parts), *bounds, a, b)]
 
 
-def _without(x: Known, where: np.ndarray) -> Known:
+def _without(x: Known, where: np.ndarray | np.bool_) -> Known:
     """Reads nothing there."""
     if x.reads is None:
         return x
@@ -553,7 +553,7 @@ def _place(start: Known) -> np.ndarray:
     return np.broadcast_to(start.low, start.shape).astype(start.dtype)
 
 
-def _settled(index: Known) -> np.ndarray:
+def _settled(index: Known) -> np.ndarray | np.bool_:
     """Where an index is known, and means the same to every compiler: those of XLA take a large
     unsigned one for a negative number in one place and not in the other.
     """

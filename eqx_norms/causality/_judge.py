@@ -16,7 +16,7 @@ from ._inputs import Problem
 from ._lost import blame
 from ._nudge import Shaken, beside
 from ._probe import Changes, Probe, make_probe
-from ._widen import coarsest, float_dtypes, opaque_parts, widen
+from ._widen import coarsest, float_dtypes, is_quantised, opaque_parts, widen
 
 # Rounding shrinks 5e8-fold from float32 to float64, a leak not at all.
 _SHRINK = 1000.0
@@ -189,8 +189,11 @@ class Judge:
     def _chaos(self, probe: Probe) -> float:
         """How far rounding moves outputs in float64 if any is chaotic; of floats alone.
 
-        The largest of all, for one may be lucky.
+        The largest of all, for one may be lucky. Where values are quantised, what an eps moves by a
+        step of the grid is a tie, and no chaos.
         """
+        if any(map(is_quantised, float_dtypes(self.problem.closed))):
+            return 0.0
         moved = _shaken(probe, _EPS64)
         chaotic = (moved.ulps > _CHAOTIC) & np.isfinite(moved.ulps)
         return float(self.noise_ulps * moved.size.max(initial=0, where=chaotic))

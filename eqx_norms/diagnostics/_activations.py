@@ -104,7 +104,7 @@ def _half_of_gelu(jaxpr: Any, i: int) -> int | None:
     before = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns[max(0, i - _GELU) : i] if eqn.outvars}
     made_by = lambda atom: None if isinstance(atom, Literal) else before.get(atom)
 
-    def inner(atom: Any, chain: Sequence[tuple[str, float | None]]) -> Any:
+    def inner(atom: Any, chain: Sequence[tuple[str, int | float | None]]) -> Any:
         """What the operations of a chain, the last one first, were applied to."""
         for name, number in chain:
             eqn = made_by(atom)
@@ -130,7 +130,7 @@ def _half_of_gelu(jaxpr: Any, i: int) -> int | None:
 _GELU = 16  # equations, of which it has nine at most, with some of other origin between
 
 
-def _is_about(atom: Any, number: float) -> bool:
+def _is_about(atom: Any, number: int | float) -> bool:
     """Whether it is this number, rounded to the dtype."""
     known = isinstance(atom, Literal) and np.ndim(atom.val) == 0
     return known and abs(float(atom.val) - number) < 0.01 * number
