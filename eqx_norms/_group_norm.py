@@ -1,7 +1,7 @@
 """GroupNorm: its parameters, its checks, its call of the op, once a group."""
 
 import functools as ft
-from typing import overload
+from typing import Any, overload
 
 import equinox as eqx
 import jax
@@ -25,7 +25,7 @@ from ._real import Integer, Number
 
 
 def group_norm(
-    x: Float[Array, "channels *spatial"],
+    x: Float[Array | np.ndarray, "channels *spatial"],
     groups: Integer,
     weight: Float[Array | np.ndarray, "..."] | None = None,
     bias: Float[Array | np.ndarray, "..."] | None = None,
@@ -72,22 +72,22 @@ def group_norm(
     return _by_group(x, groups, weight, bias, check_eps("group_norm", eps))
 
 
-def _check_example(name: str, x: Array, groups: Integer) -> None:
+def _check_example(name: str, x: Any, groups: Integer) -> None:
     check_floating(name, x)
     if x.ndim == 0:
         raise ValueError(f"`{name}` takes an array of shape (channels, *spatial); got a scalar.")
     _check_groups(name, groups, x.shape[0])
 
 
-def _left_aligned(shape: tuple[int, ...], x: Array) -> tuple[int, ...]:
+def _left_aligned(shape: tuple[int, ...], x: Any) -> tuple[int, ...]:
     """With the rank of x, of which channels are the first axis."""
     return shape + (1,) * (x.ndim - len(shape))
 
 
-def _by_group(x: Array, groups: Integer, weight: Array | None, bias: Array | None, eps: float):
+def _by_group(x: Any, groups: Integer, weight: Any, bias: Any, eps: float):
     channels = x.shape[0]
 
-    def by_channel(param: Array | np.ndarray | None) -> Array | None:
+    def by_channel(param: Any) -> Array | None:
         if param is None:
             return None
         param = jnp.asarray(param).reshape(_left_aligned(param.shape, x))

@@ -345,7 +345,7 @@ def normalize(
     return y.astype(x.dtype)
 
 
-def as_jax_has_it(x: Array) -> Array:
+def as_jax_has_it(x: Any) -> Array:
     """Rules must be told the dtype that JAX would give x when asked for its own.
 
     For float64 from under `enable_x64`, used outside, that is float32, unless JAX was set to allow
