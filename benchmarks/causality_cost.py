@@ -21,7 +21,7 @@ import numpy as np
 from eqx_norms.causality import rules
 from eqx_norms.causality._edits import make_editor, mixing_edits, nothing
 from eqx_norms.causality._probe import make_probe
-from eqx_norms.causality._prove import Question, prove
+from eqx_norms.causality._proof._prove import Question, prove
 from eqx_norms.causality._trials import Rule
 from eqx_norms.causality._widen import trace
 

@@ -17,7 +17,7 @@ from ._checks import (
     check_size,
     check_stacked,
 )
-from ._normalize import normalize
+from ._op import normalize
 from ._real import Integer, Number
 
 

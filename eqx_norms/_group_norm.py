@@ -19,8 +19,7 @@ from ._checks import (
     no_state,
     own_params,
 )
-from ._lowering import grouped
-from ._normalize import as_jax_has_it, normalize, together
+from ._op import as_jax_has_it, grouped, normalize, together
 from ._real import Integer, Number
 
 

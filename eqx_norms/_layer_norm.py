@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from ._batched import normalize_by
 from ._checks import (
     check_axis_name,
     check_broadcast,
@@ -24,6 +23,7 @@ from ._checks import (
     no_state,
     own_params,
 )
+from ._op import normalize_by
 from ._real import Integer, Number
 
 

@@ -9,8 +9,7 @@ import functools as ft
 import jax
 from jax.extend.core import Primitive
 
-from ._batched import PRIMITIVES
-from ._lowering import MARKS
+from ._op import MARKS, PRIMITIVES
 
 try:
     from jax2onnx.converter.lowering_dispatch import lower_jaxpr_with_plugins

@@ -14,10 +14,10 @@ import numpy as np
 from hard_programs import D, T
 
 from eqx_norms._jaxprs import called, first_ref, opened
-from eqx_norms.causality._known import Known
 from eqx_norms.causality._loops import BODIES, rewritten
-from eqx_norms.causality._meetings import sizes
-from eqx_norms.causality._prove import Context, Question, _by_position, _input
+from eqx_norms.causality._proof._known import Known
+from eqx_norms.causality._proof._meetings import sizes
+from eqx_norms.causality._proof._prove import Context, Question, _by_position, _input
 from eqx_norms.causality._widen import trace
 
 

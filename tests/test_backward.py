@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from oracles import assert_rounded_once, exact_norm, terms, ulps
 
-import eqx_norms._normalize as op
+import eqx_norms._op._normalize as op
 from eqx_norms import LayerNorm, layer_norm
 
 ROWS, FEATURES = 8, 6

@@ -28,7 +28,8 @@ from test_transformations import (
     reference_rms_norm,
 )
 
-from eqx_norms import LayerNorm, RMSNorm, _batched, _kernels, layer_norm, replace_norms, rms_norm
+from eqx_norms import LayerNorm, RMSNorm, layer_norm, replace_norms, rms_norm
+from eqx_norms._op import _kernels, _rows
 
 pallas_layer_norm = ft.partial(layer_norm, implementation="pallas")
 pallas_rms_norm = ft.partial(rms_norm, implementation="pallas")
@@ -179,9 +180,9 @@ def test_one_export_for_all_platforms():
 def interpreted(request):
     """The kernels of this platform, interpreted, in programs for the CPU."""
     plain = {}
-    for p, name in ((_batched.forward_p, "forward"), (_batched.backward_p, "backward")):
+    for p, name in ((_rows.forward_p, "forward"), (_rows.backward_p, "backward")):
         several = p.multiple_results
-        plain[p] = mlir.lower_fun(getattr(_batched, f"_{name}"), multiple_results=several)
+        plain[p] = mlir.lower_fun(getattr(_rows, f"_{name}"), multiple_results=several)
         kernel = ft.partial(getattr(_kernels, name), platform=request.param, interpret=True)
         mlir.register_lowering(p, mlir.lower_fun(kernel, multiple_results=several), platform="cpu")
     yield

@@ -13,7 +13,7 @@ from draws import normal
 from jax.experimental import jet
 
 from eqx_norms.diagnostics import capture, capture_grads
-from eqx_norms.diagnostics._survey import Survey
+from eqx_norms.diagnostics._diagnose._survey import Survey
 
 LINEAR = eqx.nn.Linear
 

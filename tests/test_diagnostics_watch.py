@@ -17,8 +17,8 @@ from oracles import ulps
 from refused import refused
 
 from eqx_norms.diagnostics import Look, Watch, capture_grads
-from eqx_norms.diagnostics._watch import EDGES, stacked
-from eqx_norms.diagnostics._watch_plot import courses, percentiles, spaced
+from eqx_norms.diagnostics._watch._plot import courses, percentiles, spaced
+from eqx_norms.diagnostics._watch._watch import EDGES, stacked
 
 EPS = 2.0**-23
 RATE = 0.1

@@ -10,8 +10,8 @@ from draws import normal, seed
 from oracles import assert_close, assert_rounded_once, exact_norm, terms, ulps
 from slow import few
 
-from eqx_norms._batched import Form
-from eqx_norms._kernels import backward, forward
+from eqx_norms._op._form import Form
+from eqx_norms._op._kernels import backward, forward
 
 EPS = 2.0**-23
 PLATFORMS = ("cuda", "tpu")

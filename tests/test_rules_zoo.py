@@ -9,7 +9,7 @@ from rules_zoo import ZOO, make_input
 
 from eqx_norms.causality import check_reads
 from eqx_norms.causality._inputs import make_problem
-from eqx_norms.causality._prove import Question, prove
+from eqx_norms.causality._proof._prove import Question, prove
 
 # One of each kind; the others are slow.
 QUICK = (

@@ -15,7 +15,7 @@ from ._question import CausalityWarning as CausalityWarning
 from ._report import CausalityReport as CausalityReport, Pair as Pair
 from ._same import (
     DifferenceError as DifferenceError,
+    SameReport as SameReport,
     assert_same as assert_same,
     check_same as check_same,
 )
-from ._same_report import SameReport as SameReport

@@ -35,10 +35,9 @@ from ._inputs import (
 )
 from ._judge import DIFFERS_FROM_ITSELF, Judge, function_eps
 from ._matrix import by_array, locate, measure_required, where_in_output
-from ._meetings import sizes
 from ._positions import Labels, Positions, make_positions
 from ._probe import make_probe
-from ._prove import Proof, Question, prove
+from ._proof import Proof, Question, prove, sizes
 from ._question import nothing_is_read, warn
 from ._report import CausalityReport
 from ._suggest import named

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ._prove import _line as line_of
+from ._lines import line_of
 from ._widen import dtype_of, narrowed, widen
 
 _SUMS = ("add", "sub", "add_any", "reduce_sum", "cumsum", "dot_general", "conv_general_dilated")

@@ -1,8 +1,7 @@
 """See inside a model: activations, their gradients, statistics of both, and what is wrong."""
 
 from ._capture import capture as capture, capture_grads as capture_grads
-from ._diagnose import Diagnosis as Diagnosis, diagnose as diagnose
-from ._findings import Finding as Finding
+from ._diagnose import Diagnosis as Diagnosis, Finding as Finding, diagnose as diagnose
 from ._statistics import (
     ActivationStats as ActivationStats,
     activation_stats as activation_stats,

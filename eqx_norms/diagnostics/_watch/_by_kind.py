@@ -12,7 +12,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._mesh import on_any_mesh
+from .._mesh import on_any_mesh
 
 
 class _Place(NamedTuple):

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from ._checks import check_broadcast, check_eps, check_floating
+from .._checks import check_broadcast, check_eps, check_floating
+from .._real import Number
 from ._lowering import again, apart, in_one_pass, settled
 from ._plain import is_plain
-from ._real import Number
 
 Example = Float[Array, "*shape"]
 Broadcastable = Float[Array, "..."]

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from .._real import Real
-from ._watch import EDGES, Look
+from ..._real import Real
+from ._look import EDGES, Look
 
 BANDS = 16, 50, 84
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, which colour-blind readers can tell apart

@@ -14,9 +14,9 @@ import jax.tree_util as jtu
 from jax.extend.core import Literal, primitives
 from jaxtyping import PyTree
 
-from .._jaxprs import scan_counts
-from ._plan import Plan, Step
-from ._tag import Inputs, tag_p
+from ..._jaxprs import scan_counts
+from .._capture._plan import Plan, Step
+from .._capture._tag import Inputs, tag_p
 
 NOTHING = -1
 

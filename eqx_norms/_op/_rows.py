@@ -17,9 +17,7 @@ each. What is evaluated, compiled where there is no kernel, and differentiated o
 
 import functools as ft
 import itertools
-import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,32 +26,10 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float
 
+from ._form import Batch, Form, Param
 from ._lowering import mapped_first
 from ._normalize import as_jax_has_it, compute_dtype, normalize, together
 from ._plain import is_plain
-
-Batch = Float[Array, "*batch_and_shape"]
-Param = Float[Array, "*shape"]
-
-
-class Form(NamedTuple):
-    """What is known before any array comes; hashable, as parameters of primitives must be."""
-
-    eps: float
-    centre: bool
-    weight: bool
-    bias: bool
-    rank: int  # of one example
-
-    def named(self, params: Sequence) -> tuple:
-        """`(weight, bias)` of those that are there, `None` for those that are not."""
-        left = iter(params)
-        return tuple(next(left) if there else None for there in (self.weight, self.bias))
-
-    def rows(self, x: Any) -> tuple[int, int]:
-        """How many examples, and of how many entries."""
-        axis = x.ndim - self.rank
-        return math.prod(x.shape[:axis]), math.prod(x.shape[axis:])
 
 
 def normalize_by(

@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 from jax.extend.core import Literal, primitives
 from jaxtyping import PyTree
 
-from .._jaxprs import is_jaxpr, opened, scan_counts
+from ..._jaxprs import is_jaxpr, opened, scan_counts
 from ._instrument import Observer, path
 from ._tag import Call, tag_p
 

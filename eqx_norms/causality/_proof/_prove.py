@@ -9,7 +9,6 @@ infinite or NaN but by what the program makes of its own constants.
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from .._jaxprs import called, first_ref, is_foreign, opened, scan_counts
-from ._edits import is_mask
+from ..._jaxprs import called, first_ref, is_foreign, opened, scan_counts
+from .._edits import is_mask
+from .._inputs import place
+from .._lines import line_of
 from ._exact import exact
 from ._flow import RULES, connect_all, select
-from ._inputs import place
 from ._known import (
     Known,
     constant,
@@ -86,7 +86,7 @@ class Context:
         return constant(const) if _MASKS in self.cut else parameter(const, LARGE)
 
     def line(self, eqn: jex.JaxprEqn) -> str:
-        return _line([*self.calls, eqn])
+        return line_of([*self.calls, eqn])
 
     def meet(self, path, new: Meeting) -> None:
         """Of a loop's steps, each of which may meet another mask, the strictest."""
@@ -532,7 +532,7 @@ def _without_rule_for_refs(eqn: jex.JaxprEqn, allowed) -> Proof:
         np.ones(allowed.shape, bool),
         (),
         (
-            f"`{eqn.primitive.name}` in {_line([eqn])} makes or uses a Ref. The proof does not "
+            f"`{eqn.primitive.name}` in {line_of([eqn])} makes or uses a Ref. The proof does not "
             "follow what is written there, and takes every output to read every input.",
         ),
     )
@@ -604,32 +604,6 @@ def _of_a_mask(what: str) -> str:
         "any number. If it is a mask, as Flax's make_causal_mask returns, make it one of bools "
         "outside fn: mask > 0."
     )
-
-
-def _line(calls: Sequence[jex.JaxprEqn]) -> str:
-    """The line of the user's source that traced to the last of these equations, each in the next.
-
-    What is inside a library's jitted function was traced once, for whoever called it first: there
-    the line is that of the call.
-    """
-    line = "an unknown line"
-    for eqn in calls:
-        line = _user_line(eqn) or line
-        inner = called(eqn)
-        if eqn.primitive.name in ("jit", "pjit") and _INSTALLED in str(opened(inner).debug_info):
-            break
-    return line
-
-
-_INSTALLED = os.path.dirname(os.path.dirname(jax.__file__))
-_OURS = os.path.dirname(__file__)
-
-
-def _user_line(eqn: jex.JaxprEqn) -> str | None:
-    frames = getattr(eqn.source_info.traceback, "frames", ())
-    outside = lambda f: not f.file_name.startswith((_INSTALLED, _OURS, "<"))
-    frame = next(filter(outside, frames), None)
-    return frame and f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
 
 
 def _input(leaf: Any, axis: int, columns: np.ndarray) -> Known:

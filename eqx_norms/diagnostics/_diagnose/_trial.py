@@ -13,10 +13,10 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ._layer_statistics import is_floating, non_finite
-from ._once import jit_once
-from ._optimiser import compiled_updates
-from ._statistics import activation_stats
+from .._layer_statistics import is_floating, non_finite
+from .._once import jit_once
+from .._optimiser import compiled_updates
+from .._statistics import activation_stats
 
 SMALL, USUAL = 1e-5, 1e-3
 _COUNTS = (1, 10, 100, 1000, 10_000, 100_000)

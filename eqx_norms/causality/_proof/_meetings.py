@@ -7,8 +7,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._jaxprs import called, opened
-from ._loops import rewritten
+from ..._jaxprs import called, opened
+from .._loops import rewritten
 from ._masks import Meeting
 
 Meetings = Mapping[Any, Meeting]  # by the path of the equation and the number of the operand

@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import Literal
 from jaxtyping import Array, Float
 
-from .._jaxprs import opened
+from ..._jaxprs import opened
 
 
 class Activation(NamedTuple):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from .._real import Real
-from ._lost import blame
-from ._probe import placed
-from ._widen import coarsest, float_constants, float_dtypes, is_key, opaque_parts, widen
+from ..._real import Real
+from .._lost import blame
+from .._probe import placed
+from .._widen import coarsest, float_constants, float_dtypes, is_key, opaque_parts, widen
 
 _EPS32, _EPS64 = (float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64))
 # Rounding shrinks 2**29-fold from float32 to float64, from coarser floats by more. Where it was

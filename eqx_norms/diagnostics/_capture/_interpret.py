@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jax.extend.core import DebugInfo, Jaxpr, Literal, primitives
 
-from .._jaxprs import scan_counts
-from .._real import Real
+from ..._jaxprs import scan_counts
+from ..._real import Real
 from ._plan import Plan, Step
 from ._tag import tag_p
 

@@ -14,10 +14,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ._activations import Activation
-from ._instrument import path
-from ._interpret import Marked
-from ._layer_statistics import (
+from .._capture._instrument import path
+from .._capture._interpret import Marked
+from .._layer_statistics import (
     as_examples,
     derivative_statistics,
     each_step,
@@ -26,10 +25,11 @@ from ._layer_statistics import (
     non_finite,
     sample,
 )
-from ._mesh import on_any_mesh
-from ._once import jit_once
-from ._optimiser import compiled_updates
-from ._statistics import activation_stats, saturation_fraction
+from .._mesh import on_any_mesh
+from .._once import jit_once
+from .._optimiser import compiled_updates
+from .._statistics import activation_stats, saturation_fraction
+from ._activations import Activation
 from ._survey import Seen, Survey
 from ._trial import of_update, try_steps
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from ._diagnosis_plot import plot
-from ._diagnosis_text import as_text
+from .._capture._instrument import Where
 from ._findings import Finding, find
-from ._instrument import Where
 from ._measure import Parameter, Row, measure
+from ._plot import plot
 from ._survey import Survey
+from ._text import as_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from .._real import Real
+from ..._real import Real
 
 WIDTH = 100
 _FOLD = 24  # So many rows are shown one by one.

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._real import Integer, Real
-from ._call import call
+from ..._real import Integer, Real
+from .._call import call
+from .._edits import Edit, TokenValues, make_editor
+from .._inputs import Given, named_leaves, output_leaf, split_input, traced
+from .._judge import DIFFERS_FROM_ITSELF
+from .._probe import placed
+from .._widen import coarsest, same_trace
 from ._compare import Judge, Row, gaps, host
-from ._edits import Edit, TokenValues, make_editor
-from ._inputs import Given, named_leaves, output_leaf, split_input, traced
-from ._judge import DIFFERS_FROM_ITSELF
-from ._probe import placed
-from ._same_report import SameReport, make_report
-from ._widen import coarsest, same_trace
+from ._report import SameReport, make_report
 
 
 class DifferenceError(AssertionError):

@@ -20,14 +20,14 @@ import jax.tree_util as jtu
 from jax.extend.core import primitives
 from jaxtyping import Array, PyTree
 
-from .._jaxprs import is_jaxpr, opened
+from ..._jaxprs import is_jaxpr, opened
+from .._capture._capture import _check_arrays, _Program, _zero_shift
+from .._capture._instrument import Observer, Where, path
+from .._capture._interpret import ArrayType, Marked, loops_around, marked_types, supported
+from .._capture._plan import Output, Plan, Step, make_plan
+from .._capture._tag import Inputs, Place, mark, tag_p
 from ._activations import Activation, activation_of, recognised
-from ._capture import _check_arrays, _Program, _zero_shift
 from ._dataflow import Flow
-from ._instrument import Observer, Where, path
-from ._interpret import ArrayType, Marked, loops_around, marked_types, supported
-from ._plan import Output, Plan, Step, make_plan
-from ._tag import Inputs, Place, mark, tag_p
 
 
 @dataclasses.dataclass(eq=False)

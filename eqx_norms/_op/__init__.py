@@ -1,0 +1,11 @@
+"""The one operation behind every layer; the layers see what is named here, and nothing below."""
+
+from ._lowering import MARKS as MARKS, grouped as grouped
+from ._normalize import (
+    as_jax_has_it as as_jax_has_it,
+    normalize as normalize,
+    normalize_reference as normalize_reference,
+    together as together,
+)
+from ._plain import plain as plain
+from ._rows import PRIMITIVES as PRIMITIVES, normalize_by as normalize_by
