@@ -316,15 +316,15 @@ def test_check_costs_less_than_2_percent_of_the_default_training():
     names = data.split(NAMES, chosen.context)
     symbols = 27  # of the census surnames
     decoder, opt_state = train.start(chosen, symbols)
-    counting = Counting(decoder, [])
-    train.check(chosen, counting, names)  # proved, without a run
-    jax.effects_barrier()
-    assert not counting.count
     leaking = dataclasses.replace(chosen, norm="over-tokens")
-    counting = Counting(train.start(leaking, symbols)[0], [])
-    train.check(leaking, counting, names)
-    jax.effects_barrier()
-    assert len(counting.count) > chosen.context
+    runs = []
+    # Proved, where what the mask assumes of the scores is looked at; and found by the edits.
+    for settings, model in (chosen, decoder), (leaking, train.start(leaking, symbols)[0]):
+        counting = Counting(model, [])
+        train.check(settings, counting, names)
+        jax.effects_barrier()
+        assert len(counting.count) > chosen.context
+        runs += [len(counting.count)]
 
     batch = jnp.zeros((chosen.batch, chosen.context), jnp.int32)
     step = train.make_step(chosen).lower(decoder, opt_state, batch).compile().compiled
@@ -333,7 +333,7 @@ def test_check_costs_less_than_2_percent_of_the_default_training():
     # A forward pass is about 2 flops for every parameter and token.
     params = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(decoder, eqx.is_array)))
     assert flops(forward) > params * chosen.context
-    share = len(counting.count) * flops(forward) / (chosen.steps * flops(step))
+    share = max(runs) * flops(forward) / (chosen.steps * flops(step))
     assert 0 < share < 0.02
 
 

@@ -16,7 +16,8 @@ from refused import refused
 from slow import slow
 
 from eqx_norms import LayerNorm, RMSNorm
-from eqx_norms.causality import DifferenceError, _compare as comparing, assert_same, check_same
+from eqx_norms.causality import DifferenceError, assert_same, check_same
+from eqx_norms.causality._same import _compare as comparing
 
 T, D = 6, 4
 
@@ -207,6 +208,44 @@ def test_what_the_input_itself_does_not_say_is_rounding(getkey):
     """At 1e4 an ulp of x is 1e-3, and so is what a mean in float32 loses: both do what they can."""
     norm = jax.vmap(LayerNorm(50, use_weight=False, use_bias=False))
     assert check_same(two_passes, norm, rows(getkey) + 1e4, inputs=0).status == "rounding"
+
+
+def attention(bias, scores, values, softmax):
+    """Softmax does not see what is added to all scores alike: its derivative there is 0."""
+    return jnp.sum(jnp.square(softmax(scores + bias) @ values))
+
+
+def by_logarithms(scores):
+    return jnp.exp(scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True))
+
+
+def over_another_sum(scores):
+    e = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    return e / jax.lax.cumsum(e, axis=1)[:, -1:]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("softmax", [by_logarithms, over_another_sum])
+def test_a_derivative_that_is_0_is_of_no_size(softmax, beside, getkey):
+    """As of the bias of the keys. What is left of it is rounding in both, and by chance unequal."""
+    scores, values = rows(getkey, T, T), rows(getkey, T, D)
+
+    def grads(softmax):
+        grad = jax.grad(lambda bias, x: attention(bias, scores * x, values, softmax), (0, 1))
+        return lambda x: grad(jnp.zeros((T, 1)), x)[: 1 + beside]
+
+    report = assert_same(grads(jax.nn.softmax), grads(softmax), jnp.ones(()), inputs=2)
+    assert report.status in ("rounding", "same bits")
+
+
+def test_a_zero_that_one_alone_misses_is_lost(getkey):
+    """The variance of equal numbers: 0 in two passes, some thousand eps of nothing in one."""
+    x = jnp.full((T, 50), 1234.567) + 0 * rows(getkey)
+    two = lambda x: jnp.square(x - x.mean(-1, keepdims=True)).mean(-1)
+    one = lambda x: jnp.square(x).mean(-1) - jnp.square(x.mean(-1))
+    report = check_same(two, one, x, inputs=0)
+    assert report.status == "imprecise"
+    assert "It is the second function that is off." in words(report)
 
 
 @pytest.mark.slow

@@ -30,6 +30,8 @@ _LOST_EPS = 1024.0
 _LOST_SHARE = 0.25
 # And so many times as much as its outputs move when its inputs and constants do by half an ulp.
 _CONDITION = 8.0
+# Where 0 is exact, all that one has is rounding: it is no worse than what so much of the other is.
+_CHANCE = 1024.0
 
 Row = Sequence[Array | np.ndarray]  # an input, its leaves
 Outputs = list[list[np.ndarray]]  # for each of K inputs its L leaves, floats as float64
@@ -201,6 +203,7 @@ class Judge:
 
         So it does where it is further from itself in float64 than a small change of its inputs and
         constants would take it; or where it is so by the size of the outputs, and the other not.
+        What is 0 in exact arithmetic has no size: there that of all outputs counts.
         """
         size, scale = own.gaps
         share = max(min(_LOST_EPS * self.eps, _LOST_SHARE), float(self.noise_ulps) * self.eps)
@@ -214,7 +217,9 @@ class Judge:
             of = lambda outs: [outs[row] for row in chosen]
             errors[k][chosen] = gaps(of(coarse), of(wide)).size
             moves[k][chosen] = gaps(of(wide), self._nudged_by_half_an_ulp(closed, chosen)).size
-        limit = share * scale + _CONDITION * moves
+        zero, whole = _is_zero(own, exact)
+        scale = np.where(zero, np.maximum(scale, whole), scale)
+        limit = share * scale + _CONDITION * moves + np.where(zero, _CHANCE * errors.min(0), 0)
         alone = (size > scale / 2) & (errors.min(0) <= share * scale)
         lost = broken | (far & ((errors > limit).any(0) | alone))
         own = own._replace(limit=np.where(broken, 0, limit.max(0)))
@@ -284,6 +289,22 @@ class Judge:
                 after = _wide(closed, rows, nudge)
                 total += gaps([before[k] for k in chosen], after).size
         return total
+
+
+def _is_zero(own: Runs, exact: Runs) -> tuple[Bool[np.ndarray, "K L"], Float[np.ndarray, "K 1"]]:
+    """Which leaves are 0 in float64, but for its rounding, and the largest entry of all leaves."""
+    size = np.array(
+        [
+            [max(map(_largest, leaves)) for leaves in zip(*row, strict=True)]
+            for row in zip(exact.one, exact.two, strict=True)
+        ]
+    )
+    return size * _SHRINK <= own.gaps.scale, size.max(1, keepdims=True, initial=0)
+
+
+def _largest(leaf: np.ndarray) -> float:
+    size = np.abs(leaf * 1.0)
+    return float(size.max(initial=0, where=np.isfinite(size)))
 
 
 def gap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
