@@ -16,6 +16,7 @@ import jax.random as jr
 import optax
 import pytest
 from draws import normal, seed
+from slow import slow
 
 import eqx_norms
 from eqx_norms import diagnostics
@@ -59,8 +60,17 @@ def x64_as_before():
     jax.config.update("jax_enable_x64", False)
 
 
+# A third of the time that all other tests take.
+LONG = {"causality.md", "forward_mode.md", "masks.md", "moving.md", "precision.md", "recipes.md"}
+assert {page.name for page in PAGES} >= LONG
+
+
 @pytest.mark.usefixtures("x64_as_before")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize(
+    "page",
+    [slow(page) if page.name in LONG else page for page in PAGES],
+    ids=lambda page: str(page.relative_to(DOCS)),
+)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__docs__"}
