@@ -16,6 +16,7 @@ from ._checks import (
     check_shape,
     check_size,
     check_stacked,
+    check_there,
 )
 from ._op import normalize
 from ._real import Integer, Number
@@ -108,8 +109,8 @@ class AdaLayerNorm(eqx.Module):
         An array of the shape and dtype of `x`.
 
         **Raises:** `ValueError` if `x` is not of shape `shape` or `cond` not of shape
-        `(cond_size,)`, or for several layers, stacked; `TypeError` if `x` or `cond` is of another
-        dtype.
+        `(cond_size,)`, for several layers, stacked, or if a parameter is missing; `TypeError` if
+        `x` or `cond` is of another dtype.
         """
         check_floating("AdaLayerNorm", x)
         check_floating("AdaLayerNorm(cond=...)", cond)
@@ -120,6 +121,8 @@ class AdaLayerNorm(eqx.Module):
                 "jax.vmap(ada_layer_norm)(x, cond)"
             )
         check_example("AdaLayerNorm", "ada_layer_norm", self.shape, x)
+        for param in ("weight", "bias"):
+            check_there("AdaLayerNorm", f"linear.{param}", getattr(self.linear, param))
         both = self.linear(cond)
         check_stacked("AdaLayerNorm", (2 * math.prod(self.shape),), [both.shape])
         scale, shift = both.reshape(2, *self.shape)

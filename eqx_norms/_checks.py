@@ -133,12 +133,17 @@ def own_params(layer: Any, *, weight: bool, bias: bool) -> tuple[Array | None, A
     A flag that is False hides a parameter that was set all the same, as in `equinox.nn`.
     """
     for param, flag in (("weight", weight), ("bias", bias)):
-        if flag and getattr(layer, param) is None:
-            raise ValueError(
-                f"This `{type(layer).__name__}` was made with a {param}, which is None now, as in "
-                "a half of `eqx.partition`. Put the halves together: eqx.combine(params, static)"
-            )
+        if flag:
+            check_there(type(layer).__name__, param, getattr(layer, param))
     return layer.weight if weight else None, layer.bias if bias else None
+
+
+def check_there(name: str, param: str, value: Any) -> None:
+    if value is None:
+        raise ValueError(
+            f"This `{name}` was made with a {param}, which is None now, as in a half of "
+            "`eqx.partition`. Put the halves together: eqx.combine(params, static)"
+        )
 
 
 def check_stacked(name: str, shape: tuple[int, ...], found: Iterable[tuple[int, ...]]) -> None:

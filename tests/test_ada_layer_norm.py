@@ -94,6 +94,9 @@ def test_bad_input(trained, getkey):
         trained(jnp.ones((2, *SHAPE)), jnp.ones((2, 5)))
     with refused(ValueError, r"jax.vmap\(ada_layer_norm\)\(x\)"):
         trained(jnp.ones((2, *SHAPE)), jnp.ones(5))
+    static = eqx.partition(trained, eqx.is_array)[1]
+    with refused(ValueError, "made with a linear.weight, which is None now.* eqx.combine"):
+        static(jnp.ones(SHAPE), jnp.ones(COND))
     with refused(TypeError, r"cond=.*int32"):
         trained(jnp.ones(SHAPE), jnp.ones(5, jnp.int32))
     with refused(ValueError, r"cond_size=\.\.\.\)` must be 1 or more; got 0"):

@@ -14,6 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from ..._largest import largest
 from .._capture._instrument import path
 from .._capture._interpret import Marked
 from .._layer_statistics import (
@@ -313,7 +314,7 @@ def _alike(arrays: list[Array]) -> Array:
 
 
 def _largest_rms(arrays: list[Array]) -> Array:
-    return jnp.max(jnp.stack([activation_stats(x).rms.astype(jnp.float32) for x in arrays]))
+    return largest(jnp.stack([activation_stats(x).rms.astype(jnp.float32) for x in arrays]))
 
 
 def _activation_input(call: Seen, marked: Marked) -> Array | None:
@@ -425,7 +426,7 @@ def _distinct(rows: Array) -> Array:
     weights = np.random.default_rng(0).normal(size=rows.shape[1])
     sums = jnp.sum(rows * jnp.asarray(weights[None], rows.dtype), axis=1)
     # What is the same may be summed in another order. (A sort takes XLA longer to compile.)
-    rounding = 16 * float(jnp.finfo(rows.dtype).eps) * jnp.max(jnp.abs(sums))
+    rounding = 16 * float(jnp.finfo(rows.dtype).eps) * largest(sums)
     same = jnp.abs(sums[:, None] - sums[None]) <= rounding
     return jnp.sum(~jnp.tril(same, -1).any(axis=1))
 
@@ -443,7 +444,7 @@ def _of_logits(grad: Array, loops: tuple[int, ...]) -> dict[str, Array]:
     def one(grad):
         g = grad.reshape(-1, grad.shape[-1]).astype(jnp.float32)
         size = jnp.abs(g).sum(-1)
-        most = jnp.max(size)
+        most = largest(size)
         negative = g < -1e-6 * most
         rounding = 8 * float(jnp.finfo(grad.dtype).eps)
         kind = (negative.sum(-1) <= 1) & (jnp.abs(g.sum(-1)) <= rounding * most)
