@@ -319,9 +319,9 @@ def test_check_costs_less_than_2_percent_of_the_default_training():
     leaking = dataclasses.replace(chosen, norm="over-tokens")
     runs = []
     # Proved, where what the mask assumes of the scores is looked at; and found by the edits.
-    for settings, model in (chosen, decoder), (leaking, train.start(leaking, symbols)[0]):
-        counting = Counting(model, [])
-        train.check(settings, counting, names)
+    for how, built in (chosen, decoder), (leaking, train.start(leaking, symbols)[0]):
+        counting = Counting(built, [])
+        train.check(how, counting, names)
         jax.effects_barrier()
         assert len(counting.count) > chosen.context
         runs += [len(counting.count)]
