@@ -1,4 +1,12 @@
-"""Normalization layers for Equinox with a hand-written derivative, and a causality check."""
+"""Normalization layers for Equinox with a hand-written derivative, and two instruments.
+
+Layers act on one example: map them with `jax.vmap`. `LayerNorm`, `RMSNorm`, `GroupNorm` and
+`AdaLayerNorm` are modules; `layer_norm`, `rms_norm` and `group_norm` are the functions behind them.
+`replace_norms` exchanges the norms of a model, and `is_norm` finds them.
+
+`eqx_norms.causality` asks who reads whom: `assert_causal`, `assert_reads`, `assert_same`.
+`eqx_norms.diagnostics` looks inside of a model: `diagnose`, `capture`, `Watch`.
+"""
 
 from ._ada_layer_norm import AdaLayerNorm as AdaLayerNorm
 from ._group_norm import GroupNorm as GroupNorm, group_norm as group_norm
@@ -10,3 +18,19 @@ from ._rms_norm import RMSNorm as RMSNorm, rms_norm as rms_norm
 from .causality import assert_causal as assert_causal, assert_independent as assert_independent
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdaLayerNorm",
+    "GroupNorm",
+    "LayerNorm",
+    "RMSNorm",
+    "assert_causal",
+    "assert_independent",
+    "group_norm",
+    "is_norm",
+    "layer_norm",
+    "normalize_reference",
+    "plain",
+    "replace_norms",
+    "rms_norm",
+]

@@ -76,3 +76,12 @@ def test_layers_see_one_door():
             assert not {to.split(".")[0] for to in targets} & (NORMS | {*ROOMS}), name
         elif below:
             assert below == {"_op"}, f"{name} goes past the door of _op: {below}"
+
+
+def test_all_public_names_are_listed():
+    """So that `help(eqx_norms)` shows them."""
+    public = {name for name in vars(eqx_norms) if not name.startswith("_")}
+    modules = {"causality", "diagnostics", "onnx"}
+    assert {*eqx_norms.__all__} == public - modules
+    for name in eqx_norms.__all__:
+        assert getattr(eqx_norms, name).__doc__
