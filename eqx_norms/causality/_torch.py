@@ -193,13 +193,13 @@ def _plain_call(model: Any, x: PyTree) -> Any:
 def _cached_call(model: Any, x: PyTree, cache: Any) -> tuple[Any, Any]:
     accepts = inspect.signature(model.forward).parameters
     name = next((name for name in _CACHES if name in accepts), None)
+    how = "say how: stepped(model, call=lambda model, x, cache: (output, cache))"
     if name is None:
-        raise TypeError(
-            f"{type(model).__name__} takes none of {', '.join(_CACHES)}; say how it is called with "
-            "a cache: stepped(model, call=lambda model, x, cache: (output, cache))"
-        )
+        raise TypeError(f"{type(model).__name__} takes none of {', '.join(_CACHES)}; {how}")
     options = {name: cache} | ({"use_cache": True} if "use_cache" in accepts else {})
     out = model(**x, **options) if isinstance(x, Mapping) else model(x, **options)
+    if name not in out:
+        raise TypeError(f"{type(model).__name__} takes {name}= and does not return it; {how}")
     return _told(out), out[name]
 
 
