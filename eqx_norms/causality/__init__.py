@@ -10,6 +10,7 @@ from ._check import (
     check_independent as check_independent,
     check_reads as check_reads,
 )
+from ._host import host as host
 from ._matrix import dependency_matrix as dependency_matrix
 from ._question import CausalityWarning as CausalityWarning
 from ._report import CausalityReport as CausalityReport, Pair as Pair
@@ -19,3 +20,4 @@ from ._same import (
     assert_same as assert_same,
     check_same as check_same,
 )
+from ._torch import from_torch as from_torch, stepped as stepped

@@ -8,14 +8,13 @@ import jax
 
 _ON_THE_HOST = """\
 fn must be made of JAX operations, so that it can be traced, got {error}.
-Write it with jax.numpy instead of numpy. What cannot be, such as a torch module, runs beside JAX:
+Write it with jax.numpy instead of numpy. What cannot be runs beside JAX, as it stands:
 
-    def fn(x):
-        out = jax.ShapeDtypeStruct(x.shape, x.dtype)  # of the output
-        return jax.pure_callback(host, out, x)
+    from eqx_norms.causality import from_torch, host
 
-where host = lambda x: np.cumsum(x, 0), say, or of torch
-host = lambda x: module(torch.tensor(np.array(x))).detach().numpy()."""
+    host(fn)  # of NumPy arrays, in the place of fn; also for TensorFlow, Keras, ONNX Runtime
+    from_torch(module)  # a torch module; or from_torch(module, call=lambda module, x: module(x)[0])
+"""
 _NNX = (
     "fn must leave its modules as they are while it is traced, but a module of flax.nnx was "
     "updated: batch statistics or random streams in train mode, got {error}. Let fn update a "

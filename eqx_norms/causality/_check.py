@@ -24,6 +24,7 @@ from ._edits import (
     pure_mixing_edits,
 )
 from ._held import held_numbers, with_arrays
+from ._host import is_beside, remarks, running, understood
 from ._inputs import (
     Axes,
     Problem,
@@ -69,6 +70,7 @@ def assert_causal(
     splits: Sequence[int] | str = "auto",
     scales: Sequence[Real] = (1.0, 10.0, 100.0),
     token_values: TokenValues = None,
+    allowed_values: TokenValues = None,
     fixed: str | Iterable[str] = (),
     noise_ulps: Real = 64,
     confirm_x64: bool = True,
@@ -141,6 +143,9 @@ def assert_causal(
         and the largest id if `x` does not contain it. The ids that edits draw run to the
         largest of `x` and `token_values`. For every array of integers that holds more than 0
         and 1; or for some by name, as in `{"ids": (0, 49), "text.segment": (3,)}`.
+    - `allowed_values`: the ids that edits may put in, all others left out, such as padding or the
+        place of an image: `range(4, 32000)`, or by name as above. By default those from 0 to the
+        largest.
     - `fixed`: the names of what is left alone, as in `"mask"` or `("mask", "text.segment")`. It is
         given to `fn` as it is, so that it need not have positions, nor be an array.
     - `noise_ulps`: how many eps of the output's magnitude count as rounding: eps of float64 where
@@ -212,6 +217,7 @@ def assert_independent(
     splits: Sequence[int] | str = "auto",
     scales: Sequence[Real] = (1.0, 10.0, 100.0),
     token_values: TokenValues = None,
+    allowed_values: TokenValues = None,
     fixed: str | Iterable[str] = (),
     noise_ulps: Real = 64,
     confirm_x64: bool = True,
@@ -262,6 +268,7 @@ def assert_reads(
     out_labels: Labels = None,
     scales: Sequence[Real] = (1.0, 10.0, 100.0),
     token_values: TokenValues = None,
+    allowed_values: TokenValues = None,
     fixed: str | Iterable[str] = (),
     noise_ulps: Real = 64,
     confirm_x64: bool = True,
@@ -363,6 +370,7 @@ class How(NamedTuple):
     out_labels: Labels
     scales: Sequence[Real]
     token_values: TokenValues
+    allowed_values: TokenValues
     fixed: str | Iterable[str]
     noise_ulps: Real
     confirm_x64: bool
@@ -389,7 +397,9 @@ def _assert(
     splits: Sequence[int] | str,
     how: How,
 ) -> CausalityReport:
-    report = _check(rule, fn, x, splits, how)
+    fn = understood(fn)
+    with running(fn):
+        report = _check(rule, fn, x, splits, how)
     unproved = how.prove == "required" and report.status != "proved"
     if report.status in ("leak", "undecided", "blind") or unproved:
         raise CausalityError(report, how.err_msg)
@@ -426,7 +436,10 @@ def _check(
         report = dataclasses.replace(report, notes=tuple(known_notes))
         return _questioned(report, problem, how)
     editor = _editor(problem, how)
-    probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), how.batch_size)
+    eager = is_beside(problem.closed)
+    probe = make_probe(
+        problem.fn, editor, problem.out_axes, function_eps(problem), how.batch_size, eager=eager
+    )
     judge = Judge(problem, probe, how.noise_ulps, how.confirm_x64)
     try:
         if report is None:
@@ -442,6 +455,7 @@ def _check(
         for note in known_notes:
             error.add_note(note)
         raise
+    known_notes += remarks(problem.closed)
     report = dataclasses.replace(report, notes=(*report.notes, *known_notes))
     return _questioned(report, problem, how)
 
@@ -635,7 +649,13 @@ def _with_parameters(
 
 def _editor(problem: Problem, how: How) -> Editor:
     return make_editor(
-        problem.leaves, problem.in_axes, how.scales, how.token_values, how.key, problem.names
+        problem.leaves,
+        problem.in_axes,
+        how.scales,
+        how.token_values,
+        how.key,
+        problem.names,
+        how.allowed_values,
     )
 
 
@@ -742,6 +762,9 @@ def _token_notes(editor: Editor) -> list[str]:
             continue
         what = f"{called(leaf.name)} was" if leaf.name else "Tokens were"
         first, last = leaf.ids.drawn[0], leaf.ids.drawn[-1]
+        if leaf.ids.allowed:
+            notes += [f"{what} drawn from {len(leaf.ids.drawn)} ids, {first} to {last}, as given."]
+            continue
         source = "x and token_values" if leaf.ids.given else "x; token_values= adds ids"
         notes += [f"{what} drawn from {first} to {last}, as found in {source}."]
     return notes

@@ -32,9 +32,10 @@ class Edit(NamedTuple):
 class Ids(NamedTuple):
     """What a discrete leaf is edited to: ids `drawn` uniformly, and `special` ones."""
 
-    drawn: range
+    drawn: Sequence[int]  # in order
     special: tuple[int, ...]
     given: tuple[int, ...]  # by token_values
+    allowed: bool = False  # whether allowed_values says which are drawn
 
 
 MASK = Ids(range(2), (0, 1), ())  # what holds only 0 and 1
@@ -126,20 +127,23 @@ def make_editor(
     token_values: TokenValues,
     key: PRNGKeyArray | None,
     names: Sequence[str] | None = None,
+    allowed_values: TokenValues = None,
 ) -> Editor:
-    """Checks `scales` and `token_values`, and that every discrete leaf can be edited at all.
+    """Checks `scales` and both options of ids, and that every discrete leaf can be edited at all.
 
-    `names` are what `token_values` may call the leaves: their numbers, unless given.
+    `names` are what these options may call the leaves: their numbers, unless given.
     """
     scales = tuple(float(scale) for scale in scales)
     if not scales or not all(0 < scale < np.inf for scale in scales):
         raise ValueError(f"scales must be positive and finite, got {scales}; try (1., 10., 100.)")
     numbers = map(str, range(len(leaves)))
     named = dict(zip(names or numbers, map(np.asarray, leaves), strict=True))
-    given = _given_values(token_values, named)
+    given = _given_values("token_values", token_values, named)
+    allowed = _given_values("allowed_values", allowed_values, named)
     described = []
     for (name, values), axis, leaf in zip(named.items(), axes, leaves, strict=True):
-        ids = _ids(name, values, given.get(name, ()), alone=len(named) == 1)
+        alone = len(named) == 1
+        ids = _ids(name, values, given.get(name, ()), allowed.get(name, ()), alone)
         unit = _unit(values) if ids is None else 1
         signed = bool((np.real(values) < 0).any())
         sharding = getattr(leaf, "sharding", None)
@@ -205,42 +209,47 @@ def require_names(option: str, given: Iterable[str], known: Iterable[str], what:
 
 
 def _given_values(
-    token_values: TokenValues, named: Mapping[str, np.ndarray]
+    option: str, told: TokenValues, named: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[int, ...]]:
-    """The token values of each integer leaf: those under its name, or all if it is no mask."""
+    """The ids told of each integer leaf: those under its name, or all if it is no mask."""
     integers = {name: v for name, v in named.items() if jnp.issubdtype(v.dtype, jnp.integer)}
-    if isinstance(token_values, Mapping):
-        given = {name: tuple(values) for name, values in token_values.items()}
-        require_names("token_values", given, integers, "integers")
+    if isinstance(told, Mapping):
+        given = {name: tuple(values) for name, values in told.items()}
+        require_names(option, given, integers, "integers")
     else:
-        values = tuple(token_values or ())
+        values = () if told is None else tuple(told)
         tokens = [name for name, leaf in integers.items() if not is_mask(leaf, len(named) == 1)]
         given = dict.fromkeys(tokens or integers, values)
         if values and len(given) > len(tokens) + 1:
             raise ValueError(
-                "every array of integers in x holds only 0 and 1; say which one token_values are "
-                f"for: {_by_name(given)}"
+                f"every array of integers in x holds only 0 and 1; say which one {option} are "
+                f"for: {_by_name(option, given)}"
             )
     for name, values in given.items():
         dtype = integers[name].dtype
         if not all(jnp.iinfo(dtype).min <= value <= jnp.iinfo(dtype).max for value in values):
-            cure = f"; say which array they are for: {_by_name(given)}" if len(given) > 1 else ""
+            which = f"; say which array they are for: {_by_name(option, given)}"
+            cure = which if len(given) > 1 else ""
             raise ValueError(
-                f"token_values must fit the dtype of {called(name)}, {dtype}, got {values}{cure}"
+                f"{option} must fit the dtype of {called(name)}, {dtype}, got {values}{cure}"
             )
     return given
 
 
-def _by_name(given: Mapping[str, tuple[int, ...]]) -> str:
-    return f"token_values={dict([next(iter(given.items()))])}"
+def _by_name(option: str, given: Mapping[str, tuple[int, ...]]) -> str:
+    return f"{option}={dict([next(iter(given.items()))])}"
 
 
-def _ids(name: str, leaf: np.ndarray, given: tuple[int, ...], alone: bool) -> Ids | None:
-    if leaf.dtype == np.bool_ or (not given and is_mask(leaf, alone)):
+def _ids(
+    name: str, leaf: np.ndarray, given: tuple[int, ...], allowed: tuple[int, ...], alone: bool
+) -> Ids | None:
+    if leaf.dtype == np.bool_ or (not given and not allowed and is_mask(leaf, alone)):
         return MASK
     if not jnp.issubdtype(leaf.dtype, jnp.integer):
         return None
     values = leaf.astype(np.int64)
+    if allowed:
+        return _allowed_ids(name, values, given, allowed)
     drawn = range(min(0, int(values.min())), max(int(values.max()), *given, 0) + 1)
     if len(drawn) < 2:
         raise ValueError(
@@ -250,6 +259,20 @@ def _ids(name: str, leaf: np.ndarray, given: tuple[int, ...], alone: bool) -> Id
     # Padding is usually 0, the largest id, a negative one, or what x ends with.
     usual = (0, drawn[-1], drawn[0], int(values.reshape(-1)[-1]))
     return Ids(drawn, tuple(dict.fromkeys([*given, *usual])), given)
+
+
+def _allowed_ids(
+    name: str, values: np.ndarray, given: tuple[int, ...], allowed: tuple[int, ...]
+) -> Ids:
+    drawn = sorted({*map(int, allowed), *map(int, given)})
+    if len(drawn) < 2:
+        raise ValueError(
+            f"allowed_values of {called(name)} must hold at least two ids, so that an edit of one "
+            f"can differ from it, got {allowed}"
+        )
+    usual = (drawn[0], drawn[-1], int(values.reshape(-1)[-1]))
+    special = [one for one in (*given, *usual) if one in drawn]
+    return Ids(drawn, tuple(dict.fromkeys(special)), given, allowed=True)
 
 
 def is_mask(leaf: np.ndarray, alone: bool) -> bool:
@@ -294,7 +317,8 @@ def _tokens(ids: Ids, old: np.ndarray, pure, rng) -> np.ndarray:
         return np.full(old.shape, ids.special[pure]).astype(old.dtype)
     # Stepping 1 to len - 1 places round the ring of ids, never back onto the id that was there.
     step = rng.integers(1, len(ids.drawn), size=old.shape)
-    new = (old.astype(np.int64) - ids.drawn[0] + step) % len(ids.drawn) + ids.drawn[0]
+    drawn = np.asarray(ids.drawn)
+    new = drawn[(np.searchsorted(drawn, old.astype(np.int64)) + step) % len(drawn)]
     if pure is None:
         new = np.where(rng.random(old.shape) < 0.5, rng.choice(ids.special, size=old.shape), new)
     return new.astype(old.dtype)

@@ -17,6 +17,8 @@ from .._jaxprs import is_ref
 from .._real import Integer, Real
 from ._call import call
 from ._edits import is_mask, require_names
+from ._host import as_arrays, learn
+from ._torch import TorchFunction
 from ._widen import trace
 
 Axes = Integer | tuple[Integer, ...]
@@ -95,6 +97,7 @@ def make_problem(
         return tuple(map(_merged, apply(*args), out_axes))
 
     leaves = tuple(map(_merged, edited, in_axes))
+    learn(fn, given.whole(edited))
     closed = traced(apply, leaves)
     outs = _shapes(closed)
     if not outs:
@@ -130,7 +133,7 @@ class Given(NamedTuple):
 
 def split_input(x: PyTree, fixed: str | Iterable[str]) -> Given:
     """Checks that what edits replace can be edited."""
-    named, treedef = named_leaves(x)
+    named, treedef = named_leaves(as_arrays(x))
     kept = _fixed_leaves(named, fixed)
     leaves = {name: _input_leaf(leaf) for name, leaf in named.items() if name not in kept}
 
@@ -231,6 +234,8 @@ def perturbed(
     """`fn` with normal noise of size `sigma` on what is `trainable`, and the paths of the rest."""
     if not 0 < sigma < np.inf:
         raise ValueError(f"perturb_params must be positive and finite, got {sigma}; try 0.02")
+    if isinstance(fn, TorchFunction):
+        return fn.perturbed(sigma, rng)
     spec = _trainable(fn) if trainable is None else trainable
     params, static = eqx.partition(fn, spec)
     params, others = eqx.partition(params, eqx.is_inexact_array)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 
 from .._real import Real
 from ._edits import Edit, Editor, nothing
+from ._host import is_beside, own_error
 from ._inputs import Problem
 from ._lost import blame
 from ._nudge import Shaken, beside
@@ -266,6 +267,7 @@ class Judge:
         return found
 
     def _failed(self, error: Exception) -> str:
+        error = own_error(error)
         reason = str(error).split("\n")[0]
         return f"The {self._other} re-run failed ({type(error).__name__}: {reason})."
 
@@ -309,7 +311,10 @@ class Judge:
         """The probe in the second precision."""
         fn, eps = widen(self.problem.closed, self._other), float(np.finfo(self._other).eps)
         probe = self.probe
-        return make_probe(fn, probe.editor, probe.out_axes, eps, probe.batch_size, self._other)
+        eager = is_beside(self.problem.closed)
+        return make_probe(
+            fn, probe.editor, probe.out_axes, eps, probe.batch_size, self._other, eager
+        )
 
 
 def _shaken(probe: Probe, by: float) -> Changes:

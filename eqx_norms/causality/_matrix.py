@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .._largest import largest
 from .._real import Real
-from ._edits import Edit, TokenValues, at_one, make_editor, nothing, single_edits
+from ._edits import Edit, Editor, TokenValues, at_one, make_editor, nothing, single_edits
+from ._host import is_beside, running, understood
 from ._inputs import Axes, Problem, make_problem
 from ._judge import Judge, Verdict, function_eps, require_sane_baseline
 from ._probe import make_probe
@@ -35,6 +36,7 @@ def dependency_matrix(
     method: Literal["perturb", "vjp"] = "perturb",
     scales: Sequence[Real] = (1.0, 10.0, 100.0),
     token_values: TokenValues = None,
+    allowed_values: TokenValues = None,
     fixed: str | Iterable[str] = (),
     batch_size: int = 8,
     key: PRNGKeyArray | None = None,
@@ -57,8 +59,9 @@ def dependency_matrix(
     **Arguments:**
 
     - `method`: `"perturb"` or `"vjp"`.
-    - `fn`, `x`, `axis`, `out_axis`, `scales`, `token_values`, `fixed`, `batch_size`, `key`: as for
-        [`eqx_norms.causality.assert_causal`][]. The output may have any number of positions.
+    - `fn`, `x`, `axis`, `out_axis`, `scales`, `token_values`, `allowed_values`, `fixed`,
+        `batch_size`, `key`: as for [`eqx_norms.causality.assert_causal`][]. The output may have any
+        number of positions.
 
     **Returns:**
 
@@ -69,13 +72,32 @@ def dependency_matrix(
     `ValueError` for an unknown method, a wrong axis, or a function that is not finite on `x` or
     not the same again; `TypeError` for `method="vjp"` of an `x` or an output that has no floats.
     """
-    problem = make_problem(fn, x, axis, out_axis, fixed)
-    if method == "vjp":
-        return _vjp_matrix(problem, jr.key(0) if key is None else key)
-    if method != "perturb":
+    if method not in ("perturb", "vjp"):
         raise ValueError(f'method must be "perturb" or "vjp", got {method!r}')
-    editor = make_editor(problem.leaves, problem.in_axes, scales, token_values, key, problem.names)
-    probe = make_probe(problem.fn, editor, problem.out_axes, function_eps(problem), batch_size)
+    fn = understood(fn)
+    with running(fn):
+        problem = make_problem(fn, x, axis, out_axis, fixed)
+        if method == "vjp":
+            return _vjp_matrix(problem, jr.key(0) if key is None else key)
+        editor = make_editor(
+            problem.leaves,
+            problem.in_axes,
+            scales,
+            token_values,
+            key,
+            problem.names,
+            allowed_values,
+        )
+        return _perturbed_matrix(problem, editor, batch_size)
+
+
+def _perturbed_matrix(
+    problem: Problem, editor: Editor, batch_size: int
+) -> Float[np.ndarray, "T_out T_in"]:
+    eager = is_beside(problem.closed)
+    probe = make_probe(
+        problem.fn, editor, problem.out_axes, function_eps(problem), batch_size, eager=eager
+    )
     edits = [nothing(editor), *single_edits(editor, range(problem.length)), nothing(editor)]
     changes = probe.measure(edits, "dependency matrix")
     require_sane_baseline(problem, edits, changes, _NOISE_ULPS)

@@ -93,10 +93,18 @@ class Probe:
         return tuple(placed(leaf, where, None) for leaf, where in zip(stacked, lies, strict=True))
 
 
-def make_probe(fn, editor: Editor, out_axes, eps: float, batch_size: int, dtype=None) -> Probe:
-    """A probe of `fn`, which takes and returns flat leaves."""
-    run = jax.jit(lambda batch: jax.lax.map(lambda leaves: fn(*leaves), batch))
+def make_probe(
+    fn, editor: Editor, out_axes, eps: float, batch_size: int, dtype=None, eager: bool = False
+) -> Probe:
+    """A probe of `fn`, which takes and returns flat leaves; `eager`, one call after the other."""
+    mapped = jax.jit(lambda batch: jax.lax.map(lambda leaves: fn(*leaves), batch))
+    run = functools.partial(_one_by_one, fn) if eager else mapped
     return Probe(run, editor, tuple(out_axes), eps, batch_size, dtype and np.dtype(dtype))
+
+
+def _one_by_one(fn, batch: tuple[Array, ...]) -> tuple[Array, ...]:
+    outs = [fn(*map(jnp.asarray, leaves)) for leaves in zip(*batch, strict=True)]
+    return tuple(map(jnp.stack, zip(*outs, strict=True)))
 
 
 class _Leaf(NamedTuple):

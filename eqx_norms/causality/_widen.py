@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._jaxprs import called, is_foreign, is_jaxpr, is_ref, opened, scan_counts
+from ._host import in_precision
 from ._loops import BODIES, rewritten
 
 # These hold a traced function of single entries, or read the bits of a dtype.
@@ -152,7 +153,9 @@ def _equation(eqn: jex.JaxprEqn, args: list[Array], how: _How) -> Sequence[Array
     if inner is not None:
         return _evaluate(inner, args, how._replace(calls=(*how.calls, eqn)))
     inside = how._replace(watch=None)
-    if name in BODIES and any(map(is_ref, args)):
+    if (beside := in_precision(eqn, how.to)) is not None:
+        outs = beside(*args)
+    elif name in BODIES and any(map(is_ref, args)):
         run = lambda body, args, _: (_evaluate(body, args, inside), None)
         outs = rewritten(eqn, args, run)[0]
     else:
@@ -191,7 +194,8 @@ def _bind(eqn: jex.JaxprEqn, args: Sequence[Array], params: dict) -> Sequence[Ar
 
 def _is_opaque(eqn: jex.JaxprEqn) -> bool:
     name = eqn.primitive.name
-    return name in _NARROW or (is_foreign(eqn) and name != _SHARD_MAP)
+    foreign = is_foreign(eqn) and name != _SHARD_MAP and in_precision(eqn) is None
+    return name in _NARROW or foreign
 
 
 def _origins(closed: Any, ins: Sequence[frozenset[str]]) -> list[frozenset[str]]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ..._real import Real
+from .._host import compiled, own_error
 from .._lost import blame
 from .._probe import placed
 from .._widen import coarsest, float_constants, float_dtypes, is_key, opaque_parts, widen
@@ -107,6 +108,14 @@ class Judge:
 
     def verdict(self) -> Verdict:
         """Runs both on every input, and again in float64 where they differ."""
+        found, opaque = self._verdict(), self._opaque
+        if found.exact is None or not opaque:
+            return found
+        # What a callback gave is not of float64, and must not be called so.
+        note = f"{opaque} kept its own precision in the float64 re-run."
+        return found._replace(exact=None, notes=[*found.notes, note])
+
+    def _verdict(self) -> Verdict:
         own = self._runs(_own(self.one, self.rows), _own(self.two, self.rows), self.eps)
         changed = own.gaps.size > 0
         if not changed.any():
@@ -120,6 +129,7 @@ class Judge:
         try:
             exact = self._in_float64(own)
         except Exception as error:  # what has no float64 form may raise what it likes
+            error = own_error(error)
             reason = str(error).split("\n")[0]
             note = f"The float64 re-run failed ({type(error).__name__}: {reason})."
             unknown = by_size._replace(status="undecided", where=changed)
@@ -160,7 +170,19 @@ class Judge:
         rounded[chosen] = self._rounded_constants(chosen, exact)
         limit = exact.limit + self.noise_ulps * moved + _CONSTANTS * rounded
         exact = exact._replace(limit=limit)
-        return exact, *self._undecided(own, exact, doubtful, moved)
+        undecided, notes = self._undecided(own, exact, doubtful, moved)
+        if self._opaque:
+            exact = exact._replace(limit=np.maximum(limit, self._reach(exact, moved)))
+        return exact, undecided, notes
+
+    @property
+    def _opaque(self) -> str:
+        """The names of what has no float64 form in the two."""
+        return ", ".join(sorted(opaque_parts(self.one) | opaque_parts(self.two)))
+
+    def _reach(self, exact: Runs, moved: Float[np.ndarray, "K L"]) -> Float[np.ndarray, "K L"]:
+        """How far rounding in their own precision may take what has no other."""
+        return self.noise_ulps * self.eps * np.maximum(exact.gaps.scale, moved / _EPS64)
 
     def _undecided(
         self,
@@ -180,13 +202,11 @@ class Judge:
                 "The functions are chaotic: an eps of float64 in inputs and constants moves the "
                 f"outputs by up to {share:.2g} of their size, so that rounding may do as much."
             ]
-        names = ", ".join(sorted(opaque_parts(self.one) | opaque_parts(self.two)))
         behind = np.zeros_like(above)
-        if names and above.any():
-            reach = self.noise_ulps * self.eps * np.maximum(scale, moved / _EPS64)
-            behind = above & (size <= reach)
+        if self._opaque and above.any():
+            behind = above & (size <= self._reach(exact, moved))
         if behind.any():
-            notes += [f"The float64 re-run is not conclusive: {names} has no such form."]
+            notes += [f"The float64 re-run is not conclusive: {self._opaque} has no such form."]
         hidden = above & (_HIDDEN * np.maximum(own.gaps.size, self.eps * scale) < size)
         if hidden.any():
             notes += [
@@ -334,7 +354,7 @@ def _scale(a: np.ndarray, b: np.ndarray, apart: np.ndarray) -> float:
 
 
 def _own(closed: jex.ClosedJaxpr, rows: Sequence[Row]) -> Outputs:
-    return _run(jax.jit(jex.jaxpr_as_fun(closed)), rows)
+    return _run(compiled(jex.jaxpr_as_fun(closed), closed), rows)
 
 
 def _wide(
@@ -344,7 +364,7 @@ def _wide(
     to: Any = np.float64,
 ) -> Outputs:
     with jax.enable_x64(True), np.errstate(over="ignore"):  # a constant too large for float32
-        return _run(jax.jit(widen(closed, to, constant)), rows)
+        return _run(compiled(widen(closed, to, constant), closed), rows)
 
 
 def _run(fn: Callable, rows: Sequence[Row]) -> Outputs:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from ..._real import Integer, Real
 from .._call import call
 from .._edits import Edit, TokenValues, make_editor
+from .._host import compiled, learn, remarks, running, understood
 from .._inputs import Given, named_leaves, output_leaf, split_input, traced
 from .._judge import DIFFERS_FROM_ITSELF
 from .._probe import placed
@@ -38,6 +38,7 @@ def assert_same(
     inputs: Integer = 7,
     scales: Sequence[Real] = (0.01, 1.0, 10.0),
     token_values: TokenValues = None,
+    allowed_values: TokenValues = None,
     fixed: str | Iterable[str] = (),
     noise_ulps: Real = 64,
     confirm_x64: bool = True,
@@ -79,7 +80,8 @@ def assert_same(
         `x` alone.
     - `scales`: how large the replaced floats are, in units of the root mean square of `x`. Small
         ones show what is added under a square root, large ones a mask that is too weak.
-    - `token_values`, `fixed`, `key`: as for [`eqx_norms.causality.assert_causal`][].
+    - `token_values`, `allowed_values`, `fixed`, `key`: as for
+        [`eqx_norms.causality.assert_causal`][].
     - `noise_ulps`: how many eps of float64, times the size of the outputs, count as rounding in
         any case, and how many times as far as outputs move when inputs and constants do by an eps.
     - `confirm_x64`: whether to ask float64. If not, size decides: what is below `noise_ulps` eps
@@ -109,20 +111,31 @@ def assert_same(
             f"inputs and noise_ulps must be at least 0, got inputs={inputs}, "
             f"noise_ulps={noise_ulps}"
         )
-    given = split_input(x, fixed)
-    first, second = (_traced(fn, given) for fn in (one, two))
-    _require_alike(first, second, axis)
-    edits = _edits(given, int(inputs), scales, token_values, key) if inputs and given.leaves else []
-    rows = [[*given.leaves.values()], *edits]
-    judge = Judge(first.closed, second.closed, rows, noise_ulps, confirm_x64)
-    verdict = judge.verdict()
-    if verdict.status == "different":
-        for function, before in ((first, verdict.own.one), (second, verdict.own.two)):
-            _require_same_again(function, rows[0], before[0], noise_ulps * judge.eps)
-    dtype = str(coarsest(first.closed, second.closed))
-    report = make_report(
-        verdict, dtype, [given.whole([*map(jnp.asarray, row)]) for row in rows], first.names, axis
-    )
+    one, two = understood(one), understood(two)
+    with running(one, two):
+        given = split_input(x, fixed)
+        first, second = (_traced(fn, given) for fn in (one, two))
+        _require_alike(first, second, axis)
+        edits = (
+            _edits(given, int(inputs), scales, token_values, allowed_values, key)
+            if inputs and given.leaves
+            else []
+        )
+        rows = [[*given.leaves.values()], *edits]
+        judge = Judge(first.closed, second.closed, rows, noise_ulps, confirm_x64)
+        verdict = judge.verdict()
+        if verdict.status == "different":
+            for function, before in ((first, verdict.own.one), (second, verdict.own.two)):
+                _require_same_again(function, rows[0], before[0], noise_ulps * judge.eps)
+        dtype = str(coarsest(first.closed, second.closed))
+        notes = remarks(first.closed) + remarks(second.closed)
+        report = make_report(
+            verdict._replace(notes=[*verdict.notes, *notes]),
+            dtype,
+            [given.whole([*map(jnp.asarray, row)]) for row in rows],
+            first.names,
+            axis,
+        )
     passes = ("same bits", "rounding", *["imprecise"] * allow_imprecise)
     if report.status not in passes:
         raise DifferenceError(report, err_msg)
@@ -159,6 +172,7 @@ def _traced(fn: Callable, given: Given) -> _Traced:
         shape["names"] = tuple(named)
         return tuple(map(output_leaf, named.values()))
 
+    learn(fn, given.whole([*given.leaves.values()]))
     closed = traced(flat, [*given.leaves.values()])
     if not closed.out_avals:
         raise TypeError("one and two must return an array or a pytree of arrays, got none in it")
@@ -191,10 +205,11 @@ def _kind(dtype: Any) -> str:
     return next((kind for kind, of in kinds.items() if jnp.issubdtype(dtype, of)), "complex")
 
 
-def _edits(given: Given, count: int, scales, token_values, key) -> Iterator[Row]:
+def _edits(given: Given, count: int, scales, token_values, allowed_values, key) -> Iterator[Row]:
     """Every leaf replaced as a whole, each time in another way."""
     flat = [np.asarray(leaf).reshape(-1) for leaf in given.leaves.values()]
-    together = make_editor(flat, [0] * len(flat), scales, token_values, key, [*given.leaves])
+    names = [*given.leaves]
+    together = make_editor(flat, [0] * len(flat), scales, token_values, key, names, allowed_values)
     editors = [dataclasses.replace(together, leaves=(leaf,)) for leaf in together.leaves]
     for number in range(count):
         row = []
@@ -214,6 +229,6 @@ def _require_same_again(
     if same_trace(function.closed, again):
         return
     # The text of a trace may also differ by an address. Then only the values can tell.
-    found = gaps([[*before]], [host(jax.jit(jex.jaxpr_as_fun(again))(*row))])
+    found = gaps([[*before]], [host(compiled(jex.jaxpr_as_fun(again), again)(*row))])
     if (found.size > eps * found.scale).any():
         raise ValueError(DIFFERS_FROM_ITSELF)

@@ -1,0 +1,414 @@
+"""The decoders of transformers, with random weights: who reads whom, and is the cache right?
+
+    pip install -e ".[published]" && python -m benchmarks.published_decoders    # on Python 3.11
+
+makes the table of docs/published_decoders.md. `--family mamba` (again for more) runs these alone
+and prints the reports of what is not as hoped for. `--json FILE` keeps the answers and goes on there;
+`--against FILE` says whose are others, as with another version of transformers.
+
+Nothing is downloaded: configurations are small and weights are random, so that what is seen is the
+code. Models are float32; rounding is told from the rest by a copy in float64.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import inspect
+import io
+import json
+import os
+import pathlib
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+from eqx_norms.causality import (
+    check_causal,
+    check_independent,
+    check_reads,
+    check_same,
+    dependency_matrix,
+    from_torch,
+    rules,
+    stepped,
+)
+
+VOCABULARY, T, PADS, PAD = 64, 12, 5, 1
+FIRST, LAST = 4, 63  # the ids of the texts
+PIECE = 5
+LARGEST = 4_000_000  # parameters
+# Sizes that configurations call by these names; what a family has beside them is in `OWN`.
+SIZES = {
+    "vocab_size": VOCABULARY,
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "dim", "embedding_size"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "d_ff"), 48),
+    **dict.fromkeys(
+        ("encoder_ffn_dim", "d_inner", "feed_forward_size", "dff", "ffn_hidden_size"), 48
+    ),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(("decoder_layers", "num_decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_encoder_layers",), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "num_decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_encoder_attention_heads", "num_heads"), 4),
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 64),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "index_head_dim", "o_lora_rank"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "mamba_d_head"), 8),
+    **dict.fromkeys(("mamba_d_state", "mamba_n_heads", "state_size"), 8),
+    **dict.fromkeys(("n_group", "topk_group", "mamba_n_groups", "n_shared_experts"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "index_n_heads"), 1),
+    "rotary_dim": 4,
+    "pad_token_id": PAD,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+}
+# None leaves to the family what `SIZES` would say.
+OWN: dict[str, dict[str, Any]] = {
+    "prophetnet": {"num_hidden_layers": None, "pad_token_id": 0},
+    "falcon": {"head_dim": None},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "mamba2": {"num_heads": 8, "expand": 2, "n_groups": 1},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"]},
+    "reformer": {"axial_pos_shape": (4, 6), "axial_pos_embds_dim": (16, 16), "head_dim": None},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"lru_width": 32, "num_hidden_layers": 3},
+    "moshi": {"sliding_window": 8},
+    "xlnet": {"max_position_embeddings": None},
+    "zamba": {"num_hidden_layers": 6, "layer_types": ["linear_attention"] * 2 + ["hybrid"] * 4},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "num_mem_blocks": 1,
+        "hybrid_layer_ids": [1, 3],
+    },
+    "longcat_flash": {"num_layers": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
+    "roc_bert": {"pronunciation_vocab_size": 8, "shape_vocab_size": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+}
+
+
+class Check(NamedTuple):
+    """A question, and whether a report's answer is the one to be hoped for."""
+
+    title: str
+    ask: Callable[["Decoder"], Any]
+
+
+class Decoder(NamedTuple):
+    """A model, and the names of the arguments that its `forward` takes."""
+
+    model: Any
+    accepts: frozenset[str]
+
+    @property
+    def cache(self) -> str | None:
+        names = ("past_key_values", "cache_params", "state", "mems")
+        return next((name for name in names if name in self.accepts), None)
+
+
+def text(examples: int = 1, seed: int = 0, length: int = T) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(FIRST, LAST + 1, (examples, length))
+
+
+def _full(decoder: Decoder) -> Any:
+    return from_torch(decoder.model)
+
+
+def causal(decoder: Decoder) -> Any:
+    return check_causal(_full(decoder), text(), axis=1, allowed_values=range(FIRST, LAST + 1))
+
+
+def batch(decoder: Decoder) -> Any:
+    ids = range(FIRST, LAST + 1)
+    return check_independent(_full(decoder), text(3, length=8), allowed_values=ids)
+
+
+def _padded(decoder: Decoder, left: bool, positions: bool) -> Any:
+    """The same text with padding on one side, masked, against the text alone."""
+    if "attention_mask" not in decoder.accepts or positions > ("position_ids" in decoder.accepts):
+        return None
+
+    def call(model, ids):
+        pads = torch.full((len(ids), PADS), model.config.pad_token_id)
+        mask = [torch.zeros_like(pads), torch.ones_like(ids)]
+        ids, mask = ([pads, ids], mask) if left else ([ids, pads], mask[::-1])
+        given = {"input_ids": torch.cat(ids, 1), "attention_mask": torch.cat(mask, 1)}
+        if positions:  # as `generate` makes them
+            given["position_ids"] = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        logits = model(**given, **_uncached(decoder)).logits
+        return logits[:, PADS:] if left else logits[:, :-PADS]
+
+    return _same(_full(decoder), from_torch(decoder.model, call))
+
+
+def _uncached(decoder: Decoder) -> dict[str, bool]:
+    return {"use_cache": False} if "use_cache" in decoder.accepts else {}
+
+
+def _same(one: Any, two: Any) -> Any:
+    ids = range(FIRST, LAST + 1)
+    return check_same(one, two, text(), axis=1, inputs=1, allowed_values=ids, allow_imprecise=True)
+
+
+def left(decoder: Decoder) -> Any:
+    return _padded(decoder, left=True, positions=False)
+
+
+def left_with_positions(decoder: Decoder) -> Any:
+    return _padded(decoder, left=True, positions=True)
+
+
+def right(decoder: Decoder) -> Any:
+    return _padded(decoder, left=False, positions=False)
+
+
+def packed(decoder: Decoder) -> Any:
+    """Two documents in a row, told by positions that start again."""
+    if "position_ids" not in decoder.accepts:
+        return None
+    segments = np.arange(T) // (T // 2)
+    positions = torch.arange(T)[None] % (T // 2)
+    call = lambda model, ids: model(ids, position_ids=positions, **_uncached(decoder)).logits
+    rule = rules.causal(T) & rules.segments(segments)
+    ids = range(FIRST, LAST + 1)
+    return check_reads(from_torch(decoder.model, call), text(), rule, axis=1, allowed_values=ids)
+
+
+def _cached(decoder: Decoder, **how: Any) -> Any:
+    if not decoder.cache:
+        return None
+    call = _cache_of_ours if "RecurrentGemma" in type(decoder.model).__name__ else None
+    return _same(_full(decoder), stepped(decoder.model, call=call, **how))
+
+
+def _cache_of_ours(model: Any, ids: Any, cache: Any) -> tuple[Any, Any]:
+    """For a model that does not return its cache."""
+    cache = cache or transformers.DynamicCache(config=model.config)
+    return model(ids, past_key_values=cache, use_cache=True).logits, cache
+
+
+def _cached_with_positions(decoder: Decoder, cuts: int) -> Any:
+    """With the positions said, as `generate` does."""
+    if not decoder.cache or "position_ids" not in decoder.accepts:
+        return None
+    name = decoder.cache
+
+    def call(model, ids, cache):
+        done = 0 if cache is None else cache[1]
+        positions = torch.arange(done, done + ids.shape[1])[None]
+        given = {name: None if cache is None else cache[0], "position_ids": positions}
+        if cache is None and "RecurrentGemma" in type(model).__name__:
+            given[name] = transformers.DynamicCache(config=model.config)
+        out = model(ids, use_cache=True, **given)
+        return out.logits, (out.get(name, given[name]), done + ids.shape[1])
+
+    return _same(_full(decoder), stepped(decoder.model, cuts, call=call))
+
+
+CHECKS = [
+    Check("causal", causal),
+    Check("batch", batch),
+    Check("left", left),
+    Check("left, positions", left_with_positions),
+    Check("right", right),
+    Check("packed", packed),
+    Check("one at a time", lambda decoder: _cached(decoder)),
+    Check("... positions", lambda decoder: _cached_with_positions(decoder, 1)),
+    Check("pieces", lambda decoder: _cached(decoder, cuts=PIECE)),
+    Check("... positions", lambda decoder: _cached_with_positions(decoder, PIECE)),
+    Check("interleaved", lambda decoder: _cached(decoder, beside=text(seed=1))),
+]
+GOOD = ("clear", "clear (float noise)", "same bits", "rounding", "imprecise")
+
+
+def built(family: str) -> Decoder:
+    """A small model of the family, in evaluation mode, with weights large enough to matter."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family)
+    options = {name: size for name, size in SIZES.items() if hasattr(config, name)}
+    if hasattr(config, "kv_lora_rank"):
+        options["num_key_value_heads"] = options["num_attention_heads"]
+    options |= OWN.get(family, {})
+    config = type(config)(**{name: one for name, one in options.items() if one is not None})
+    cls = getattr(transformers, NAMES[family])
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in cls(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size / 1e6:.0f} million parameters: other SIZES or OWN are needed")
+    model = cls(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return Decoder(model, frozenset(inspect.signature(model.forward).parameters))
+
+
+def answers(family: str, verbose: bool) -> dict[str, str]:
+    """Of every check a word: ok, another status, an error's name, - where it cannot be asked."""
+    try:
+        with quiet():
+            decoder = built(family)
+    except Exception as error:
+        return {"not built": _words(error)}
+    found = {}
+    for number, check in enumerate(CHECKS):
+        try:
+            with quiet():
+                report = check.ask(decoder)
+        except Exception as error:
+            answer, told = f"{type(error).__name__}", str(error)
+        else:
+            answer = "-" if report is None else report.status
+            answer, told = ("ok" if answer in GOOD else answer), str(report)
+        found[str(number)] = answer
+        if verbose and answer not in ("ok", "-"):
+            print(f"\n{family}, {check.title}: {answer}\n{told}")
+    return found
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:100]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+# What is understood of a row, in the code of transformers 5.23.0.
+SCAN = "a piece of several tokens is scanned from an empty state, not from that in the cache"
+WHY = {
+    "prophetnet": "**defect**: the bias of relative positions is read in another order, below",
+    "mamba": f"**defect**: {SCAN}",
+    "falcon_mamba": f"**defect**: {SCAN}",
+    "jamba": f"**defect**: {SCAN}",
+    "zamba": f"**defect**: {SCAN}",
+    "recurrent_gemma": (
+        "**defects**: the state is kept in the module, for whichever request comes; the "
+        "convolution starts anew with each piece, and reads padding"
+    ),
+    "minimax": (
+        "**defect**: the cache's length is asked of its first layer, which is linear and says 0: "
+        "positions and masks of cached calls are wrong"
+    ),
+    "moshi": (
+        "**defect**: `sliding_window` (8 here, 3000 by default) cuts the cache and not the mask"
+    ),
+    "bamba": "**defect**: positions start at 0 in cached calls that do not say them",
+    "biogpt": "**defect**: positions made from the mask are not used, for others are made before",
+    "xlnet": "bidirectional by design, unless `attn_type` or `perm_mask` says otherwise",
+    "cpmant": "bidirectional by design: all tokens are context",
+    "reformer": "chunks of its hashing depend on later tokens, by design",
+    "rwkv": "takes no mask: padding is text",
+}
+
+
+def table(found: dict[str, dict[str, str]]) -> Iterator[str]:
+    """The page's: families that are as hoped for in a list, the others in rows."""
+    fine = [name for name, row in found.items() if {*row.values()} <= {"ok", "-"}]
+    unbuilt = [name for name, row in found.items() if "not built" in row]
+    yield f"Everything holds in {len(fine)}: {', '.join(fine)}."
+    yield ""
+    yield "| family | " + " | ".join(check.title for check in CHECKS) + " | |"
+    yield "|---|" + "---|" * (len(CHECKS) + 1)
+    for name, row in found.items():
+        if name not in fine and name not in unbuilt:
+            words = ["" if word == "ok" else word for word in row.values()]
+            yield f"| {name} | " + " | ".join(words) + f" | {WHY.get(name, '')} |"
+    if unbuilt:
+        yield ""
+        yield f"Not built by this script: {', '.join(unbuilt)}."
+
+
+@contextlib.contextmanager
+def mended_prophetnet() -> Iterator[None]:
+    """With the order of axes in which the bias of the predicting stream is read later."""
+    from transformers.models.prophetnet import modeling_prophetnet as module
+
+    cls, name = module.ProphetNetNgramSelfAttention, "get_predict_relative_pos_embeddings"
+    before = getattr(cls, name)
+    source = textwrap.dedent(inspect.getsource(before))
+    assert source.count("permute(0, 2, 1, 4, 3)") == 1, "ProphetNet is not what it was"
+    scope: dict[str, Any] = dict(vars(module))
+    exec(source.replace("permute(0, 2, 1, 4, 3)", "permute(0, 1, 4, 2, 3)"), scope)
+    setattr(cls, name, scope[name])
+    try:
+        yield
+    finally:
+        setattr(cls, name, before)
+
+
+def picture(path: pathlib.Path) -> None:
+    """Who reads whom in ProphetNet, before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    decoder, ids = built("prophetnet"), text(length=24)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
+    read = lambda: dependency_matrix(_full(decoder), ids, axis=1) > 0
+    with mended_prophetnet():
+        after = read()
+    future = ~np.tri(24, dtype=bool)
+    for axis, matrix, title in zip(
+        axes, (read(), after), ("5.23.0", "one line mended"), strict=True
+    ):
+        axis.imshow(np.where(matrix & future, 2, matrix), cmap="Blues", vmin=0, vmax=2)
+        axis.set(title=f"{title}: {(matrix & future).sum()} pairs of the future", xlabel="input")
+    axes[0].set_ylabel("output")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", action="append", choices=sorted(NAMES), metavar="FAMILY")
+    parser.add_argument("--json", type=pathlib.Path, help="keep the answers, and go on from there")
+    parser.add_argument("--against", type=pathlib.Path, help="answers to compare with")
+    parser.add_argument("--picture", type=pathlib.Path, help="draw ProphetNet's, and no more")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)  # of models this small
+    os.environ["PYTEST_CURRENT_TEST"] = "no bars of the single checks"
+    if args.picture:
+        return picture(args.picture)
+    start = time.perf_counter()
+    found = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    for family in tqdm([one for one in args.family or sorted(NAMES) if one not in found]):
+        found[family] = answers(family, verbose=bool(args.family))
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=1))
+    print(f"{time.perf_counter() - start:.0f} s", *table(found), sep="\n")
+    if args.against:
+        before = json.loads(args.against.read_text())
+        changed = [name for name, row in found.items() if before.get(name, row) != row]
+        print(f"Others than in {args.against}: {', '.join(changed) or 'none'}.")
+    packages = ("transformers", "torch", "jax")
+    print(*(f"{name} {importlib.metadata.version(name)}" for name in packages), sep=", ")
+
+
+if __name__ == "__main__":
+    main()
