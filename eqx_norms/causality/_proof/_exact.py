@@ -7,7 +7,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from ._flow import largest_index
+from ._indexing import largest_index
 from ._known import tiny
 
 # These give a number that was there, a whole one, or one with another sign.

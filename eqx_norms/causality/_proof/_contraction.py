@@ -1,0 +1,85 @@
+"""Products of matrices, and what solves with them."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from . import _reads as r
+from ._flow import finite_as, rule
+from ._known import Known, is_real, known
+from ._labels import Mask, any_along, both, joint, moved_mask, others
+from ._reads import Reads
+
+# Products of zeros are looked at entry by entry, over what is summed as well, up to so many.
+_MANY = 2**24
+
+
+@rule("dot_general")
+def _dot_general(context, eqn, a, b):
+    """Row and column, but for products of what is finite with zero.
+
+    Both operands are laid out over the axes of the result and, behind these, what is summed.
+    """
+    (ca, cb), (ba, bb) = eqn.params["dimension_numbers"]
+    aval = eqn.outvars[0].aval
+    if 0 in (*a.shape, *b.shape):
+        return [finite_as(aval, None, a, b)]
+    rows = [i for i in range(len(a.shape)) if i not in (*ca, *ba)]
+    columns = [i for i in range(len(b.shape)) if i not in (*cb, *bb)]
+    lay_a = _layout([*ba, *rows, *ca], (len(ba) + len(rows), len(columns)))
+    lay_b = _layout([*bb, *columns, *cb], (len(bb), len(rows)))
+    summed = tuple(range(len(aval.shape), len(aval.shape) + len(ca)))
+    finite = [x.finite for x in (a, b)]
+    zero = [moved_mask(x.zero, lay) for x, lay in ((a, lay_a), (b, lay_b))]
+    reads = []
+    for x, lay, ok, other in ((a, lay_a, finite[0], zero[1]), (b, lay_b, finite[1], zero[0])):
+        cut = other if context.zeros_cut and ok else False
+        reads.append(_summed(r.moved(x.reads, lay), others(cut), summed))
+    out = finite_as(aval, r.union(*reads), a, b)
+    if not is_real(aval.dtype) or not all(finite):
+        return [out]
+    return [_zero_at(out, _products_of_zero(zero, summed, len(aval.shape)))]
+
+
+def _layout(order: Sequence[int], space: tuple[int, int]) -> Callable[[np.ndarray], np.ndarray]:
+    """These axes in this order, with so many new ones from a place on."""
+    place, count = space
+    return lambda x: np.expand_dims(x.transpose(order), tuple(range(place, place + count)))
+
+
+def _summed(reads: Reads, where: Mask | bool, axes: tuple[int, ...]) -> Reads:
+    """What is read along the axes, where it meets no zero."""
+    if reads is None or where is True:
+        return r.reduced(reads, axes)
+    if isinstance(where, Mask) and any(isinstance(t.where, Mask) for t in reads):
+        reads = (r.folded(reads),)  # so that two masks need not be brought together
+    return r.reduced(r.without(reads, others(where)), axes)
+
+
+def _products_of_zero(zero: list, summed: tuple[int, ...], ndim: int) -> Mask | bool:
+    """Which entries are sums of products with a zero alone."""
+    a, b = map(others, zero)
+    if isinstance(a, Mask) and isinstance(b, Mask):
+        shapes = a.labels.index.shape, b.labels.index.shape
+        if math.prod(np.maximum(*map(np.array, shapes)).tolist()) <= _MANY:
+            a, b = both(a, b), True
+    found = [any_along(x, summed) if isinstance(x, Mask) else x for x in (a, b)]
+    return _squeezed(others(both(*found)), ndim)
+
+
+def _squeezed(where: Mask | bool, ndim: int) -> Mask | bool:
+    if not isinstance(where, Mask):
+        return where
+    return where._replace(labels=where.labels.reshaped(where.labels.index.shape[:ndim]))
+
+
+def _zero_at(x: Known, where: Mask | bool) -> Known:
+    if where is False:
+        return x
+    if where is True:
+        return known(x, x.reads, None, 0.0, 0.0)
+    labels, i, j = joint(x.labels, where.labels)
+    zero = j == where.yes
+    low, high = (np.where(zero, 0.0, end[i]) for end in (x.low, x.high))
+    return known(x, x.reads, labels, low, high)
