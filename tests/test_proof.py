@@ -485,7 +485,7 @@ def test_a_carry_is_known_by_position():
 
 def test_a_long_loop_is_gone_through_to_a_fixed_point(monkeypatch):
     """Where every step may read every input: sound, and no longer exact."""
-    monkeypatch.setattr("eqx_norms.causality._proof._prove._STEPS", 10)
+    monkeypatch.setattr("eqx_norms.causality._proof._control._STEPS", 10)
     found = proof(zoo.rnn_scan, floats(), CAUSAL)
     assert not found.holds and found.connected.all()
     independent = lambda x: jax.lax.scan(lambda c, a: (c + a, None), x[:, 0] * 0, x.T)[0]

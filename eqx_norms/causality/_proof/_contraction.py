@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,21 +32,22 @@ def _dot_general(context, eqn, a, b):
     lay_b = _layout([*bb, *columns, *cb], (len(bb), len(rows)))
     summed = tuple(range(len(aval.shape), len(aval.shape) + len(ca)))
     finite = [x.finite for x in (a, b)]
-    zero = [moved_mask(x.zero, lay) for x, lay in ((a, lay_a), (b, lay_b))]
+    zero = [moved_mask(x.zero, *lay) for x, lay in ((a, lay_a), (b, lay_b))]
     reads = []
     for x, lay, ok, other in ((a, lay_a, finite[0], zero[1]), (b, lay_b, finite[1], zero[0])):
         cut = other if context.zeros_cut and ok else False
-        reads.append(_summed(r.moved(x.reads, lay), others(cut), summed))
+        reads.append(_summed(r.moved(x.reads, *lay), others(cut), summed))
     out = finite_as(aval, r.union(*reads), a, b)
     if not is_real(aval.dtype) or not all(finite):
         return [out]
     return [_zero_at(out, _products_of_zero(zero, summed, len(aval.shape)))]
 
 
-def _layout(order: Sequence[int], space: tuple[int, int]) -> Callable[[np.ndarray], np.ndarray]:
-    """These axes in this order, with so many new ones from a place on."""
+def _layout(order: Sequence[int], space: tuple[int, int]) -> tuple[Callable, Any]:
+    """These axes in this order, with so many new ones from a place on: the move and its name."""
     place, count = space
-    return lambda x: np.expand_dims(x.transpose(order), tuple(range(place, place + count)))
+    new = tuple(range(place, place + count))
+    return lambda x: np.expand_dims(x.transpose(order), new), ("layout", *order, space)
 
 
 def _summed(reads: Reads, where: Mask | bool, axes: tuple[int, ...]) -> Reads:

@@ -67,7 +67,7 @@ def _tiled(a: np.ndarray, p: dict) -> np.ndarray:
 
 
 # Of arrays that broadcast to the shape of the operand.
-_SHAPE_MOVES: dict[str, Callable] = {
+SHAPE_MOVES: dict[str, Callable] = {
     "reshape": lambda a, p, shape: _reshape(a, shape, p["new_sizes"]),
     "squeeze": lambda a, p, shape: a.squeeze(p["dimensions"]),
     "tile": lambda a, p, shape: (
@@ -81,16 +81,16 @@ _SHAPE_MOVES: dict[str, Callable] = {
 
 
 MOVES = (
-    *_SHAPE_MOVES,
+    *SHAPE_MOVES,
     *"concatenate dynamic_slice dynamic_update_slice gather pad split stack unstack".split(),
 )
 
 
-@rule(*_SHAPE_MOVES)
+@rule(*SHAPE_MOVES)
 def _move(context, eqn, x, *_):
     name, params = eqn.primitive.name, eqn.params
     key = (name, x.shape, *(tuple(v) for v in params.values() if isinstance(v, tuple | list)))
-    move = lambda a: _SHAPE_MOVES[name](a, params, x.shape)
+    move = lambda a: SHAPE_MOVES[name](a, params, x.shape)
     return [moved(x, eqn.outvars[0].aval, move, key)]
 
 

@@ -108,6 +108,8 @@ def label(codes: Int[np.ndarray, "..."]) -> tuple[Labels, Int[np.ndarray, " coun
     kept = _by_appearance(flat, top)
     if len(kept) == 1:
         return one(codes.ndim), kept
+    if len(kept) == top and (kept == np.arange(top)).all():
+        return _interned(flat.reshape(codes.shape).astype(_dtype(top), copy=False), top), kept
     numbers = np.zeros(top, _dtype(len(kept)))
     numbers[kept] = np.arange(len(kept))
     index = _through(numbers, flat).reshape(codes.shape)

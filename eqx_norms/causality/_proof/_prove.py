@@ -7,6 +7,7 @@ infinite or NaN but by what the program makes of its own constants.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,9 @@ from . import (
 )
 from ._exact import exact
 from ._flow import RULES, connect_all
-from ._known import Known, constant, free, known, parameter
+from ._elementwise import ENTRY_BY_ENTRY
+from ._indexing import SHAPE_MOVES
+from ._known import Known, constant, free, is_real, known, parameter
 from ._labels import joint, label
 from ._masks import LARGE, Meeting, assumed
 
@@ -57,6 +60,7 @@ class Context:
     - `looking`: whether to look for what may be to blame: `merging` are then the equations that
         bring inputs together, `moving` the others, by path, each with its line.
     - `calls`: the equations that the present one is inside of.
+    - `computed`: what was computed of constants, for it is the same in every pass.
     """
 
     assume_bounded: bool
@@ -74,6 +78,7 @@ class Context:
     moving: dict = dataclasses.field(default_factory=dict)
     calls: list = dataclasses.field(default_factory=list)
     float_masks: set = dataclasses.field(default_factory=set)
+    computed: dict = dataclasses.field(default_factory=dict)
 
     def of_array(self, const: Any) -> Known:
         """What is known of an array that the function holds."""
@@ -137,7 +142,7 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
         signed = _tells_zeros_apart(eqn, operands)
         if signed:
             operands = _with_signs(context, operands, path)
-        computed = _computed(eqn, operands)
+        computed = _computed(context, eqn, operands)
         settled = [x for x in computed or () if x is not None]
         if computed is not None and len(settled) == len(computed):
             return settled
@@ -145,7 +150,7 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
             context.opaque.add(name)
         results = RULES.get(name, connect_all)(context, eqn, *operands)
         if computed is not None:
-            results = list(map(_where_finite, results, _bound(eqn, operands)))
+            results = list(map(_where_finite, results, _bound(eqn, operands)[1]))
         if context.assume_bounded:
             results = assumed(context, eqn, operands, results, path)
         if context.looking:
@@ -205,21 +210,66 @@ def _merges(operands: Sequence[Known], results: Sequence[Known]) -> bool:
     return any(x.reads is not None and not found <= r.distinct_rows(x.reads) for x in operands)
 
 
-def _computed(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> list[Known | None] | None:
+def _computed(
+    context: Context, eqn: jex.JaxprEqn, operands: Sequence[Known]
+) -> list[Known | None] | None:
     """The results of constants: `None` in the place of one that another compilation may round
     otherwise. `None` where not all operands are known.
     """
     if not all(x.value is not None for x in operands) or eqn.effects or is_foreign(eqn):
         return None
-    outs = _bound(eqn, operands)
-    args = [x.value for x in operands]
-    return [constant(out) if exact(eqn, args, out) else None for out in outs]
+    key = (id(eqn), *map(id, operands))
+    if key not in context.computed:
+        args, outs = _bound(eqn, operands)
+        results = [
+            constant(_wide(out, v)) if exact(eqn, args, out) else None
+            for out, v in zip(outs, eqn.outvars, strict=True)
+        ]
+        if not _is_worth_keeping(outs):
+            return results
+        context.computed[key] = eqn, operands, results
+    return context.computed[key][2]
 
 
-def _bound(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> list[Any]:
-    args = [jnp.asarray(x.value) for x in operands]
-    outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+def _is_worth_keeping(outs: Sequence[Any]) -> bool:
+    return max((math.prod(out.shape) for out in outs), default=0) > 2**12
+
+
+def _bound(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> tuple[list[Any], list[Any]]:
+    """Operands and results; of size 1 along axes on which none of the operands depends."""
+    name, params, args = eqn.primitive.name, eqn.params, [x.value for x in operands]
+    if all(is_real(v.aval.dtype) for v in [*eqn.invars, *eqn.outvars]):
+        if name == "iota":
+            params = {**params, "dimension": 0, "shape": (params["shape"][params["dimension"]],)}
+            (numbers,) = _bind(eqn, params, [])
+            shape = [
+                -1 if i == eqn.params["dimension"] else 1 for i in range(len(eqn.params["shape"]))
+            ]
+            return args, [np.asarray(numbers).reshape(shape)]
+        args = [np.asarray(arg) for arg in args]
+        if name == "broadcast_in_dim" and len(args) == 1:
+            return args, [SHAPE_MOVES[name](args[0], params, args[0].shape)]
+        if name in ENTRY_BY_ENTRY:
+            args = narrowed(args)
+    return args, _bind(eqn, params, args)
+
+
+def _bind(eqn: jex.JaxprEqn, params: Mapping[str, Any], args: Sequence[Any]) -> Sequence[Any]:
+    outs = eqn.primitive.bind(*map(jnp.asarray, args), **eqn.primitive.get_bind_params(params))
     return outs if eqn.primitive.multiple_results else [outs]
+
+
+def narrowed(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Of size 1 along the axes on which none of them depends; scalars beside them as they are."""
+    ndim = max((a.ndim for a in arrays), default=0)
+    full = [a for a in arrays if a.ndim == ndim]
+    keep = [any(a.strides[i] and a.shape[i] > 1 for a in full) for i in range(ndim)]
+    cut = tuple(slice(None) if kept else slice(1) for kept in keep)
+    return [a[cut] if a.ndim == ndim and ndim else a for a in arrays]
+
+
+def _wide(out: Any, var: Any) -> Any:
+    return out if out.shape == var.aval.shape else np.broadcast_to(np.asarray(out), var.aval.shape)
 
 
 def _where_finite(x: Known, value: Any) -> Known:
@@ -282,6 +332,7 @@ class Question:
     out_axes: Sequence[int]
     out_lengths: Sequence[int] = ()
     held: frozenset = frozenset()
+    computed: dict = dataclasses.field(default_factory=dict)
 
     def connected(
         self, context: Context, columns=None, copies: int = 1
@@ -292,7 +343,7 @@ class Question:
         """
         length = np.shape(self.leaves[0])[self.in_axes[0]]
         columns = np.arange(length) if columns is None else np.asarray(columns)
-        context.held = self.held
+        context.held, context.computed = self.held, self.computed
         words = -(-len(columns) // 64)
         while True:
             try:
@@ -317,6 +368,7 @@ class Question:
         strict = Context(
             context.assume_bounded, context.cut, context.trust_masks, False, held=self.held
         )
+        strict.computed = self.computed
         evaluate(strict, self.closed, args)
         context.signs = strict.signs
         return evaluate(context, self.closed, args)
