@@ -38,6 +38,8 @@ from ._known import Known, constant, free, is_real, known, parameter
 from ._labels import joint, label
 from ._masks import LARGE, Meeting, assumed
 
+# What is computed of constants is kept if it is larger.
+_SMALL = 2**12
 # The modules that fill the table of rules.
 FAMILIES = (_elementwise, _indexing, _along, _contraction, _windows)
 
@@ -218,21 +220,24 @@ def _computed(
     """
     if not all(x.value is not None for x in operands) or eqn.effects or is_foreign(eqn):
         return None
-    key = (id(eqn), *map(id, operands))
+    key = (id(eqn), *map(_name, operands))
     if key not in context.computed:
         args, outs = _bound(eqn, operands)
         results = [
             constant(_wide(out, v)) if exact(eqn, args, out) else None
             for out, v in zip(outs, eqn.outvars, strict=True)
         ]
-        if not _is_worth_keeping(outs):
+        if max(math.prod(v.aval.shape) for v in eqn.outvars) <= _SMALL:
             return results
         context.computed[key] = eqn, operands, results
     return context.computed[key][2]
 
 
-def _is_worth_keeping(outs: Sequence[Any]) -> bool:
-    return max((math.prod(out.shape) for out in outs), default=0) > 2**12
+def _name(x: Known) -> Any:
+    """What tells a constant from others: a number by its value, for there may be many of it."""
+    if x.shape or not is_real(x.dtype):
+        return id(x)
+    return str(x.dtype), np.asarray(x.value).tobytes()
 
 
 def _bound(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> tuple[list[Any], list[Any]]:
