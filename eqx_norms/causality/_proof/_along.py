@@ -9,7 +9,7 @@ import numpy as np
 from . import _reads as r
 from ._elementwise import outward, within, without
 from ._flow import finite_as, rule
-from ._known import Bounds, Known, all_read, is_real, known, of_entries
+from ._known import Bounds, Known, all_read, everything, is_real, known, of_entries
 from ._labels import Labels, joint, label
 
 # Of so many labels it is counted how often each comes; of more the bounds are written out.
@@ -142,6 +142,17 @@ def _sum_bounds(x: Known, axes: tuple[int, ...], size, ends, finite, zero):
         ends = ends[0] - slack, ends[1] + slack
     whole = Bounds(x.dtype, *(np.where(end, 0, np.inf) for end in finite))
     return tuple(np.where(zero, 0, end) for end in within(*ends, whole))
+
+
+@rule("reduce")
+def _reduce_by_ones_own(context, eqn, *operands):
+    """Whatever the function of two entries is, it is given those along the axes, and the start."""
+    arrays, starts = operands[: len(operands) // 2], operands[len(operands) // 2 :]
+    axes = tuple(map(int, eqn.params["dimensions"]))
+    ndim = len(arrays[0].shape)
+    reads = None if 0 in arrays[0].shape else r.reduced(all_read(ndim, *arrays), axes)
+    row = r.spread(everything(*starts), ndim - len(axes))
+    return [finite_as(v.aval, r.union(reads, row), *operands) for v in eqn.outvars]
 
 
 @rule("argmax", "argmin")

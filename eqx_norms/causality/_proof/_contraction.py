@@ -8,8 +8,8 @@ import numpy as np
 
 from . import _reads as r
 from ._flow import finite_as, rule
-from ._known import Known, is_real, known
-from ._labels import Mask, any_along, both, joint, moved_mask, others
+from ._known import Known, everything, is_real, known
+from ._labels import Mask, any_along, both, joint, mask_of, moved_mask, others
 from ._reads import Reads
 
 # Products of zeros are looked at entry by entry, over what is summed as well, up to so many.
@@ -85,3 +85,59 @@ def _zero_at(x: Known, where: Mask | bool) -> Known:
     zero = j == where.yes
     low, high = (np.where(zero, 0.0, end[i]) for end in (x.low, x.high))
     return known(x, x.reads, labels, low, high)
+
+
+@rule("ragged_dot_general")
+def _ragged_dot(context, eqn, a, b, sizes):
+    """Rows of a by the matrix of their group: which one that is, all of the sizes decide."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    one_by_one = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
+    if not one_by_one or numbers.lhs_ragged_dimensions != (0,) or len(sizes.shape) != 1:
+        return connect_all(context, eqn, a, b, sizes)
+    aval = eqn.outvars[0].aval
+    reads = r.reduced(a.reads, (1,), keepdims=True)
+    row = r.spread(everything(b, sizes), 2)
+    return [finite_as(aval, r.union(reads, row), a, b, sizes)]
+
+
+@rule("triangular_solve")
+def _triangular_solve(context, eqn, a, b):
+    """By substitution: what came before in the order in which the triangle is gone through, of the
+    right-hand side and of the triangle; of what lies beyond that nothing.
+    """
+    aval, p = eqn.outvars[0].aval, eqn.params
+    if not (a.finite and b.finite) or 0 in b.shape:
+        return connect_all(context, eqn, a, b)
+    last = len(a.shape) - 1
+    kept = _triangle(a.shape, p["lower"], p["unit_diagonal"])
+    forward = (p["lower"] != p["transpose_a"]) == p["left_side"]
+    # An equation is a row of the matrix as it is applied, from the right a column.
+    by_row = p["left_side"] != p["transpose_a"]
+    equations = r.reduced(r.without(a.reads, others(kept)), (last if by_row else last - 1,))
+    solved = last - 1 if p["left_side"] else last
+    other = last if p["left_side"] else last - 1
+    equations = r.reshaped(equations, lambda shape: (*shape[:other], 1, *shape[other:]))
+    reads = r.accumulated(r.union(equations, b.reads), solved, reverse=not forward)
+    return [finite_as(aval, reads, a, b)]
+
+
+def _triangle(shape: tuple[int, ...], lower: bool, strictly: bool = False) -> Mask | bool:
+    below = np.tri(shape[-1], k=-int(strictly), dtype=bool)
+    below = below if lower else below.T
+    return mask_of(below.reshape((1,) * (len(shape) - 2) + below.shape))
+
+
+@rule("cholesky")
+def _cholesky(context, eqn, a):
+    """Up to row i what lies in the first i rows and columns; a matrix that has none gives NaN."""
+    aval, last = eqn.outvars[0].aval, len(a.shape) - 1
+    if not a.finite or 0 in a.shape:
+        return connect_all(context, eqn, a)
+    rows, columns = (
+        r.reduced(r.without(a.reads, others(_triangle(a.shape, lower))), (axis,))
+        for lower, axis in ((True, last), (False, last - 1))
+    )
+    first = r.accumulated(r.union(rows, columns), last - 1, reverse=False)
+    along = [r.reshaped(first, lambda shape: (*shape, 1))]
+    along += [r.reshaped(first, lambda shape: (*shape[:-1], 1, shape[-1]))]
+    return [finite_as(aval, r.union(*along), a)]

@@ -92,7 +92,7 @@ def _bits(context, eqn, x):
     return _elementwise(context, eqn, x) if same else connect_all(context, eqn, x)
 
 
-@rule("optimization_barrier", "stop_gradient", "device_put", "reshard", "pvary", "pcast")
+@rule("optimization_barrier", "stop_gradient", "device_put", "reshard")
 @rule("eqx_norms_again", "eqx_norms_apart", "eqx_norms_grouped", "eqx_norms_settled")
 def _each(context, eqn, *operands):
     """Identities, the norms' own included."""

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import _reads as r
-from ._known import Known, everything, known, unknown
+from ._known import Known, all_read, everything, known, unknown
 from ._reads import Reads
 
 Rule = Callable[..., list[Known]]
@@ -67,7 +67,7 @@ def _of_keys(context, eqn, keys: Known, *numbers: Known) -> list[Known]:
     if "threefry" not in impl.name:
         return connect_all(context, eqn, keys, *numbers)
     aval = eqn.outvars[0].aval
-    behind = len(aval.shape) - len(keys.shape)
-    widen = lambda reads: r.reshaped(reads, lambda shape: (*shape, *(1,) * behind))
-    reads = r.union(*(widen(x.reads) for x in (keys, *numbers)))
+    ndim = max(len(x.shape) for x in (keys, *numbers))
+    drawn = (1,) * (len(aval.shape) - ndim)
+    reads = r.reshaped(all_read(ndim, keys, *numbers), lambda shape: (*shape, *drawn))
     return [finite_as(aval, reads, keys, *numbers)]

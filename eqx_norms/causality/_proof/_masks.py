@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from ._elementwise import negative
 from ._flow import RULES
 from ._indexing import MOVES
-from ._known import Known, known
+from ._known import Known, known, together
 
 # A number of this size or more, negative, in a sum or a select may be a mask.
 LARGE = 1e4
@@ -64,7 +64,8 @@ def assumed(
     if name not in _EXPONENTIALS:
         outs = [dataclasses.replace(out, rests_on=rests_on, assumed=None) for out in outs]
         return [dataclasses.replace(x, assumed=o) for x, o in zip(results, outs, strict=True)]
-    if not ((outs[0].high == 0) & (results[0].high != 0)).any():
+    _, (new, old) = together(len(outs[0].shape), outs[0], results[0])
+    if not ((new.high == 0) & (old.high != 0)).any():
         return results
     context.used |= rests_on
     return outs

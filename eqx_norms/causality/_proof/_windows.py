@@ -32,6 +32,21 @@ def _window(context, eqn, x):
     return [finite_as(eqn.outvars[0].aval, reads, x)]
 
 
+@rule("reduce_window")
+def _window_of_ones_own(context, eqn, *operands):
+    """Whatever the function of two entries is, it is given those of the window, and the start."""
+    arrays, starts = operands[: len(operands) // 2], operands[len(operands) // 2 :]
+    kept = "window_dimensions window_strides padding base_dilation window_dilation".split()
+    params = {name: eqn.params[name] for name in kept}
+    largest = jex.primitives.reduce_window_max_p
+    reads = [_each_bit(x, lambda bits: largest.bind(bits, **params)) for x in arrays]
+    row = everything(*starts)
+    return [
+        finite_as(v.aval, r.union(*reads, r.spread(row, len(v.aval.shape))), *operands)
+        for v in eqn.outvars
+    ]
+
+
 def _each_bit(x: Known, fn: Callable) -> Reads:
     if x.reads is None:
         return None
