@@ -30,7 +30,9 @@ from eqx_norms.causality import (
     check_causal,
     check_same,
 )
+from eqx_norms.causality._proof import _reads
 from eqx_norms.causality._proof._flow import RULES
+from eqx_norms.causality._proof._labels import mask_of, others
 from eqx_norms.causality._proof._prove import Context, Question, prove
 from eqx_norms.causality._widen import trace
 
@@ -156,7 +158,7 @@ def test_every_step_and_every_rule():
     elsewhere = {"sharding_constraint", "copy_p", "random_wrap", "random_unwrap", "rng_uniform"}
     elsewhere |= {"random_split", "random_gamma", "rng_bit_generator", "igamma_grad_a"}
     elsewhere |= {name for name in RULES if name.startswith("eqx_norms_")}
-    elsewhere |= {"log2", "one_minus_square", "tile", "split", "threefry2x32"}
+    elsewhere |= {"log2", "one_minus_square", "tile", "split", "threefry2x32", "reshard", "unstack"}
     assert set(RULES) - drawn <= elsewhere
 
 
@@ -187,6 +189,43 @@ def test_hard_programs(pytestconfig, short):
         if number % 400 == 399:
             jax.clear_caches()  # compiled operations, some 4 MB a program
     assert results > count // 2  # or else nothing was put to the test
+
+
+def held_otherwise(closed, x, words):
+    """The connections where everything is written out that takes fewer words than this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_reads, "_SMALL", words)
+        return Question(closed, [x], [0], [0]).connected(Context(assume_bounded=True))
+
+
+@pytest.mark.parametrize("part", few(range(4), range(1)))
+def test_terms_say_what_entries_say(part):
+    """What is held as terms under masks reads what it does entry by entry: not a bit more or less."""
+    rng = np.random.default_rng(seed(part))
+    x = jnp.asarray(rng.normal(size=(T, D)), jnp.float32)
+    mixing = [n for n in STEPS if n.split("-")[0] in ("attention", "product", "selected", "scanned")]
+    for number in range(3 if part == 0 else 40):
+        names = [*map(str, rng.choice(mixing, 2)), *map(str, rng.choice(list(STEPS), 3))]
+        closed = trace(random_programs.program(names, seed(100 * part + number)), [x])
+        terms, entries = (held_otherwise(closed, x, words) for words in (0, 2**30))
+        np.testing.assert_array_equal(terms, entries, str(names))
+
+
+@pytest.mark.parametrize("words", (1, 3))
+def test_what_a_mask_lets_through(words, monkeypatch):
+    """A union over the runs of its rows, against one over its entries."""
+    monkeypatch.setattr(_reads, "_SMALL", 0)
+    rng = np.random.default_rng(seed(words))
+    for shape in ((7, 9, 1), (1, 9, 4), (6, 9, 4), (6, 1, 1)):
+        bits = rng.random((*(n if rng.random() < 0.8 else 1 for n in shape), 64 * words)) < 0.1
+        keep = rng.random((shape[0], 9, 1)) < rng.choice([0.2, 0.5, 0.9])
+        full = np.broadcast_to(bits, (6 if shape[0] == 1 else shape[0], 9, 4, 64 * words))
+        keep = np.broadcast_to(keep, (len(full), 9, 1)) if shape[0] > 1 else keep[:, :, :1]
+        rows = _reads.of_dense(_reads.packed(bits))
+        found = _reads.reduced(_reads.without(rows, others(mask_of(keep))), (1,))
+        expected = (full & keep[..., None]).any(1)
+        got = _reads.unpacked(_reads.dense(found, expected.shape[:2])) > 0
+        np.testing.assert_array_equal(got, expected)
 
 
 # Masks
