@@ -200,10 +200,12 @@ def held_otherwise(closed, x, words):
 
 @pytest.mark.parametrize("part", few(range(4), range(1)))
 def test_terms_say_what_entries_say(part):
-    """What is held as terms under masks reads what it does entry by entry: not a bit more or less."""
+    """What is held as terms under masks reads what it does entry by entry, to the bit."""
     rng = np.random.default_rng(seed(part))
     x = jnp.asarray(rng.normal(size=(T, D)), jnp.float32)
-    mixing = [n for n in STEPS if n.split("-")[0] in ("attention", "product", "selected", "scanned")]
+    mixing = [
+        n for n in STEPS if n.split("-")[0] in ("attention", "product", "selected", "scanned")
+    ]
     for number in range(3 if part == 0 else 40):
         names = [*map(str, rng.choice(mixing, 2)), *map(str, rng.choice(list(STEPS), 3))]
         closed = trace(random_programs.program(names, seed(100 * part + number)), [x])

@@ -296,9 +296,10 @@ def also(x: Known, reads: Reads) -> Known:
 
 
 def moved(x: Known, aval: Any, move: Callable[[np.ndarray], np.ndarray], key=None, outside=False):
-    """After an operation that only moves entries, to the shape of `aval`. `move` is given arrays that
-    broadcast to the shape of x, and may give back such. What comes from `outside`, where it puts
-    zeros, may be anything.
+    """After an operation that only moves entries, to the shape of `aval`.
+
+    `move` is given arrays that broadcast to the shape of x, and may give back such. What comes from
+    `outside`, where it puts zeros, may be anything.
     """
     labels, kept = x.labels.moved(move, key, outside)
     low, high = x.low[kept], x.high[kept]

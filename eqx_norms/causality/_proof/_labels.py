@@ -1,9 +1,9 @@
 """Which entries of an array are alike, so that what is known of them is said once.
 
-A label is a number for each entry, in an array that broadcasts to the shape of the one it is about:
-what is alike along an axis is written once along it. A table beside it says what each label means.
-Millions of entries, as the scores of an attention, have two labels then, and an operation on them is
-one on tables of two.
+A label is a number for each entry, in an array that broadcasts to the shape of the one it is
+about: what is alike along an axis is written once along it. A table beside it says what each label
+means. The scores of an attention, millions of them, have two labels then, and an operation on them
+is one on tables of two.
 """
 
 import functools
@@ -22,8 +22,8 @@ _PIECE = 2**20
 class Labels:
     """Numbers from 0 to `count - 1`, each of them used, in the order in which they appear first.
 
-    Along an axis on which nothing depends `index` is of size 1. Two that are equal are one object, so
-    that `memo` holds what was made of it before.
+    Along an axis on which nothing depends `index` is of size 1. Two that are equal are one object,
+    so that `memo` holds what was made of it before.
     """
 
     __slots__ = ("__weakref__", "count", "index", "memo")
@@ -69,10 +69,9 @@ class Labels:
     def moved(
         self, move: Callable[[np.ndarray], np.ndarray], key: Any = None, outside: bool = False
     ) -> tuple["Labels", np.ndarray]:
-        """After an operation that only moves entries; and for each label the old one. If entries may
-        come from `outside`, `move` puts zeros there, and their label was -1.
+        """After an operation that only moves entries; and for each label the old one.
 
-        `key` is the name of the operation, to find the result again.
+        If entries may come from `outside`, `move` puts zeros there, and their label was -1. `key` is the name of the operation, to find the result again.
         """
         key = key and ("moved", key, outside)
         if key is None or key not in self.memo:
@@ -189,13 +188,13 @@ def _through(table: np.ndarray, index: np.ndarray) -> np.ndarray:
 def _interned(index: np.ndarray, count: int) -> Labels:
     """The one that there is with these numbers."""
     index = np.ascontiguousarray(index)
-    data = index.tobytes() if index.nbytes <= 64 else hashlib.blake2b(index).digest()
+    data = index.tobytes() if index.nbytes <= 64 else hashlib.blake2b(index.data).digest()
     key = (index.shape, index.dtype.char, data)
     return _ALL.setdefault(key, Labels(index, count))
 
 
 class Mask(NamedTuple):
-    """Some of the entries: those of the label `yes`, of two. `True` and `False` are all and none."""
+    """Some of the entries: of two labels those of `yes`. `True` and `False` are all and none."""
 
     labels: Labels
     yes: int
@@ -232,7 +231,7 @@ def both(a: Mask | bool, b: Mask | bool) -> Mask | bool:
 
 
 def moved_mask(where: Mask | bool, move, key=None, outside: bool = False) -> Mask | bool:
-    """What comes from outside reads nothing, so that it does not matter whether it is among them."""
+    """What comes from outside reads nothing: whether it is among them does not matter."""
     if not isinstance(where, Mask):
         return where
     labels, kept = where.labels.moved(move, key, outside)
@@ -244,5 +243,5 @@ def any_along(where: Mask, axes: tuple[int, ...]) -> Mask | bool:
     key = ("any", where.yes, axes)
     memo = where.labels.memo
     if key not in memo:
-        memo[key] = mask_of(where.array().any(axes, keepdims=True))
+        memo[key] = mask_of(np.asarray(where.array().any(axes, keepdims=True)))
     return memo[key]

@@ -30,9 +30,9 @@ from . import (
     _reads as r,
     _windows,
 )
+from ._elementwise import ENTRY_BY_ENTRY
 from ._exact import exact
 from ._flow import RULES, connect_all
-from ._elementwise import ENTRY_BY_ENTRY
 from ._indexing import SHAPE_MOVES
 from ._known import Known, constant, free, is_real, known, parameter
 from ._labels import joint, label
@@ -51,9 +51,10 @@ class Context:
     """What one pass through a function has besides its values.
 
     - `assume_bounded`: whether scores that meet a mask of a large number are below a tenth of it.
-    - `cut`: for some equations, by their path, the only inputs that their results are taken to read.
-    - `trust_masks`: whether floats of zeros and ones that the function holds are taken for what they
-        are; `float_masks`: what these are, in words.
+    - `cut`: for some equations, by their path, the only inputs that their results are taken to
+        read.
+    - `trust_masks`: whether floats of zeros and ones that the function holds are taken for what
+        they are; `float_masks`: what these are, in words.
     - `zeros_cut`: whether what is multiplied by zero is not read.
     - `signs`: for each equation that tells 0 from -0 what its operands read where no zero cuts.
     - `meetings`: where scores meet masks, `used` those that something was concluded from.
@@ -227,10 +228,14 @@ def _computed(
             constant(_wide(out, v)) if exact(eqn, args, out) else None
             for out, v in zip(outs, eqn.outvars, strict=True)
         ]
-        if max(math.prod(v.aval.shape) for v in eqn.outvars) <= _SMALL:
+        if max(math.prod(_shape(v)) for v in eqn.outvars) <= _SMALL:
             return results
         context.computed[key] = eqn, operands, results
     return context.computed[key][2]
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return var.aval.shape
 
 
 def _name(x: Known) -> Any:
@@ -240,7 +245,7 @@ def _name(x: Known) -> Any:
     return str(x.dtype), np.asarray(x.value).tobytes()
 
 
-def _bound(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> tuple[list[Any], list[Any]]:
+def _bound(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> tuple[list[Any], Sequence[Any]]:
     """Operands and results; of size 1 along axes on which none of the operands depends."""
     name, params, args = eqn.primitive.name, eqn.params, [x.value for x in operands]
     if all(is_real(v.aval.dtype) for v in [*eqn.invars, *eqn.outvars]):

@@ -1,9 +1,9 @@
 """Which inputs each entry of an array may read: exact, and not written out entry by entry.
 
-A score of an attention reads what its query reads and what its key reads. That is two terms, each of
-which is the same along one axis; and what a mask hides of them is said by the mask. Only a sum
-over an axis has to bring a term and its mask together, and there the rows of a mask are runs, as long
-as the rule is one of intervals: each a look-up, whatever the length.
+A score of an attention reads what its query reads and what its key reads. That is two terms, each
+of which is the same along one axis; and what a mask hides of them is said by the mask. Only a sum
+over an axis has to bring a term and its mask together, and there the rows of a mask are runs, as
+long as the rule is one of intervals: each a look-up, whatever the length.
 """
 
 import functools
