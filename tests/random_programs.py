@@ -337,6 +337,48 @@ def window(name, rng, x, y):
     return lax.reduce_window(x, start, fn, (2, 1), (1, 1), [(1, 0), (0, 0)])
 
 
+@step("lower", "upper", "transposed", "right", "unit")
+def triangular(name, rng, x, y):
+    """Of a matrix near one, of the input."""
+    x, y = jnp.tanh(x), jnp.tanh(y)
+    matrix = jnp.eye(T, dtype=jnp.float32) + 0.1 * (x @ y.T)
+    flags = dict(lower=name != "upper", transpose_a=name == "transposed")
+    flags |= dict(left_side=name != "right", unit_diagonal=name == "unit")
+    flags["lower"] ^= rng.random() < 0.3
+    solved = lax.linalg.triangular_solve(matrix, x if flags["left_side"] else x.T, **flags)
+    return solved if flags["left_side"] else full(solved.T)
+
+
+@step()
+def cholesky(rng, x, y):
+    x = jnp.tanh(x)
+    return lax.linalg.cholesky(x @ x.T + T * jnp.eye(T, dtype=jnp.float32)) @ y
+
+
+@step()
+def ragged(rng, x, y):
+    sizes = jnp.asarray([2, T - 2], jnp.int32)
+    sizes = sizes if rng.random() < 0.5 else (y[:2, 0] > 0).astype(jnp.int32)
+    return lax.ragged_dot(x, weights(rng, 2, D, D), sizes)
+
+
+@step("reduce", "window", "product")
+def of_ones_own(name, rng, x, y):
+    own = lambda a, b: a + b + 0.1 * a * b
+    if name == "reduce":
+        return y + lax.expand_dims(lax.reduce(x, 0.0, own, (1,)), (1,))
+    fn, start = (lax.mul, 1.0) if name == "product" else (own, 0.0)
+    return lax.reduce_window(x, start, fn, (2, 1), (1, 1), [(1, 0), (0, 0)])
+
+
+@step("stack", "unstack")
+def stacked(name, rng, x, y):
+    if name == "stack":
+        return full(jnp.stack([x, y], int(rng.integers(3))))
+    rows = jnp.unstack(x, axis=0)
+    return jnp.stack([rows[0], *rows[:-1]])
+
+
 # Control
 
 
@@ -388,8 +430,11 @@ def called(name, rng, x, y):
     return {"jit": jax.jit, "checkpoint": jax.checkpoint}[name](inner)(x)
 
 
-@step("dropout", "noise", "by_data")
+@step("dropout", "noise", "by_data", "key_for_each")
 def random(name, rng, x, y):
+    if name == "key_for_each":
+        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(1), n))(x[:, 0].astype(int))
+        return y + jax.vmap(lambda key: jax.random.normal(key, (D,), jnp.float32))(keys)
     key = jax.random.key(int(rng.integers(9)))
     if name == "by_data":
         key = jax.random.fold_in(key, y[0, 0].astype(jnp.int32))

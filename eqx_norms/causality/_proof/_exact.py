@@ -7,7 +7,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from ._flow import largest_index
+from ._indexing import largest_index
 from ._known import tiny
 
 # These give a number that was there, a whole one, or one with another sign.
@@ -32,10 +32,10 @@ def exact(eqn: jex.JaxprEqn, args: list[Any], out: Any) -> bool:
         return True
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return name in _ROUND_NOTHING
-    if not np.isfinite(np.asarray(out).astype(np.float64)).all():
-        return name in _ROUND_NOTHING
     if name in _ROUND_NOTHING:
         return True
+    if not np.isfinite(np.asarray(out).astype(np.float64)).all():
+        return False
     numbers = [np.asarray(arg).astype(np.float64) for arg in args]
     if not all(np.isfinite(a).all() for a in numbers):
         return False

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from ._flow import MOVES, RULES, negative
-from ._known import Known
+from ._elementwise import negative
+from ._flow import RULES
+from ._indexing import MOVES
+from ._known import Known, known, together
 
 # A number of this size or more, negative, in a sum or a select may be a mask.
 LARGE = 1e4
@@ -35,7 +37,7 @@ _ON_THE_WAY = (
 class Meeting:
     """Where scores meet a mask: an operand of an equation, the line, and what is assumed.
 
-    The entries `where` are below `limit` in size, or minus infinity.
+    The entries `where`, which broadcasts to it, are below `limit` in size, or minus infinity.
     """
 
     eqn: jex.JaxprEqn
@@ -62,7 +64,8 @@ def assumed(
     if name not in _EXPONENTIALS:
         outs = [dataclasses.replace(out, rests_on=rests_on, assumed=None) for out in outs]
         return [dataclasses.replace(x, assumed=o) for x, o in zip(results, outs, strict=True)]
-    if not ((outs[0].high == 0) & (results[0].high != 0)).any():
+    _, (new, old) = together(len(outs[0].shape), outs[0], results[0])
+    if not ((new.high == 0) & (old.high != 0)).any():
         return results
     context.used |= rests_on
     return outs
@@ -92,10 +95,10 @@ def _mask_size(x: Known) -> float:
 
 def _small(context, eqn, x: Known, limit: float, operand: int, path) -> Known:
     below, above = (x.low < -_FREE) & np.isfinite(x.low), (x.high > _FREE) & np.isfinite(x.high)
-    where = np.broadcast_to(below | above, x.shape)
-    if not where.any():
+    if not (below | above).any():
         return x
+    where = x.entries(below | above)
     context.meet(path, Meeting(eqn, operand, context.line(eqn), limit, where))
     low, high = np.where(below, -limit, x.low), np.where(above, limit, x.high)
     rests_on = x.rests_on | {(path, operand)}
-    return Known(x.shape, x.dtype, x.reads, low, high, rests_on=rests_on)
+    return dataclasses.replace(known(x, x.reads, x.labels, low, high), rests_on=rests_on)

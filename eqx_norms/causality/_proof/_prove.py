@@ -7,9 +7,8 @@ infinite or NaN but by what the program makes of its own constants.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,30 +17,32 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..._jaxprs import called, first_ref, is_foreign, opened, scan_counts
+from ..._jaxprs import called, first_ref, is_foreign, opened
 from .._edits import is_mask
 from .._inputs import place
 from .._lines import line_of
-from ._exact import exact
-from ._flow import RULES, connect_all, select
-from ._known import (
-    Known,
-    constant,
-    either,
-    free,
-    known,
-    packed,
-    parameter,
-    union,
-    unknown,
-    unpacked,
+from . import (
+    _along,
+    _contraction,
+    _control,
+    _elementwise,
+    _indexing,
+    _reads as r,
+    _windows,
 )
+from ._elementwise import ENTRY_BY_ENTRY
+from ._exact import exact
+from ._flow import RULES, connect_all
+from ._indexing import SHAPE_MOVES
+from ._known import Known, constant, free, is_real, known, parameter
+from ._labels import joint, label
 from ._masks import LARGE, Meeting, assumed
 
-# As many words of 64 inputs at a time as keep the largest intermediate result below this.
-_BYTES = 2**28
-# A loop is gone through step by step up to so many equations, else to a fixed point.
-_STEPS = 50_000
+# What is computed of constants is kept if it is larger.
+_SMALL = 2**12
+# The modules that fill the table of rules.
+FAMILIES = (_elementwise, _indexing, _along, _contraction, _windows)
+
 _MASKS = ("masks",)  # in the place of an equation's path
 
 
@@ -50,9 +51,10 @@ class Context:
     """What one pass through a function has besides its values.
 
     - `assume_bounded`: whether scores that meet a mask of a large number are below a tenth of it.
-    - `cut`: the equations, by their path, whose results are taken to read nothing. With `_MASKS` in
-        it, floats of zeros and ones that the function holds are taken for what they are.
-    - `float_masks`: what these are, in words.
+    - `cut`: for some equations, by their path, the only inputs that their results are taken to
+        read.
+    - `trust_masks`: whether floats of zeros and ones that the function holds are taken for what
+        they are; `float_masks`: what these are, in words.
     - `zeros_cut`: whether what is multiplied by zero is not read.
     - `signs`: for each equation that tells 0 from -0 what its operands read where no zero cuts.
     - `meetings`: where scores meet masks, `used` those that something was concluded from.
@@ -61,10 +63,12 @@ class Context:
     - `looking`: whether to look for what may be to blame: `merging` are then the equations that
         bring inputs together, `moving` the others, by path, each with its line.
     - `calls`: the equations that the present one is inside of.
+    - `computed`: what was computed of constants, for it is the same in every pass.
     """
 
     assume_bounded: bool
-    cut: frozenset = frozenset()
+    cut: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
+    trust_masks: bool = False
     zeros_cut: bool = True
     signs: dict = dataclasses.field(default_factory=dict)
     meetings: dict[Any, Meeting] = dataclasses.field(default_factory=dict)
@@ -77,13 +81,14 @@ class Context:
     moving: dict = dataclasses.field(default_factory=dict)
     calls: list = dataclasses.field(default_factory=list)
     float_masks: set = dataclasses.field(default_factory=set)
+    computed: dict = dataclasses.field(default_factory=dict)
 
     def of_array(self, const: Any) -> Known:
         """What is known of an array that the function holds."""
         if not (jnp.issubdtype(jnp.result_type(const), jnp.floating) and _is_mask(const)):
             return parameter(const, LARGE)
         self.float_masks.add(f"{jnp.result_type(const)} of shape {jnp.shape(const)}")
-        return constant(const) if _MASKS in self.cut else parameter(const, LARGE)
+        return constant(const) if self.trust_masks else parameter(const, LARGE)
 
     def line(self, eqn: jex.JaxprEqn) -> str:
         return line_of([*self.calls, eqn])
@@ -130,7 +135,7 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
     if name in _CONTROL or inner is not None:
         context.calls.append(eqn)
         if name in _CONTROL:
-            results = _CONTROL[name](context, eqn, operands, path)
+            results = _CONTROL[name](evaluate, context, eqn, operands, path)
         else:
             results = evaluate(context, inner, operands, path)
         context.calls.pop()
@@ -140,7 +145,7 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
         signed = _tells_zeros_apart(eqn, operands)
         if signed:
             operands = _with_signs(context, operands, path)
-        computed = _computed(eqn, operands)
+        computed = _computed(context, eqn, operands)
         settled = [x for x in computed or () if x is not None]
         if computed is not None and len(settled) == len(computed):
             return settled
@@ -148,7 +153,7 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
             context.opaque.add(name)
         results = RULES.get(name, connect_all)(context, eqn, *operands)
         if computed is not None:
-            results = list(map(_where_finite, results, _bound(eqn, operands)))
+            results = list(map(_where_finite, results, _bound(eqn, operands)[1]))
         if context.assume_bounded:
             results = assumed(context, eqn, operands, results, path)
         if context.looking:
@@ -158,8 +163,12 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
             if merges:  # What comes later is judged as if this did not.
                 return [x.reading(lambda _: None) for x in results]
     if path in context.cut:
-        results = [x.reading(lambda _: None) for x in results]
+        inputs = context.cut[path]
+        results = [x.reading(lambda old: r.restricted(old, inputs)) for x in results]
     return results
+
+
+_CONTROL = {"scan": _control.scan, "while": _control.loop, "cond": _control.branch}
 
 
 def _scalar(context: Context, value: Any) -> Known:
@@ -191,246 +200,97 @@ def _with_signs(context: Context, operands: list[Known], path) -> list[Known]:
     if not context.zeros_cut:
         found = [x.reads for x in operands]
         old = context.signs.get(path, found)
-        context.signs[path] = [either(a, b) for a, b in zip(old, found, strict=True)]
+        context.signs[path] = [r.union(a, b) for a, b in zip(old, found, strict=True)]
         return operands
     rows = context.signs.setdefault(path, [None] * len(operands))
     both = zip(operands, rows, strict=True)
-    return [x.reading(lambda old, row=row: either(old, row)) for x, row in both]
+    return [x.reading(lambda old, row=row: r.union(old, row)) for x, row in both]
 
 
 def _merges(operands: Sequence[Known], results: Sequence[Known]) -> bool:
     """Whether an entry of the results reads together what no entry of some operand does."""
-    rows = lambda x: set(np.unique(x.reads)) if x.reads is not None else set()
-    found = set().union(*map(rows, results)) - {0}
-    return any(x.reads is not None and not found <= rows(x) for x in operands)
+    found = set().union(*(r.distinct_rows(x.reads) for x in results)) - {0}
+    return any(x.reads is not None and not found <= r.distinct_rows(x.reads) for x in operands)
 
 
-def _computed(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> list[Known | None] | None:
+def _computed(
+    context: Context, eqn: jex.JaxprEqn, operands: Sequence[Known]
+) -> list[Known | None] | None:
     """The results of constants: `None` in the place of one that another compilation may round
     otherwise. `None` where not all operands are known.
     """
     if not all(x.value is not None for x in operands) or eqn.effects or is_foreign(eqn):
         return None
-    outs = _bound(eqn, operands)
-    args = [x.value for x in operands]
-    return [constant(out) if exact(eqn, args, out) else None for out in outs]
+    key = (id(eqn), *map(_name, operands))
+    if key not in context.computed:
+        args, outs = _bound(eqn, operands)
+        results = [
+            constant(_wide(out, v)) if exact(eqn, args, out) else None
+            for out, v in zip(outs, eqn.outvars, strict=True)
+        ]
+        if max(math.prod(_shape(v)) for v in eqn.outvars) <= _SMALL:
+            return results
+        context.computed[key] = eqn, operands, results
+    return context.computed[key][2]
 
 
-def _bound(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> list[Any]:
-    args = [jnp.asarray(x.value) for x in operands]
-    outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+def _shape(var: Any) -> tuple[int, ...]:
+    return var.aval.shape
+
+
+def _name(x: Known) -> Any:
+    """What tells a constant from others: a number by its value, for there may be many of it."""
+    if x.shape or not is_real(x.dtype):
+        return id(x)
+    return str(x.dtype), np.asarray(x.value).tobytes()
+
+
+def _bound(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> tuple[list[Any], Sequence[Any]]:
+    """Operands and results; of size 1 along axes on which none of the operands depends."""
+    name, params, args = eqn.primitive.name, eqn.params, [x.value for x in operands]
+    if all(is_real(v.aval.dtype) for v in [*eqn.invars, *eqn.outvars]):
+        if name == "iota":
+            params = {**params, "dimension": 0, "shape": (params["shape"][params["dimension"]],)}
+            (numbers,) = _bind(eqn, params, [])
+            shape = [
+                -1 if i == eqn.params["dimension"] else 1 for i in range(len(eqn.params["shape"]))
+            ]
+            return args, [np.asarray(numbers).reshape(shape)]
+        args = [np.asarray(arg) for arg in args]
+        if name == "broadcast_in_dim" and len(args) == 1:
+            return args, [SHAPE_MOVES[name](args[0], params, args[0].shape)]
+        if name in ENTRY_BY_ENTRY:
+            args = narrowed(args)
+    return args, _bind(eqn, params, args)
+
+
+def _bind(eqn: jex.JaxprEqn, params: Mapping[str, Any], args: Sequence[Any]) -> Sequence[Any]:
+    outs = eqn.primitive.bind(*map(jnp.asarray, args), **eqn.primitive.get_bind_params(params))
     return outs if eqn.primitive.multiple_results else [outs]
+
+
+def narrowed(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Of size 1 along the axes on which none of them depends; scalars beside them as they are."""
+    ndim = max((a.ndim for a in arrays), default=0)
+    full = [a for a in arrays if a.ndim == ndim]
+    keep = [any(a.strides[i] and a.shape[i] > 1 for a in full) for i in range(ndim)]
+    cut = tuple(slice(None) if kept else slice(1) for kept in keep)
+    return [a[cut] if a.ndim == ndim and ndim else a for a in arrays]
+
+
+def _wide(out: Any, var: Any) -> Any:
+    return out if out.shape == var.aval.shape else np.broadcast_to(np.asarray(out), var.aval.shape)
 
 
 def _where_finite(x: Known, value: Any) -> Known:
     """What was computed shows where the result of constants is no number."""
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         return x
-    finite = np.isfinite(np.asarray(value))
-    low, high = np.where(finite, x.low, -np.inf), np.where(finite, x.high, np.inf)
-    return dataclasses.replace(x, low=low, high=high)
-
-
-# Loops and branches
-
-
-def _scan(context: Context, eqn, operands: list[Known], path) -> list[Known]:
-    """Step by step, so that a carry is known by position; a very long loop to a fixed point."""
-    body, length = eqn.params["jaxpr"], eqn.params["length"]
-    held, carried = scan_counts(eqn)
-    consts, carry, xs = operands[:held], operands[held : held + carried], operands[held + carried :]
-    if length * _size(body) > _STEPS:
-        xs = [_any_step(x) for x in xs]
-        carry, outs = _to_fixed_point(
-            carry, lambda carry: evaluate(context, body, [*consts, *carry, *xs], path)
-        )
-        ys = [_every_step(y, length) for y in outs[carried:]]
-        return [*carry, *ys]
-    rows = []
-    for i in range(length)[:: -1 if eqn.params["reverse"] else 1]:
-        steps = [_step(x, i) for x in xs]
-        outs = evaluate(context, body, [*consts, *carry, *steps], path)
-        carry, row = outs[:carried], outs[carried:]
-        rows.append(row)
-    rows = rows[:: -1 if eqn.params["reverse"] else 1]
-    avals = [v.aval for v in eqn.outvars[carried:]]
-    ys = [_stacked([row[k] for row in rows], aval) for k, aval in enumerate(avals)]
-    return [*carry, *ys]
-
-
-def _size(closed: Any) -> int:
-    """How many equations there are, those of a loop once for each step."""
-    eqns = opened(closed).eqns
-    return len(eqns) + sum(
-        _size(inner) * eqn.params.get("length", 1)
-        for eqn in eqns
-        for inner in jex.jaxprs_in_params(eqn.params)
-    )
-
-
-def _also_assumed(fn: Callable[..., Known]) -> Callable[..., Known]:
-    """Applies a function of what is known to what is known under the assumption as well."""
-
-    @functools.wraps(fn)
-    def both(xs, *args):
-        parts = xs if isinstance(xs, Sequence) else [xs]
-        result = fn(xs, *args)
-        if all(x.assumed is None for x in parts):
-            return result
-        twins = [x.assumed or x for x in parts]
-        twin = fn(twins if isinstance(xs, Sequence) else twins[0], *args)
-        rests_on = frozenset().union(*(x.rests_on for x in twins))
-        twin = dataclasses.replace(twin, rests_on=rests_on)
-        return dataclasses.replace(result, assumed=twin)
-
-    return both
-
-
-@_also_assumed
-def _step(x: Known, i: int) -> Known:
-    row = lambda a: a[i] if np.ndim(a) == len(x.shape) else a
-    reads = None if x.reads is None or not x.reads[i].any() else x.reads[i]
-    value = None if x.value is None else x.value[i]
-    return Known(x.shape[1:], x.dtype, reads, row(x.low), row(x.high), value)
-
-
-def _any_step(x: Known) -> Known:
-    reads = None if x.reads is None else np.bitwise_or.reduce(x.reads, 0)
-    ends = [np.broadcast_to(end, x.shape) for end in (x.low, x.high)]
-    return Known(x.shape[1:], x.dtype, reads, ends[0].min(0), ends[1].max(0))
-
-
-def _every_step(y: Known, length: int) -> Known:
-    reads = None if y.reads is None else np.broadcast_to(y.reads, (length, *y.reads.shape))
-    return Known((length, *y.shape), y.dtype, reads, y.low, y.high)
-
-
-@_also_assumed
-def _stacked(rows: list[Known], aval: Any) -> Known:
-    if not rows:
-        return known(aval)
-    words = [row.reads.shape[-1] for row in rows if row.reads is not None]
-    reads = None
-    if words:
-        none = np.zeros((*rows[0].shape, words[0]), np.uint64)
-        reads = np.stack([none if row.reads is None else row.reads for row in rows])
-    stacked = lambda end: np.stack([np.broadcast_to(getattr(row, end), row.shape) for row in rows])
-    value = None
-    if all(row.value is not None for row in rows):
-        value = jnp.stack([jnp.asarray(row.value) for row in rows])
-    return Known(aval.shape, aval.dtype, reads, stacked("low"), stacked("high"), value)
-
-
-def _to_fixed_point(carry: list[Known], step) -> tuple[list[Known], list[Known]]:
-    """The carry joined with its results until it no longer reads more; no bounds survive, but
-    that all is finite.
-    """
-    carry = [_loose(x, x) for x in carry]
-    while True:
-        outs = step(carry)
-        joined = [_loose(x, y) for x, y in zip(carry, outs, strict=False)]
-        if all(_same(x, y) for x, y in zip(carry, joined, strict=True)):
-            return carry, outs
-        carry = joined
-
-
-def _loose(x: Known, y: Known) -> Known:
-    """What reads as both do; finite if both are."""
-    finite = x.finite.all() and y.finite.all()
-    return (free if finite else unknown)(x.shape, x.dtype, either(x.reads, y.reads))
-
-
-def _same(x: Known, y: Known) -> bool:
-    if (x.reads is None) != (y.reads is None) or x.finite.all() != y.finite.all():
-        return False
-    return x.reads is None or y.reads is None or np.array_equal(x.reads, y.reads)
-
-
-def _while(context: Context, eqn, operands: list[Known], path) -> list[Known]:
-    """As often as the condition is known to hold; where it is not, to a fixed point.
-
-    Under `vmap` the condition is an array, and a loop of its own in each of its entries.
-    """
-    test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-    a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    test_consts, body_consts, carry = operands[:a], operands[a : a + b], operands[a + b :]
-
-    def once(carry, which=None):
-        outs = evaluate(context, body, [*body_consts, *carry], (*path, 1))
-        if which is None:
-            return outs
-        return [_chosen(which, new, old) for new, old in zip(outs, carry, strict=True)]
-
-    budget = _STEPS
-    while True:
-        (holds,) = evaluate(context, test, [*test_consts, *carry], (*path, 0))
-        budget -= _size(body) + 1
-        if not holds.constant.all() or budget < 0:
-            break
-        which = np.broadcast_to(holds.low > 0, holds.shape)
-        if not which.any():
-            return carry
-        carry = once(carry, None if which.all() else holds)
-
-    def step(carry):
-        (holds,) = evaluate(context, test, [*test_consts, *carry], (*path, 0))
-        return [_decided(x, holds) for x in once(carry)]
-
-    return [_decided(x, holds) for x in _to_fixed_point(carry, step)[0]]
-
-
-def _chosen(which: Known, new: Known, old: Known) -> Known:
-    chosen = select(new, _wide(which, new.shape), old, new)
-    if chosen.value is None and new.value is not None and old.value is not None:
-        rows = np.expand_dims(which.low > 0, _last(len(new.shape) - len(which.shape)))
-        return constant(jnp.where(rows, new.value, old.value))
-    return chosen
-
-
-def _wide(x: Known, shape: tuple[int, ...]) -> Known:
-    """With new axes at its end."""
-    more = len(shape) - len(x.shape)
-    ends = [
-        np.broadcast_to(np.expand_dims(np.broadcast_to(end, x.shape), _last(more)), shape)
-        for end in (x.low, x.high)
-    ]
-    reads = x.reads
-    if reads is not None:
-        where = tuple(range(len(x.shape), len(shape)))
-        reads = np.broadcast_to(np.expand_dims(reads, where), (*shape, reads.shape[-1]))
-    return Known(shape, x.dtype, reads, ends[0], ends[1])
-
-
-def _last(count: int) -> tuple[int, ...]:
-    return tuple(range(-count, 0))
-
-
-def _decided(x: Known, which: Known) -> Known:
-    """Read besides what decides about its entries."""
-    reads = _wide(which, x.shape).reads
-    return x if reads is None else x.reading(lambda old: either(old, reads))
-
-
-def _cond(context: Context, eqn, operands: list[Known], path) -> list[Known]:
-    """The branch, if it is known; else what any branch reads, and the choice."""
-    which, *operands = operands
-    branches = eqn.params["branches"]
-    run = lambda i: evaluate(context, branches[i], operands, (*path, i))
-    if which.constant.all():
-        return run(int(np.clip(which.low, 0, len(branches) - 1)))
-    results = [run(i) for i in range(len(branches))]
-    return [_decided(_either(parts), which) for parts in zip(*results, strict=True)]
-
-
-@_also_assumed
-def _either(parts: Sequence[Known]) -> Known:
-    shape, dtype = parts[0].shape, parts[0].dtype
-    low = functools.reduce(np.minimum, [part.low for part in parts])
-    high = functools.reduce(np.maximum, [part.high for part in parts])
-    return Known(shape, dtype, union(shape, *parts), low, high)
-
-
-_CONTROL = {"scan": _scan, "while": _while, "cond": _cond}
+    labels, kept = label(np.isfinite(np.asarray(value)).view(np.uint8))
+    labels, i, j = joint(x.labels, labels)
+    finite = kept[j] > 0
+    low, high = np.where(finite, x.low[i], -np.inf), np.where(finite, x.high[i], np.inf)
+    return dataclasses.replace(known(x, x.reads, labels, low, high), assumed=x.assumed)
 
 
 # The question
@@ -482,28 +342,43 @@ class Question:
     out_axes: Sequence[int]
     out_lengths: Sequence[int] = ()
     held: frozenset = frozenset()
+    computed: dict = dataclasses.field(default_factory=dict)
 
-    def connected(self, context: Context, columns=None) -> Bool[np.ndarray, "T_out columns"]:
-        """Whether a chain of operations leads from input `columns[k]` to output t."""
+    def connected(
+        self, context: Context, columns=None, copies: int = 1
+    ) -> Bool[np.ndarray, "T_out columns"]:
+        """Whether a chain of operations leads from input `columns[k]` to output t.
+
+        With several `copies` all of it so often side by side, for `context.cut` to tell apart.
+        """
         length = np.shape(self.leaves[0])[self.in_axes[0]]
         columns = np.arange(length) if columns is None else np.asarray(columns)
-        words = max(1, min(-(-len(columns) // 64), _BYTES // (8 * _largest(self.closed))))
-        context.held = self.held
-        parts = []
-        for start in range(0, len(columns), 64 * words):
-            chosen = columns[start : start + 64 * words]
-            pairs = zip(self.leaves, self.in_axes, strict=True)
-            args = [_input(x, axis, chosen) for x, axis in pairs]
-            outs = self._outputs(context, args)
-            parts.append(_by_position(outs, self.out_axes, len(chosen)))
-        return np.concatenate(parts, 1)
+        context.held, context.computed = self.held, self.computed
+        words = -(-len(columns) // 64)
+        while True:
+            try:
+                starts = range(0, len(columns), 64 * words)
+                pieces = [columns[start : start + 64 * words] for start in starts]
+                return np.concatenate([self._reached(context, c, copies) for c in pieces], 1)
+            except r.TooLarge:
+                if words == 1:
+                    raise
+                words = -(-words // 4)
+
+    def _reached(self, context: Context, columns, copies: int) -> Bool[np.ndarray, "T_out some"]:
+        pairs = zip(self.leaves, self.in_axes, strict=True)
+        args = [_input(x, axis, columns, copies) for x, axis in pairs]
+        return _by_position(self._outputs(context, args), self.out_axes, len(columns), copies)
 
     def _outputs(self, context: Context, args: Sequence[Known]) -> list[Known]:
         context.signs = {}
         outs = evaluate(context, self.closed, args)
         if not context.signs:
             return outs
-        strict = Context(context.assume_bounded, context.cut, zeros_cut=False, held=self.held)
+        strict = Context(
+            context.assume_bounded, context.cut, context.trust_masks, False, held=self.held
+        )
+        strict.computed = self.computed
         evaluate(strict, self.closed, args)
         context.signs = strict.signs
         return evaluate(context, self.closed, args)
@@ -557,39 +432,71 @@ def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ..
     look = Context(context.assume_bounded, looking=True)
     question.connected(look, columns)
 
-    def holds(cut) -> bool:
-        trial = Context(context.assume_bounded, frozenset(cut))
-        return not (question.connected(trial, columns) & ~allowed).any()
+    def leaking(cuts: Sequence[Sequence]) -> Bool[np.ndarray, "cuts T_out"]:
+        return _leaking(question, context.assume_bounded, columns, allowed, cuts)
 
     candidates = [_MASKS] * bool(look.float_masks) + list(look.merging)
-    if not holds(candidates):
-        candidates += list(look.moving)
-    if not holds(candidates):
+    blamed = _smallest(leaking, candidates) or _smallest(leaking, candidates + list(look.moving))
+    if blamed is None:
         return ("The output is the input, moved.",)
     equations = {**look.moving, **look.merging}
-    blamed = _smallest(holds, candidates)
     lines = []
-    for path in blamed:
+    without = leaking([[other for other in blamed if other != path] for path in blamed])
+    for path, reached in zip(blamed, without, strict=True):
         if path == _MASKS:
             lines += map(_of_a_mask, sorted(look.float_masks))
             continue
-        trial = Context(context.assume_bounded, frozenset(set(blamed) - {path}))
-        reached = (question.connected(trial, columns) & ~allowed).any(1)
         eqn, line = equations[path]
         outputs = [place(t, question.out_lengths) for t in np.flatnonzero(reached)]
         lines.append(_sentence(eqn, line, outputs, context.opaque))
     return tuple(dict.fromkeys(lines))
 
 
-def _smallest(holds, candidates: list, base: tuple = ()) -> list:
-    """QuickXplain (Junker 2004): a set with `holds` from which nothing can be left out."""
-    if len(candidates) == 1:
-        return candidates
-    half = len(candidates) // 2
-    first, second = candidates[:half], candidates[half:]
-    needed = [] if holds([*base, *first]) else _smallest(holds, second, (*base, *first))
-    rest = [] if needed and holds([*base, *needed]) else _smallest(holds, first, (*base, *needed))
-    return [*rest, *needed]
+def _leaking(question: Question, assume_bounded: bool, columns, allowed, cuts):
+    """For each set of cuts, which outputs still read what they must not: all in one or two passes,
+    each set by a word of its own.
+    """
+    found = np.zeros((len(cuts), len(allowed)), bool)
+    for trusted in (False, True):
+        mine = [k for k, cut in enumerate(cuts) if (_MASKS in cut) == trusted]
+        if not mine:
+            continue
+        kept: dict[Any, np.ndarray] = {}
+        for word, k in enumerate(mine):
+            for path in cuts[k]:
+                kept.setdefault(path, np.full(len(mine), ~np.uint64(0)))[word] = 0
+        context = Context(assume_bounded, kept, trusted)
+        reached = question.connected(context, columns, len(mine))
+        reached = reached.reshape(len(allowed), len(mine), len(columns))
+        found[mine] = (reached & ~allowed[:, None]).any(2).T
+    return found
+
+
+# So many sets of cuts are tried at a time.
+_TRIED = 32
+
+
+def _smallest(leaking, candidates: list) -> list | None:
+    """A set of cuts with which nothing leaks and of which none can be left out: the one that
+    QuickXplain (Junker 2004) finds. `None` if all of them do not suffice.
+    """
+    needed: list = []
+    end = len(candidates)
+    while True:
+        # The first `end` suffice, or nothing does: how many do, `start` being too few?
+        start, known_to_hold = -1, bool(needed)
+        while start + 1 < end or not known_to_hold:
+            tried = np.unique(np.linspace(start + 1, end, min(_TRIED, end - start)).astype(int))
+            leaks = leaking([[*needed, *candidates[:n]] for n in tried]).any(1)
+            if leaks.all():
+                return needed[::-1] if known_to_hold else None
+            first = int(np.argmin(leaks))
+            end, known_to_hold = int(tried[first]), True
+            start = int(tried[first - 1]) if first else end - 1
+        if end == 0:
+            return needed[::-1]
+        needed.append(candidates[end - 1])
+        end -= 1
 
 
 def _sentence(eqn: jex.JaxprEqn, line: str, outputs, opaque) -> str:
@@ -606,28 +513,24 @@ def _of_a_mask(what: str) -> str:
     )
 
 
-def _input(leaf: Any, axis: int, columns: np.ndarray) -> Known:
-    """Position `columns[k]` of the axis reads bit k."""
+def _input(leaf: Any, axis: int, columns: np.ndarray, copies: int = 1) -> Known:
+    """Position `columns[k]` of the axis reads bit k, of each copy."""
     shape, words = np.shape(leaf), -(-len(columns) // 64)
-    bits = np.zeros((shape[axis], words * 64), np.uint8)
-    bits[columns, np.arange(len(columns))] = 1
-    rows = packed(bits).reshape(*(-1 if i == axis else 1 for i in range(len(shape))), words)
-    reads = np.broadcast_to(rows, (*shape, words))
-    return free(shape, leaf.dtype, reads)
+    bits = np.zeros((len(columns) + 1, words * 64), np.uint8)
+    bits[np.arange(len(columns)), np.arange(len(columns))] = 1
+    which = np.full(shape[axis], len(columns))
+    which[columns] = np.arange(len(columns))
+    labels, kept = label(which.reshape([-1 if i == axis else 1 for i in range(len(shape))]))
+    return free(shape, leaf.dtype, r.term(labels, np.tile(r.packed(bits)[kept], copies)))
 
 
-def _by_position(outs: Sequence[Known], out_axes, count: int) -> Bool[np.ndarray, "T columns"]:
-    found = np.zeros((outs[0].shape[out_axes[0]], count), bool)
+def _by_position(
+    outs: Sequence[Known], out_axes, count: int, copies: int = 1
+) -> Bool[np.ndarray, "T columns"]:
+    length = outs[0].shape[out_axes[0]]
+    found = np.zeros((length, copies, count), bool)
     for out, axis in zip(outs, out_axes, strict=True):
-        if out.reads is not None:
-            rows = np.moveaxis(out.reads, axis, 0).reshape(len(found), -1, out.reads.shape[-1])
-            row = np.bitwise_or.reduce(rows, 1)
-            found |= unpacked(row)[:, :count] > 0
-    return found
-
-
-def _largest(closed: Any) -> int:
-    jaxpr = opened(closed)
-    sizes = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
-    inner = [_largest(inner) for inner in jex.subjaxprs(jaxpr)]
-    return max([1, *sizes, *inner])
+        bits = r.by_position(out.reads, axis, length)
+        if bits is not None:
+            found |= bits.reshape(length, copies, -1)[:, :, :count]
+    return found.reshape(length, -1)

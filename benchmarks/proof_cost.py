@@ -1,0 +1,249 @@
+"""What a proof costs over the length, and whether decoders as people write them are proved.
+
+    python -m benchmarks.proof_cost
+    python -m benchmarks.proof_cost --before ../other/checkout --positions 512 1024
+
+The first table is of 4 layers, 4 heads, width 64, one process a row, in seconds of processor time;
+with `--before` beside those of another checkout of this library, in the same run. A forward pass is
+timed in the same process. The second is of one block of each kind at `--decoders` positions.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+
+import equinox as eqx
+import flax.nnx as nnx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from eqx_norms.causality import check_causal
+from eqx_norms.causality._proof import Question, prove
+from eqx_norms.causality._widen import trace
+
+WIDTH, HEADS, DEPTH = 64, 4, 4
+
+
+class Layer(eqx.Module):
+    """A pre-norm transformer layer for one sequence."""
+
+    attention: eqx.nn.MultiheadAttention
+    mlp: eqx.nn.MLP
+    norms: tuple[eqx.nn.LayerNorm, eqx.nn.LayerNorm]
+
+    def __init__(self, key):
+        first, second = jr.split(key)
+        self.attention = eqx.nn.MultiheadAttention(HEADS, WIDTH, key=first)
+        self.mlp = eqx.nn.MLP(WIDTH, WIDTH, 4 * WIDTH, 1, key=second)
+        self.norms = (eqx.nn.LayerNorm(WIDTH), eqx.nn.LayerNorm(WIDTH))
+
+    def __call__(self, x, mask):
+        h = jax.vmap(self.norms[0])(x)
+        x = x + self.attention(h, h, h, mask=mask)
+        return x + jax.vmap(self.mlp)(jax.vmap(self.norms[1])(x))
+
+
+def child(length, leak):
+    """Prints the seconds of a proof, those of a forward pass, and the peak in GiB."""
+    layers = [Layer(key) for key in jr.split(jr.key(0), DEPTH)]
+
+    def model(x):
+        for i, layer in enumerate(layers):
+            mask = None if leak and i == 1 else jnp.tri(length, dtype=bool)
+            x = layer(x, mask)
+        return x
+
+    x = jr.normal(jr.key(1), (length, WIDTH))
+    question = Question(trace(model, (x,)), (x,), (0,), (0,))
+    allowed = np.tri(length, dtype=bool)
+    start = time.process_time()
+    found = prove(question, allowed, assume_bounded=True)
+    seconds = time.process_time() - start
+    assert found.holds != leak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    forward = jax.jit(model)
+    jax.block_until_ready(forward(x))
+    start = time.process_time()
+    for _ in range(5):
+        jax.block_until_ready(forward(x))
+    print(seconds, (time.process_time() - start) / 5, peak)
+
+
+def measured(length, leak, root):
+    """The child's three numbers, with the package of another checkout if `root` says so."""
+    command = [sys.executable, __file__, "--child", str(length)] + ["--leak"] * leak
+    environment = {**os.environ, "PYTHONPATH": root}
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return tuple(map(float, out.stdout.split()))
+
+
+def lengths(positions, before):
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    roots = [here] if before is None else [os.path.abspath(before), here]
+    names = ["now"] if before is None else ["before", "now"]
+    columns = [f"{what}, {name}" for name in names for what in ("s", "forward passes", "GiB")]
+    print(f"| | positions | {' | '.join(columns)} |\n{'|---' * (2 + len(columns))}|")
+    for leak in (False, True):
+        for length in positions:
+            cells = []
+            for root in roots:
+                seconds, forward, peak = measured(length, leak, root)
+                cells.append(f"{seconds:.2g} | {seconds / forward:.0f} | {peak:.2f}")
+            what = "a leak, named" if leak else "proved"
+            print(f"| {what} | {length} | {' | '.join(cells)} |", flush=True)
+
+
+# Decoders
+
+
+def nnx_attention(length):
+    attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=nnx.Rngs(0))
+    mask = nnx.make_causal_mask(jnp.ones((1, length))) > 0
+    return lambda x: attention(x[None], mask=mask)[0]
+
+
+def haiku_attention(length):
+    def attend(x):
+        init = hk.initializers.VarianceScaling()
+        mask = jnp.tri(length, dtype=bool)[None]
+        return hk.MultiHeadAttention(HEADS, WIDTH // HEADS, w_init=init)(x, x, x, mask=mask)
+
+    model = hk.without_apply_rng(hk.transform(attend))
+    params = model.init(jr.key(0), jnp.zeros((length, WIDTH)))
+    return lambda x: model.apply(params, x)
+
+
+def jax_attention(x):
+    heads = x.reshape(len(x), HEADS, -1)
+    return jax.nn.dot_product_attention(heads, heads, heads, is_causal=True).reshape(x.shape)
+
+
+def with_sinks(x):
+    """A window of 64, and the first 4 positions."""
+    t = jnp.arange(len(x))
+    near = (t[:, None] - t < 64) | (t < 4)
+    mask = jnp.tri(len(x), dtype=bool) & near
+    return jax.nn.softmax(jnp.where(mask, x @ x.T / 8, -jnp.inf)) @ x
+
+
+def rotated(x):
+    """RoPE on interleaved pairs."""
+    angle = jnp.arange(len(x))[:, None] * 100.0 ** -jnp.linspace(0, 1, WIDTH // 2)
+    a, b = x[:, 0::2], x[:, 1::2]
+    turned = jnp.stack(
+        [a * jnp.cos(angle) - b * jnp.sin(angle), a * jnp.sin(angle) + b * jnp.cos(angle)], -1
+    ).reshape(x.shape)
+    mask = jnp.tri(len(x), dtype=bool)
+    return jax.nn.softmax(jnp.where(mask, turned @ turned.T, -1e9)) @ x
+
+
+def mamba2(x):
+    """A causal convolution, a gate, and the state-space dual as one matrix."""
+    kernel = jnp.ones((4, 1, WIDTH)) / 4
+    mixed = jax.lax.conv_general_dilated(
+        x[None], kernel, (1,), [(3, 0)], None, None, ("NWC", "WIO", "NWC"), WIDTH
+    )[0]
+    u, b, c = jax.nn.silu(mixed), x[:, :16], x[:, 16:32]
+    log_decay = jnp.cumsum(-jax.nn.softplus(x[:, 32:33]), 0)
+    mask = jnp.tri(len(x), dtype=bool)
+    decay = jnp.where(mask, jnp.exp(jnp.where(mask, log_decay - log_decay.T, 0)), 0)
+    return jnp.einsum("ts,tn,sn,sd->td", decay, c, b, u) * jax.nn.silu(x)
+
+
+def rwkv(x):
+    """Token shift, and the weighted sum of RWKV-4 by a scan."""
+    shifted = jnp.pad(x, ((1, 0), (0, 0)))[:-1]
+    k, v, r = 0.5 * (x + shifted), shifted, jax.nn.sigmoid(x)
+
+    def step(state, row):
+        top, bottom, largest = state
+        k, v = row
+        now = jnp.maximum(largest, k)
+        a, b = jnp.exp(largest - now), jnp.exp(k - now)
+        top, bottom = a * top + b * v, a * bottom + b
+        return (top, bottom, now), top / bottom
+
+    zero = jnp.zeros(WIDTH)
+    return r * jax.lax.scan(step, (zero, zero, zero - 30.0), (k, v))[1]
+
+
+def retnet(x, chunk=64):
+    """Retention by chunks: inside of them a matrix, between them a state."""
+    t = jnp.arange(chunk)
+    decay = jnp.where(t[:, None] >= t, 0.9 ** (t[:, None] - t).astype(float), 0)
+
+    def one(state, q):
+        inner = (q @ q.T * decay) @ q
+        cross = (q @ state) * (0.9 ** (t + 1.0))[:, None]
+        state = 0.9**chunk * state + (q * (0.9 ** (chunk - 1.0 - t))[:, None]).T @ q
+        return state, inner + cross
+
+    chunks = x.reshape(-1, chunk, WIDTH)
+    return jax.lax.scan(one, jnp.zeros((WIDTH, WIDTH)), chunks)[1].reshape(x.shape)
+
+
+def cached(x):
+    """One token at a time, with a cache of keys and values."""
+
+    def step(carry, row):
+        cache, t = carry
+        cache = jax.lax.dynamic_update_slice(cache, row[None], (t, 0))
+        scores = jnp.where(jnp.arange(len(x)) <= t, cache @ row, -jnp.inf)
+        return (cache, t + 1), jax.nn.softmax(scores) @ cache
+
+    return jax.lax.scan(step, (jnp.zeros_like(x), 0), x)[1]
+
+
+DECODERS = {
+    "attention of flax.nnx": nnx_attention,
+    "attention of Haiku": haiku_attention,
+    "`jax.nn.dot_product_attention`": lambda _: jax_attention,
+    "a sliding window with sinks": lambda _: with_sinks,
+    "RoPE of interleaved pairs, by `jnp.stack`": lambda _: rotated,
+    "a Mamba-2 block": lambda _: mamba2,
+    "RWKV-4's weighted sum": lambda _: rwkv,
+    "RetNet by chunks": lambda _: retnet,
+    "a cache of keys and values in a scan": lambda _: cached,
+}
+
+
+def decoders(length):
+    print(f"\n| at {length} positions | status | s |\n|---|---|---|")
+    x = jr.normal(jr.key(0), (length, WIDTH))
+    for name, make in DECODERS.items():
+        fn = make(length)
+        start = time.process_time()
+        report = check_causal(fn, x, prove=True, splits=(length // 2,))
+        seconds = time.process_time() - start
+        why = f" ({report.obstacles[0]})" if report.obstacles else ""
+        print(f"| {name} | {report.status}{why} | {seconds:.1f} |", flush=True)
+
+
+def main():
+    """Prints both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--before", help="another checkout")
+    parser.add_argument("--positions", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--decoders", type=int, default=512)
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--leak", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(options.child, options.leak)
+        return
+    warnings.simplefilter("ignore")
+    if options.positions:
+        lengths(options.positions, options.before)
+    if options.decoders:
+        decoders(options.decoders)
+
+
+if __name__ == "__main__":
+    main()
