@@ -215,3 +215,27 @@ def test_it_is_one_static_field(tmp_path):
     assert [getattr(m, "round_before_weight", None) for m in ours] == [True, True, None]
     assert not any(getattr(m, "round_before_weight", False) for m in replace_norms(theirs))
     assert all(map(eqx_norms.is_norm, ours))
+
+
+@pytest.mark.slow
+def test_split_over_a_mapped_axis_and_differentiated():
+    """Where JAX differentiates the forward itself, a rounding has the derivative 1 as well."""
+    x, g = (jnp.asarray(drawn(N, dtype=ml_dtypes.bfloat16, number=i)) for i in (0, 3))
+    weight, bias = (jnp.asarray(drawn(N, dtype=ml_dtypes.bfloat16, number=i)) for i in (1, 2))
+    whole = layer_of(LayerNorm, weight, bias)
+
+    def split(x):
+        def part(x, weight, bias):
+            layer = LayerNorm(N // 4, eps=1e-6, axis_name="parts", round_before_weight=True)
+            return eqx.tree_at(lambda m: (m.weight, m.bias), layer, (weight, bias))(x)
+
+        parts = (a.reshape(4, -1) for a in (x, weight, bias))
+        return jax.vmap(part, axis_name="parts")(*parts).reshape(-1)
+
+    y, vjp = jax.vjp(split, x)
+    want, want_vjp = jax.vjp(whole, x)
+    # The mean of four means: float32 rounds it otherwise, and a tie may fall to the other side.
+    assert np.mean(np.asarray(y == want)) > 0.9
+    (dx,), (want,) = vjp(g), want_vjp(g)
+    largest = np.abs(np.float64(want)).max()
+    assert np.abs(np.float64(dx) - np.float64(want)).max() <= 2.0**-7 * largest

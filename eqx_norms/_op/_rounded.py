@@ -24,13 +24,14 @@ def rounded(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     **Returns:**
 
-    `x`. In float32 and float64 that is all. The derivative is the identity.
+    `x`. In float32 and float64 that is all, and in [`eqx_norms.plain`][]. The derivative is the
+    identity.
 
     **Raises:** `TypeError` if `x` is not of one of these dtypes.
     """
     check_floating("rounded", x)
     x = jnp.asarray(x)
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
+    if x.dtype not in (jnp.bfloat16, jnp.float16) or is_plain():
         return x
     # With float32's exponents in float16 as well: with 5 bits its subnormals would become zero.
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=jnp.finfo(x.dtype).nmant)
@@ -46,6 +47,7 @@ def rounded_to(dtype: Any, a: Float[Array, "..."]) -> Float[Array, "..."]:
     return _there_and_back(dtype, a) if is_plain() else _rounded_to(jnp.dtype(dtype), a)
 
 
+# Of operations that `jet` knows, where `rounded` is none.
 def _there_and_back(dtype, a):
     return rounded(a.astype(dtype)).astype(a.dtype)
 
