@@ -12,7 +12,11 @@ from ._ada_layer_norm import AdaLayerNorm as AdaLayerNorm
 from ._group_norm import GroupNorm as GroupNorm, group_norm as group_norm
 from ._is_norm import is_norm as is_norm
 from ._layer_norm import LayerNorm as LayerNorm, layer_norm as layer_norm
-from ._op import normalize_reference as normalize_reference, plain as plain
+from ._op import (
+    normalize_reference as normalize_reference,
+    plain as plain,
+    rounded as rounded,
+)
 from ._replace import replace_norms as replace_norms
 from ._rms_norm import RMSNorm as RMSNorm, rms_norm as rms_norm
 from .causality import assert_causal as assert_causal, assert_independent as assert_independent

@@ -20,6 +20,7 @@ def replace_norms(
     *,
     where: Callable[[str, eqx.Module], bool] | None = None,
     implementation: str = "xla",
+    round_before_weight: bool = False,
     at_least: int = 0,
 ) -> PyTree:
     """Exchanges every `equinox.nn.LayerNorm`, `RMSNorm` and `GroupNorm` in a model for ours.
@@ -39,7 +40,8 @@ def replace_norms(
     - `model`: any pytree with `equinox.Module`s in it. It is not changed.
     - `where`: a function of `(path, norm)` that says whether to exchange it, where path is as in
         `blocks[0].norm`; for all, `None`.
-    - `implementation`: of the LayerNorms and RMSNorms, as for [`eqx_norms.LayerNorm`][].
+    - `implementation`, `round_before_weight`: of the LayerNorms and RMSNorms, as for
+        [`eqx_norms.LayerNorm`][].
     - `at_least`: how many norms must be exchanged. None need be by default: a state of plain SGD
         has no norms, and a model whose norms were exchanged has no more.
 
@@ -51,6 +53,7 @@ def replace_norms(
     `implementation`.
     """
     check_implementation("replace_norms", implementation)
+    of_ours = {"implementation": implementation, "round_before_weight": round_before_weight}
     exchanged: dict[int, eqx.Module] = {}
 
     def exchange(path, node):
@@ -58,7 +61,7 @@ def replace_norms(
         if type(node) not in _ours or not (where is None or where(readable, node)):
             return node
         if id(node) not in exchanged:
-            exchanged[id(node)] = _converted(node, implementation)
+            exchanged[id(node)] = _converted(node, of_ours)
         return exchanged[id(node)]
 
     new = jtu.tree_map_with_path(exchange, model, is_leaf=lambda node: type(node) in _ours)
@@ -71,11 +74,11 @@ def replace_norms(
     return new
 
 
-def _converted(norm: Any, implementation: str) -> eqx.Module:
+def _converted(norm: Any, of_ours: dict[str, Any]) -> eqx.Module:
     params = norm.weight, norm.bias
     fields = {k: v for k, v in vars(norm).items() if k not in ("weight", "bias")}
     if type(norm) is not eqx.nn.GroupNorm:
-        fields["implementation"] = implementation
+        fields |= of_ours
     # Fields by closure: as arguments, NumPy's numbers among them would be traced.
     ours = eqx.filter_eval_shape(lambda: _ours[type(norm)](**fields))
     # Theirs as they are: not of `shape` in an ensemble, and None in a model that was partitioned.

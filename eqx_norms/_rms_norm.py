@@ -114,6 +114,7 @@ class RMSNorm(eqx.Module):
     unit_offset: bool = eqx.field(static=True, default=False)
     axis_name: Hashable | None = eqx.field(static=True, default=None)
     implementation: str = eqx.field(static=True, default="xla")
+    round_before_weight: bool = eqx.field(static=True, default=False)
 
     def __init__(
         self,
@@ -126,6 +127,7 @@ class RMSNorm(eqx.Module):
         unit_offset: bool = False,
         axis_name: Hashable | Sequence[Hashable] | None = None,
         implementation: str = "xla",
+        round_before_weight: bool = False,
     ):
         """**Arguments:**
 
@@ -143,6 +145,10 @@ class RMSNorm(eqx.Module):
         - `implementation`: `"xla"`, or `"pallas"` for kernels on GPUs and TPUs, which read and
             write less and have never been timed; see
             [Kernels](../kernels.md) for when they run.
+        - `round_before_weight`: round to the dtype of `x` before the weight and again behind each
+            operation, as Llama, Mistral and Qwen 2 and 3 do, and return the dtype that `x`,
+            weight and bias promote to. With `unit_offset`, `1 + weight` is rounded to the dtype of
+            the weight. No kernel does this. See [Published norms](../published_norms.md).
 
         **Raises:** `ValueError` for a negative size, a bad `eps` or `implementation`; `TypeError`
         for a `dtype` that is none of float16, bfloat16, float32 and float64.
@@ -158,6 +164,7 @@ class RMSNorm(eqx.Module):
         self.unit_offset = unit_offset
         self.axis_name = check_axis_name(axis_name)
         self.implementation = check_implementation("RMSNorm", implementation)
+        self.round_before_weight = round_before_weight
 
     @overload
     def __call__(self, x: Array, *, key=None, where: Array | None = None) -> Array: ...
@@ -186,7 +193,8 @@ class RMSNorm(eqx.Module):
 
         **Returns:**
 
-        An array of the shape and dtype of `x`; with `state`, a tuple of it and the state.
+        An array of the shape of `x` and, but for `round_before_weight`, of its dtype; with
+        `state`, a tuple of it and the state.
 
         **Raises:** `ValueError` if `x` is not of shape `shape`, with the `jax.vmap` that is
         missing, for a bad mask, or if a parameter that `use_weight` or `use_bias` promises is
@@ -207,5 +215,6 @@ class RMSNorm(eqx.Module):
             centre=False,
             unit_offset=self.unit_offset,
             axis_name=self.axis_name,
+            round_before_weight=self.round_before_weight,
         )
         return y if state is no_state else (y, state)

@@ -8,4 +8,5 @@ from ._normalize import (
     together as together,
 )
 from ._plain import plain as plain
+from ._rounded import rounded as rounded
 from ._rows import PRIMITIVES as PRIMITIVES, normalize_by as normalize_by

@@ -21,6 +21,7 @@ from .._checks import check_broadcast, check_eps, check_floating
 from .._real import Number
 from ._lowering import again, apart, in_one_pass, settled
 from ._plain import is_plain
+from ._rounded import rounded_to
 
 Example = Float[Array, "*shape"]
 Broadcastable = Float[Array, "..."]
@@ -35,6 +36,8 @@ class _Spec(NamedTuple):
     axis_name: Hashable | None
     bias_shape: tuple[int, ...] | None
     live: tuple[bool, ...] = (True, True, True)  # Whether x, weight, bias have a derivative.
+    # To what is rounded, if to anything: what is normalised, and each result behind it.
+    rounds: tuple[Any, Any] = (None, None)
 
 
 class _Residuals(NamedTuple):
@@ -148,11 +151,12 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
 
     residuals = _Residuals(x, weight, where, origin, d, rstd)
     read, origin, d = next_pass(read, origin, d)
-    y = _centred(read, where, origin, d) * rstd
+    first, each = spec.rounds
+    y = rounded_to(first, _centred(read, where, origin, d) * rstd)
     if weight is not None:
-        y = y * weight
+        y = rounded_to(each, y * weight)
     if bias is not None:
-        y = y + bias
+        y = rounded_to(each, y + bias)
     return _only(where, y), residuals
 
 
@@ -325,24 +329,37 @@ def normalize(
     centre: bool = True,
     unit_offset: bool = False,
     axis_name: Hashable | None = None,
+    round_before_weight: bool = False,
 ) -> Example:
     """What the layers call: `normalize_reference`, by the rule above."""
     x = as_jax_has_it(x)
+    dtype, rounds, of_weight = x.dtype, (None, None), None
+    if round_before_weight:
+        dtype, of_weight = _promoted(x, weight, bias), getattr(weight, "dtype", None)
+        rounds = x.dtype, dtype
+        x = x.astype(dtype) if dtype == jnp.float64 else x
     weight, bias = _fit(x, weight, bias)
     if unit_offset and weight is not None:
-        weight = 1 + weight
+        weight = rounded_to(of_weight, 1 + weight)
     if where is not None:
         # JAX stumbles over a NumPy constant that is mapped into a custom_jvp under jit, and masks
         # are often such constants. Any operation makes an array of it; XLA drops this one.
         where = where & True
-    spec = _Spec(eps, centre, axis_name, None if bias is None else bias.shape)
+    spec = _Spec(eps, centre, axis_name, None if bias is None else bias.shape, rounds=rounds)
     # JAX traces a custom rule when it differentiates, and a vmap may have named its axis, and gone,
     # long before. A mesh has not. So along a vmap JAX differentiates the forward, as any function.
     op = _normalize if _is_on_mesh(axis_name) and not is_plain() else _forward_alone
     y = op(spec, *together(x, weight, bias, where))
     # The cast stands outside the rule, whose cotangent is then wide as well: dbias is summed over
     # a batch in float32. (Cast inside, its error over 8192 rows of bfloat16 was 2%.)
-    return y.astype(x.dtype)
+    return y.astype(dtype)
+
+
+def _promoted(*arrays: Array | None):
+    """The dtype of their product, as JAX has it by default; under strict promotion too."""
+    dtypes = {jnp.dtype(a.dtype) for a in arrays if a is not None}
+    wide, wider = jnp.dtype("float32"), jnp.dtype("float64")
+    return dtypes.pop() if len(dtypes) == 1 else wider if wider in dtypes else wide
 
 
 def as_jax_has_it(x: Any) -> Array:

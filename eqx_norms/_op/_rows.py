@@ -43,12 +43,14 @@ def normalize_by(
     centre: bool = True,
     unit_offset: bool = False,
     axis_name: Hashable | None = None,
+    round_before_weight: bool = False,
 ) -> Float[Array, "*shape"]:
     """`normalize`, or with "pallas" the primitives, for what the kernels know."""
     special = where is not None or axis_name is not None or _is_explicit(x, weight, bias)
-    if implementation == "xla" or special or is_plain():
+    if implementation == "xla" or special or round_before_weight or is_plain():
         norm = ft.partial(normalize, eps=eps, centre=centre, unit_offset=unit_offset)
-        return norm(x, weight, bias, where, axis_name=axis_name)
+        options = {"axis_name": axis_name, "round_before_weight": round_before_weight}
+        return norm(x, weight, bias, where, **options)
     x = as_jax_has_it(x)
     weight, bias = (p if p is None else p.astype(compute_dtype(x)) for p in (weight, bias))
     if unit_offset and weight is not None:
