@@ -142,7 +142,7 @@ def _is_on_one_device(context: mlir.LoweringRuleContext) -> bool:
     return isinstance(where, mlir.ShardingContext) and where.num_devices == 1
 
 
-for _platform in ("cuda", "tpu"):
+for _platform in ("cpu", "cuda", "tpu"):
     for _p, _formula in ((forward_p, _forward), (backward_p, _backward)):
         _name = _formula.__name__.strip("_")
         _plain = mlir.lower_fun(_formula, multiple_results=_p.multiple_results)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._form import Batch, Form, Param
-from . import _cuda, _tpu
+from . import _cpu, _cuda, _tpu
 
 LARGEST = 2**15  # example: compiled for all of H100, v5e and v6e
-_PLATFORMS = {"cuda": _cuda, "tpu": _tpu}
+_PLATFORMS = {"cpu": _cpu, "cuda": _cuda, "tpu": _tpu}
 
 
 def exists_for(x, form: Form, platform: str) -> bool:
@@ -21,7 +21,7 @@ def exists_for(x, form: Form, platform: str) -> bool:
     if not all(isinstance(size, int) for size in x.shape):
         return False  # Sizes that an export leaves open are no ints.
     rows, n = form.rows(x)
-    return rows > 0 and 0 < n <= LARGEST and _PLATFORMS[platform].is_known()
+    return rows > 0 and 0 < n <= getattr(_PLATFORMS[platform], 'LARGEST', LARGEST) and _PLATFORMS[platform].is_known()
 
 
 def forward(x: Batch, *params: Param, form: Form, platform: str, interpret: bool = False) -> Batch:
