@@ -143,9 +143,9 @@ class LayerNorm(eqx.Module):
             which one example is split evenly. `shape` is then that of one part, and mean and
             variance are taken over all parts. Along a `jax.vmap` JAX differentiates the
             forward by itself, and keeps more for it.
-        - `implementation`: `"xla"`, or `"pallas"` for kernels on GPUs and TPUs, which read and
-            write less and have never been timed; see
-            [Kernels](../kernels.md) for when they run.
+        - `implementation`: `"xla"`, or `"kernel"` for kernels, which read and write less: on CPUs
+            with numba (`pip install "eqx-norms[cpu]"`), on GPUs and TPUs, where they have never
+            been timed. [Kernels](../kernels.md) says when they run. (`"pallas"` is the same.)
         - `elementwise_affine`: deprecated, as in `equinox.nn`: for `use_weight` and `use_bias`.
 
         **Raises:** `ValueError` for a negative size, a bad `eps` or `implementation`; `TypeError`

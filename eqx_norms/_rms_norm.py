@@ -140,9 +140,9 @@ class RMSNorm(eqx.Module):
             which one example is split evenly. `shape` is then that of one part, and the
             mean square is taken over all parts. Along a `jax.vmap` JAX differentiates the
             forward by itself, and keeps more for it.
-        - `implementation`: `"xla"`, or `"pallas"` for kernels on GPUs and TPUs, which read and
-            write less and have never been timed; see
-            [Kernels](../kernels.md) for when they run.
+        - `implementation`: `"xla"`, or `"kernel"` for kernels, which read and write less: on CPUs
+            with numba (`pip install "eqx-norms[cpu]"`), on GPUs and TPUs, where they have never
+            been timed. [Kernels](../kernels.md) says when they run. (`"pallas"` is the same.)
 
         **Raises:** `ValueError` for a negative size, a bad `eps` or `implementation`; `TypeError`
         for a `dtype` that is none of float16, bfloat16, float32 and float64.

@@ -8,9 +8,12 @@ threads.
 
 import functools as ft
 import importlib.metadata
+import itertools
+import math
 import platform
 import struct
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,11 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ..._form import Form
+from ..._form import Form, Layout
 from .._formulas import result
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-LARGEST = 2**40
 OLDEST = (0, 63)  # numba that was tried
 _MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 _CHUNK = 2**15  # entries, at least: some ten microseconds
@@ -80,11 +82,7 @@ _kept = []
 
 
 class Plan(NamedTuple):
-    """Where rows and chunks are, in the order that `_compiled.py` reads.
-
-    Rows are counted by three numbers: (outer, params, inner), the second of which says which
-    weight is theirs. A row is of so many channels, each of a run of entries with one weight.
-    """
+    """Where rows and chunks are, in the order that `_compiled.py` reads: a `Layout`, and its parts."""
 
     outer: int
     params: int
@@ -92,7 +90,7 @@ class Plan(NamedTuple):
     channels: int
     run: int
     centre: int
-    by_outer: int
+    by_outer: int  # into how many parts each of the first three is split
     by_params: int
     by_inner: int
     chunks: int
@@ -104,46 +102,54 @@ class Plan(NamedTuple):
 _HEAD = 96 + 8 * len(Plan._fields)
 
 
-def plan(rows: tuple[int, int, int], channels: int, run: int, centre: bool, wide: int) -> Plan:
+def plan(layout: Layout, centre: bool, wide: int) -> Plan:
     """`wide`: bytes of a number of partial sums; 0 in a forward, which has none."""
-    outer, params, inner = rows
-    entries = outer * params * inner * channels * run
-    wanted = max(1, min(_CHUNKS, entries // _CHUNK))
+    outer, params, inner, channels, run = layout
+    wanted = max(1, min(_CHUNKS, math.prod(layout) // _CHUNK))
+    # By outer and by inner the sums of a parameter are in parts.
     sums = max(1, outer * inner // _ROWS) if wide and run == 1 else wanted
     by_outer = min(outer, wanted, sums)
     by_params = min(params, -(-wanted // by_outer))
     by_inner = min(inner, max(1, wanted // (by_outer * by_params)), max(1, sums // by_outer))
-    chunks = by_outer * by_params * by_inner
-    parts = by_outer * by_inner
+    chunks, parts = by_outer * by_params * by_inner, by_outer * by_inner
     partials = 2 * parts * params * channels * wide if parts > 1 else 0
     scratch = 16 * channels * chunks if wide and run > 1 else 0
-    start = _HEAD if partials else 0
-    block = _HEAD + partials + scratch + 8
     return Plan(
-        *(outer, params, inner, channels, run, centre, by_outer, by_params, by_inner, chunks),
-        *(block, start, (_HEAD + partials + 7) // 8 * 8),
+        *layout,
+        *(centre, by_outer, by_params, by_inner, chunks),
+        block=_HEAD + partials + scratch,
+        partials=_HEAD if partials else 0,
+        scratch=_HEAD + partials,
     )
 
 
-def forward(form: Form, x: Array, params: tuple[Array, ...], interpret: bool) -> Array:
-    rows, n = x.shape
-    weight, bias = form.named(params)
-    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    weight = jnp.ones(n, wide) if weight is None else weight
-    bias = jnp.zeros(n, wide) if bias is None else bias
-    chunks = plan((1, 1, rows), n, 1, form.centre, 0)
-    call = jax.ffi.ffi_call(_register(f"forward_{x.dtype.name}"), result(x, x.shape, x.dtype))
-    return call(x, weight, bias, eps=np.float64(form.eps), plan=np.asarray(chunks, np.int64))
+def _call(name: str, form: Form, layout: Layout, x: Array, results, *operands: Array):
+    wide = 0 if name == "forward" else operands[2].dtype.itemsize
+    call = jax.ffi.ffi_call(_register(f"{name}_{x.dtype.name}"), results)
+    numbers = np.asarray(plan(layout, form.centre, wide), np.int64)
+    return call(*operands, eps=np.float64(form.eps), plan=numbers)
 
 
-def backward(form: Form, g: Array, x: Array, weight, interpret: bool):
-    rows, n = x.shape
-    wide = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-    weight = weight[0] if weight else jnp.ones(n, wide)
-    sums = [result(x, (1, n), wide)] * (2 if form.bias else 1)
-    chunks = plan((1, 1, rows), n, 1, form.centre, wide.itemsize)
-    call = jax.ffi.ffi_call(
-        _register(f"backward_{x.dtype.name}"), [result(x, x.shape, x.dtype), *sums]
-    )
-    dx, *sums = call(g.astype(x.dtype), x, weight, eps=np.float64(form.eps), plan=np.asarray(chunks, np.int64))
-    return [dx, *sums[0 if form.weight else 1 :]][: 1 + form.weight + form.bias]
+def _known(form: Form, x: Array, params: Sequence[Array]) -> tuple[Layout, list[Array]]:
+    """The layout, and both parameters: those that are not there are ones and zeros."""
+    layout = form.layout(x, params)
+    assert layout is not None
+    if not params:
+        wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+        return layout, [jnp.ones(1, wide), jnp.zeros(1, wide)]
+    fill = jnp.ones_like, jnp.zeros_like
+    named = zip(form.named(params), fill, strict=True)
+    return layout, [make(params[0]) if p is None else p for p, make in named]
+
+
+def forward(form: Form, x: Array, params: Sequence[Array]) -> Array:
+    layout, (weight, bias) = _known(form, x, params)
+    return _call("forward", form, layout, x, result(x, x.shape, x.dtype), x, weight, bias)
+
+
+def backward(form: Form, g: Array, x: Array, params: Sequence[Array]) -> list[Array]:
+    layout, (weight, bias) = _known(form, x, params)
+    like = [x, weight, bias] if form.bias else [x, weight]
+    results = [result(x, a.shape, a.dtype) for a in like]
+    dx, *sums = _call("backward", form, layout, x, results, g, x, weight)
+    return [dx, *itertools.compress(sums, (form.weight, form.bias))]
