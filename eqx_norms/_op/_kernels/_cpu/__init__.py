@@ -22,7 +22,6 @@ import numpy as np
 from jaxtyping import Array
 
 from ..._form import Form, Layout
-from .._formulas import result
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 OLDEST = (0, 63)  # numba that was tried
@@ -142,14 +141,17 @@ def _known(form: Form, x: Array, params: Sequence[Array]) -> tuple[Layout, list[
     return layout, [make(params[0]) if p is None else p for p, make in named]
 
 
+def _like(a: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype)
+
+
 def forward(form: Form, x: Array, params: Sequence[Array]) -> Array:
     layout, (weight, bias) = _known(form, x, params)
-    return _call("forward", form, layout, x, result(x, x.shape, x.dtype), x, weight, bias)
+    return _call("forward", form, layout, x, _like(x), x, weight, bias)
 
 
 def backward(form: Form, g: Array, x: Array, params: Sequence[Array]) -> list[Array]:
     layout, (weight, bias) = _known(form, x, params)
-    like = [x, weight, bias] if form.bias else [x, weight]
-    results = [result(x, a.shape, a.dtype) for a in like]
+    results = [*map(_like, [x, weight, bias] if form.bias else [x, weight])]
     dx, *sums = _call("backward", form, layout, x, results, g, x, weight)
     return [dx, *itertools.compress(sums, (form.weight, form.bias))]

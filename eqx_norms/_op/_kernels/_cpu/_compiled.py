@@ -446,7 +446,8 @@ def _scale(x, n, eps):
     if not 0.0 < largest < np.inf:
         return 1.0
     least = max(_smallest(x), 2.0**-30 * np.sqrt(eps))
-    return 2.0 ** -np.floor(np.log2(max(np.float64(largest), least)))
+    # Not below the normal numbers either: XLA's threads take those for zero.
+    return max(_smallest(x), 2.0 ** -np.floor(np.log2(max(np.float64(largest), least))))
 
 
 @_control
