@@ -80,6 +80,17 @@ def _fetch_add(builder, address, value):
 
 
 @_instruction(types.intp, types.intp, types.intp)
+def _quotient(builder, a, b):
+    """Of numbers that are not below 0. (Python's takes numba a tenth of a second to compile.)"""
+    return builder.udiv(a, b)
+
+
+@_instruction(types.intp, types.intp, types.intp)
+def _remainder(builder, a, b):
+    return builder.urem(a, b)
+
+
+@_instruction(types.intp, types.intp, types.intp)
 def _call(builder, function, argument):
     kind = ir.FunctionType(_WORD, [_WORD])
     return builder.call(builder.inttoptr(function, kind.as_pointer()), [argument])
@@ -226,7 +237,7 @@ _EXTENSION, _API, _CONTEXT, _ARGS, _RESULT_COUNT, _RESULTS = 8, 16, 24, 72, 96, 
 _ATTRIBUTES, _FUTURE, _BUFFER_DATA, _SCALAR_DATA, _ARRAY_DATA = 160, 168, 24, 8, 16
 _ERROR_CREATE, _ERROR_DESTROY, _SCHEDULE, _THREADS = 48, 64, 136, 144
 _FUTURE_CREATE, _SET_AVAILABLE = 152, 160
-_METADATA, _NO_MEMORY = 1, 8
+_METADATA, _RESOURCE_EXHAUSTED = 1, 8
 _VERSION = 0 | 3 << 32  # That of jaxlib 0.10.2. A later XLA takes what was written for an older.
 
 # ---- A job: a block of memory for one call, whose chunks any thread may take. Nobody waits for a
@@ -235,6 +246,7 @@ _VERSION = 0 | 3 << 32  # That of jaxlib 0.10.2. A later XLA takes what was writ
 # a block that lives until the last has gone.
 
 _JOB_API, _JOB_FUTURE, _REFERENCES, _NEXT, _DONE, _EPS = 0, 8, 16, 24, 32, 40
+_NO_MEMORY, _NO_JOB = 0, -1
 _OPERANDS = 48  # six: what is read, then what is written
 _HEAD = 96  # the plan follows
 
@@ -257,11 +269,15 @@ def _is_done(api, error):
 
 @_control
 def _start(frame):
-    """The job of a call, or 0 where there is no memory."""
+    """The job of a call. XLA's first call only asks for the version, and brings nothing else."""
+    extension = _word(frame + _EXTENSION)
+    if extension != 0 and _word(extension + 8) & 0xFFFFFFFF == _METADATA:
+        _set_word(_word(extension + 24) + 24, _VERSION)
+        return _NO_JOB
     attributes = _word(frame + _ATTRIBUTES)
     plan = _word(_word(attributes + 8) + _ARRAY_DATA)
     job = _allocate(_word(plan + 8 * _BLOCK))
-    if job == 0:
+    if job == _NO_MEMORY:
         return job
     for at in range(0, _HEAD, 8):
         _set_word(job + at, 0)
@@ -287,7 +303,8 @@ def _share(frame, job, task):
     _set_word(args + 24, args + 32)
     _set_word(args + 32, 1)
     _is_done(api, _call(_word(api + _THREADS), args))
-    helpers = min(_word(args + 32), _plan(job, _CHUNKS)) - 1
+    threads, chunks = _word(args + 32), _plan(job, _CHUNKS)
+    helpers = (threads if threads < chunks else chunks) - 1
     if helpers < 1:
         return
     args = _arguments(24)
@@ -321,16 +338,6 @@ def _leave(job):
         _release(job)
 
 
-@_control
-def _asks_version(frame):
-    """The first call does, and brings nothing else."""
-    extension = _word(frame + _EXTENSION)
-    if extension == 0 or _word(extension + 8) & 0xFFFFFFFF != _METADATA:
-        return False
-    _set_word(_word(extension + 24) + 24, _VERSION)
-    return True
-
-
 @_instruction(types.intp, types.intp)
 def _out_of_memory(builder, api):
     """XLA's error, to be returned."""
@@ -340,7 +347,7 @@ def _out_of_memory(builder, api):
     space = cgutils.alloca_once(builder, ir.ArrayType(_WORD, 4))
     args = builder.ptrtoint(space, _WORD)
     for i, value in enumerate(
-        (number(28), number(0), builder.ptrtoint(text, _WORD), number(_NO_MEMORY))
+        (number(28), number(0), builder.ptrtoint(text, _WORD), number(_RESOURCE_EXHAUSTED))
     ):
         builder.store(value, _at(builder, builder.add(args, number(8 * i))))
     create = builder.load(_at(builder, builder.add(api, number(_ERROR_CREATE))))
@@ -387,8 +394,8 @@ def _minus(a, b):
 @_sums
 def _sample(x, n, scale):
     """About the mean: that of a few entries. Any origin will do that is nearer than the spread."""
-    count = min(n, _SAMPLES)
-    step = n // count
+    count = n if n < _SAMPLES else _SAMPLES
+    step = _quotient(n, count)
     total = _number(0.0, x)
     for i in range(count):
         total += _load(x, i * step) * scale
@@ -440,14 +447,18 @@ def _four_weighted_sums(x, g, weight, n, scale, origin):
 @_sums
 def _scale(x, n, eps):
     """A power of two that brings the largest entry to about 1, if eps does not swamp it."""
-    largest = _number(0.0, x)
+    most = _number(0.0, x)
     for i in range(n):
-        largest = max(largest, abs(_load(x, i)))
+        a = abs(_load(x, i))
+        most = a if a > most else most
+    smallest, largest = _smallest(x), np.float64(most)
     if not 0.0 < largest < np.inf:
         return 1.0
-    least = max(_smallest(x), 2.0**-30 * np.sqrt(eps))
+    for least in (smallest, 2.0**-30 * np.sqrt(eps)):
+        largest = least if largest < least else largest
+    scale = 2.0 ** -np.floor(np.log2(largest))
     # Not below the normal numbers either: XLA's threads take those for zero.
-    return max(_smallest(x), 2.0 ** -np.floor(np.log2(max(np.float64(largest), least))))
+    return scale if scale > smallest else smallest
 
 
 @_control
@@ -457,7 +468,7 @@ def _statistics(x, n, eps, centre):
     while True:
         d = square = 0.0
         for at in range(0, n, _SEGMENT):
-            entries = min(_SEGMENT, n - at)
+            entries = n - at if n - at < _SEGMENT else _SEGMENT
             a, b = _two_sums(_beyond(x, at), entries, _number(scale, x), origin)
             d, square = d + a / n, square + b / n
         d = d if centre else 0.0
@@ -490,7 +501,8 @@ def _four_statistics(x, g, weight, channels, run, eps, centre, scratch):
             of_g = of_gx = 0.0
             length = n if run == 1 else run
             for at in range(0, length, _SEGMENT):
-                entries, start = min(_SEGMENT, length - at), k * run + at
+                entries, start = length - at, k * run + at
+                entries = entries if entries < _SEGMENT else _SEGMENT
                 if run == 1:
                     a, b, e, f = _four_weighted_sums(
                         _beyond(x, at), _beyond(g, at), _beyond(weight, at), entries, wide, origin
@@ -526,21 +538,24 @@ def _four_statistics(x, g, weight, channels, run, eps, centre, scratch):
 
 
 @_elements
-def _write_y(y, x, weight, bias, n, scale, origin, d, rstd):
+def _write_y(y, x, weight, bias, n, how):
+    scale, origin, d, rstd = how
     for i in range(n):
         xhat = _minus(_minus(_load(x, i) * scale, origin), d) * rstd
         _store(y, i, xhat * _load(weight, i) + _load(bias, i))
 
 
 @_elements
-def _write_run_of_y(y, x, weight, bias, n, scale, origin, d, rstd):
+def _write_run_of_y(y, x, weight, bias, n, how):
+    scale, origin, d, rstd = how
     for i in range(n):
         xhat = _minus(_minus(_load(x, i) * scale, origin), d) * rstd
         _store(y, i, xhat * weight + bias)
 
 
 @_elements
-def _write_dx(dx, x, g, weight, dweight, dbias, n, scale, origin, d, rstd, back, of_gw, of_xhat):
+def _write_dx(dx, x, g, weight, dweight, dbias, n, how):
+    scale, origin, d, rstd, back, of_gw, of_xhat = how
     for i in range(n):
         gi = _load(g, i)
         xhat = _minus(_minus(_load(x, i) * scale, origin), d) * rstd
@@ -550,7 +565,8 @@ def _write_dx(dx, x, g, weight, dweight, dbias, n, scale, origin, d, rstd, back,
 
 
 @_elements
-def _write_dx_unbiased(dx, x, g, weight, dweight, n, scale, origin, d, rstd, back, of_gw, of_xhat):
+def _write_dx_unbiased(dx, x, g, weight, dweight, n, how):
+    scale, origin, d, rstd, back, of_gw, of_xhat = how
     for i in range(n):
         gi = _load(g, i)
         xhat = _minus(_minus(_load(x, i) * scale, origin), d) * rstd
@@ -559,7 +575,8 @@ def _write_dx_unbiased(dx, x, g, weight, dweight, n, scale, origin, d, rstd, bac
 
 
 @_elements
-def _write_run_of_dx(dx, x, g, weight, n, scale, origin, d, rstd, back, of_gw, of_xhat):
+def _write_run_of_dx(dx, x, g, weight, n, how):
+    scale, origin, d, rstd, back, of_gw, of_xhat = how
     for i in range(n):
         xhat = _minus(_minus(_load(x, i) * scale, origin), d) * rstd
         _store(dx, i, (_load(g, i) * weight - of_gw - xhat * of_xhat) * rstd * back)
@@ -578,110 +595,49 @@ def _add(to, n, by):
 
 
 # ---- Rows are counted by three numbers, (outer, params, inner), and a chunk is a range of each.
+# (Few functions, and not deep: numba optimises what is called again with each that calls it.)
 
 
 @_control
-def _ranges(job, i):
-    """Of each number from where to where, and which of the partial sums are this chunk's."""
-    by_outer, by_params, by_inner = _plan(job, _BY_OUTER), _plan(job, _BY_PARAMS), _plan(job, _BY_INNER)
-    outer, params, inner = _plan(job, _OUTER), _plan(job, _PARAMS), _plan(job, _INNER)
-    p, o, k = i % by_params, i // by_params % by_outer, i // (by_params * by_outer)
-    return (
-        outer * o // by_outer,
-        outer * (o + 1) // by_outer,
-        params * p // by_params,
-        params * (p + 1) // by_params,
-        inner * k // by_inner,
-        inner * (k + 1) // by_inner,
-        o * by_inner + k,
-    )
+def _range(job, axis, part):
+    """From where to where."""
+    size, parts = _plan(job, _OUTER + axis), _plan(job, _BY_OUTER + axis)
+    return _quotient(size * part, parts), _quotient(size * (part + 1), parts)
 
 
 @_control
-def _forward_row(x, y, weight, bias, channels, run, eps, centre):
-    scale, origin, d, rstd = _statistics(x, channels * run, eps, centre)
-    scale, d, rstd = _number(scale, x), _number(d, x), _number(rstd, x)
-    if run == 1:
-        _write_y(y, x, weight, bias, channels, scale, origin, d, rstd)
-        return
-    for k in range(channels):
-        part = _beyond(y, k * run), _beyond(x, k * run)
-        w, b = _load(weight, k), _load(bias, k)
-        _write_run_of_y(part[0], part[1], w, b, run, scale, origin, d, rstd)
-
-
-@_control
-def _forward_chunk(job, like, i):
+def _forward_part(job, like):
+    """What each thread does, with the chunks that it comes upon."""
     x, y = _pointer(_word(job + _OPERANDS), like), _pointer(_word(job + _OPERANDS + 24), like)
     weight = _wide_pointer(_word(job + _OPERANDS + 8), like)
     bias = _wide_pointer(_word(job + _OPERANDS + 16), like)
     eps, centre = _real(job + _EPS), _plan(job, _CENTRE) != 0
     channels, run = _plan(job, _CHANNELS), _plan(job, _RUN)
-    o0, o1, p0, p1, k0, k1, _ = _ranges(job, i)
-    for o in range(o0, o1):
-        for p in range(p0, p1):
-            w, b = _beyond(weight, p * channels), _beyond(bias, p * channels)
-            for k in range(k0, k1):
-                at = ((o * _plan(job, _PARAMS) + p) * _plan(job, _INNER) + k) * channels * run
-                _forward_row(_beyond(x, at), _beyond(y, at), w, b, channels, run, eps, centre)
-
-
-@_control
-def _backward_row(g, x, dx, weight, dweight, dbias, has_bias, channels, run, eps, centre, scratch):
-    scale, origin, d, rstd, back, of_gw, of_xhat = _four_statistics(
-        x, g, weight, channels, run, eps, centre, scratch
-    )
-    if run > 1:
-        for k in range(channels):
-            of_g, of_gx = _real(scratch + 16 * k), _real(scratch + 16 * k + 8)
-            term = _number((of_gx - d * of_g) * rstd, x)
-            _store(dweight, k, _load(dweight, k) + term)
-            if has_bias:
-                _store(dbias, k, _load(dbias, k) + _number(of_g, x))
-    scale, d, rstd = _number(scale, x), _number(d, x), _number(rstd, x)
-    back, of_gw, of_xhat = _number(back, x), _number(of_gw, x), _number(of_xhat, x)
-    if run > 1:
-        for k in range(channels):
-            a, b, c, w = _beyond(dx, k * run), _beyond(x, k * run), _beyond(g, k * run), _load(weight, k)
-            _write_run_of_dx(a, b, c, w, run, scale, origin, d, rstd, back, of_gw, of_xhat)
-    elif has_bias:
-        _write_dx(
-            dx, x, g, weight, dweight, dbias, channels, scale, origin, d, rstd, back, of_gw, of_xhat
-        )
-    else:
-        _write_dx_unbiased(
-            dx, x, g, weight, dweight, channels, scale, origin, d, rstd, back, of_gw, of_xhat
-        )
-
-
-@_control
-def _backward_chunk(job, like, i):
-    g, x = _pointer(_word(job + _OPERANDS), like), _pointer(_word(job + _OPERANDS + 8), like)
-    weight = _wide_pointer(_word(job + _OPERANDS + 16), like)
-    dx = _pointer(_word(job + _OPERANDS + 24), like)
-    dweight = _wide_pointer(_word(job + _OPERANDS + 32), like)
-    dbias, has_bias = _wide_pointer(_word(job + _OPERANDS + 40), like), _word(job + _OPERANDS + 40) != 0
-    eps, centre = _real(job + _EPS), _plan(job, _CENTRE) != 0
-    channels, run = _plan(job, _CHANNELS), _plan(job, _RUN)
-    o0, o1, p0, p1, k0, k1, part = _ranges(job, i)
-    if _plan(job, _PARTIALS) != 0:
-        size = _plan(job, _PARAMS) * channels
-        dweight = _beyond(_wide_pointer(job + _plan(job, _PARTIALS), like), 2 * size * part)
-        dbias = _beyond(dweight, size)
-    _zero(_beyond(dweight, p0 * channels), (p1 - p0) * channels)
-    if has_bias:
-        _zero(_beyond(dbias, p0 * channels), (p1 - p0) * channels)
-    scratch = job + _plan(job, _SCRATCH) + 16 * channels * i
-    for o in range(o0, o1):
-        for p in range(p0, p1):
-            w, dw = _beyond(weight, p * channels), _beyond(dweight, p * channels)
-            db = _beyond(dbias, p * channels)
-            for k in range(k0, k1):
-                at = ((o * _plan(job, _PARAMS) + p) * _plan(job, _INNER) + k) * channels * run
-                a, b, c = _beyond(g, at), _beyond(x, at), _beyond(dx, at)
-                _backward_row(
-                    a, b, c, w, dw, db, has_bias, channels, run, eps, centre, scratch
-                )
+    by_outer, by_params = _plan(job, _BY_OUTER), _plan(job, _BY_PARAMS)
+    chunks = _plan(job, _CHUNKS)
+    i = _fetch_add(job + _NEXT, 1)
+    while i < chunks:
+        o0, o1 = _range(job, 0, _remainder(_quotient(i, by_params), by_outer))
+        p0, p1 = _range(job, 1, _remainder(i, by_params))
+        k0, k1 = _range(job, 2, _quotient(i, by_params * by_outer))
+        for o in range(o0, o1):
+            for p in range(p0, p1):
+                w, b = _beyond(weight, p * channels), _beyond(bias, p * channels)
+                for k in range(k0, k1):
+                    at = ((o * _plan(job, _PARAMS) + p) * _plan(job, _INNER) + k) * channels * run
+                    xr, yr = _beyond(x, at), _beyond(y, at)
+                    scale, origin, d, rstd = _statistics(xr, channels * run, eps, centre)
+                    how = _number(scale, x), origin, _number(d, x), _number(rstd, x)
+                    if run == 1:
+                        _write_y(yr, xr, w, b, channels, how)
+                        continue
+                    for c in range(channels):
+                        to, of = _beyond(yr, c * run), _beyond(xr, c * run)
+                        _write_run_of_y(to, of, _load(w, c), _load(b, c), run, how)
+        if _fetch_add(job + _DONE, 1) == chunks - 1:
+            _finish(job)
+        i = _fetch_add(job + _NEXT, 1)
+    _leave(job)
 
 
 @_control
@@ -695,49 +651,91 @@ def _add_partials(job, like):
         if result != 0:
             # So many at once as stay in the first cache.
             for at in range(0, size, 2**11):
-                to, n = _beyond(_wide_pointer(result, like), at), min(2**11, size - at)
+                to, n = _beyond(_wide_pointer(result, like), at), size - at
+                n = n if n < 2**11 else 2**11
                 _zero(to, n)
                 for part in range(parts):
                     _add(to, n, _beyond(partials, (2 * part + which) * size + at))
 
 
-# ---- Two kinds of handlers.
-
-
-@_control
-def _forward_part(job, like):
-    """What each thread does."""
-    i, chunks = _fetch_add(job + _NEXT, 1), _plan(job, _CHUNKS)
-    while i < chunks:
-        _forward_chunk(job, like, i)
-        if _fetch_add(job + _DONE, 1) == chunks - 1:
-            _finish(job)
-        i = _fetch_add(job + _NEXT, 1)
-    _leave(job)
-
-
 @_control
 def _backward_part(job, like):
-    i, chunks = _fetch_add(job + _NEXT, 1), _plan(job, _CHUNKS)
+    g, x = _pointer(_word(job + _OPERANDS), like), _pointer(_word(job + _OPERANDS + 8), like)
+    weight = _wide_pointer(_word(job + _OPERANDS + 16), like)
+    dx = _pointer(_word(job + _OPERANDS + 24), like)
+    has_bias, has_partials = _word(job + _OPERANDS + 40) != 0, _plan(job, _PARTIALS) != 0
+    eps, centre = _real(job + _EPS), _plan(job, _CENTRE) != 0
+    channels, run = _plan(job, _CHANNELS), _plan(job, _RUN)
+    by_outer, by_params, by_inner = (
+        _plan(job, _BY_OUTER),
+        _plan(job, _BY_PARAMS),
+        _plan(job, _BY_INNER),
+    )
+    chunks, size = _plan(job, _CHUNKS), _plan(job, _PARAMS) * channels
+    i = _fetch_add(job + _NEXT, 1)
     while i < chunks:
-        _backward_chunk(job, like, i)
+        by_o = _remainder(_quotient(i, by_params), by_outer)
+        by_k = _quotient(i, by_params * by_outer)
+        o0, o1 = _range(job, 0, by_o)
+        p0, p1 = _range(job, 1, _remainder(i, by_params))
+        k0, k1 = _range(job, 2, by_k)
+        dweight = _wide_pointer(_word(job + _OPERANDS + 32), like)
+        dbias = _wide_pointer(_word(job + _OPERANDS + 40), like)
+        if has_partials:
+            partials = _wide_pointer(job + _plan(job, _PARTIALS), like)
+            dweight = _beyond(partials, 2 * size * (by_o * by_inner + by_k))
+            dbias = _beyond(dweight, size)
+        _zero(_beyond(dweight, p0 * channels), (p1 - p0) * channels)
+        if has_bias:
+            _zero(_beyond(dbias, p0 * channels), (p1 - p0) * channels)
+        scratch = job + _plan(job, _SCRATCH) + 16 * channels * i
+        for o in range(o0, o1):
+            for p in range(p0, p1):
+                w, dw = _beyond(weight, p * channels), _beyond(dweight, p * channels)
+                db = _beyond(dbias, p * channels)
+                for k in range(k0, k1):
+                    at = ((o * _plan(job, _PARAMS) + p) * _plan(job, _INNER) + k) * channels * run
+                    gr, xr, dxr = _beyond(g, at), _beyond(x, at), _beyond(dx, at)
+                    scale, origin, d, rstd, back, of_gw, of_xhat = _four_statistics(
+                        xr, gr, w, channels, run, eps, centre, scratch
+                    )
+                    how = (
+                        *(_number(scale, x), origin, _number(d, x), _number(rstd, x)),
+                        *(_number(back, x), _number(of_gw, x), _number(of_xhat, x)),
+                    )
+                    if run == 1:
+                        if has_bias:
+                            _write_dx(dxr, xr, gr, w, dw, db, channels, how)
+                        else:
+                            _write_dx_unbiased(dxr, xr, gr, w, dw, channels, how)
+                        continue
+                    for c in range(channels):
+                        of_g, of_gx = _real(scratch + 16 * c), _real(scratch + 16 * c + 8)
+                        term = _number((of_gx - d * of_g) * rstd, x)
+                        _store(dw, c, _load(dw, c) + term)
+                        if has_bias:
+                            _store(db, c, _load(db, c) + _number(of_g, x))
+                        to, of, by = _beyond(dxr, c * run), _beyond(xr, c * run), _beyond(gr, c * run)
+                        _write_run_of_dx(to, of, by, _load(w, c), run, how)
         if _fetch_add(job + _DONE, 1) == chunks - 1:
-            if _plan(job, _PARTIALS) != 0:
+            if has_partials:
                 _add_partials(job, like)
             _finish(job)
         i = _fetch_add(job + _NEXT, 1)
     _leave(job)
 
 
+# ---- The handlers.
+
 _forward_task, _backward_task = _task(_forward_part), _task(_backward_part)
 
 
 @_control
 def _forward(frame, like):
-    if _asks_version(frame):
-        return 0
     job = _start(frame)
-    if job == 0:
+    if job == _NO_JOB:
+        return 0
+    if job == _NO_MEMORY:
         return _out_of_memory(_word(frame + _API))
     if _plan(job, _CHUNKS) > 1:
         _share(frame, job, _forward_task(like))
@@ -747,10 +745,10 @@ def _forward(frame, like):
 
 @_control
 def _backward(frame, like):
-    if _asks_version(frame):
-        return 0
     job = _start(frame)
-    if job == 0:
+    if job == _NO_JOB:
+        return 0
+    if job == _NO_MEMORY:
         return _out_of_memory(_word(frame + _API))
     if _plan(job, _CHUNKS) > 1:
         _share(frame, job, _backward_task(like))
