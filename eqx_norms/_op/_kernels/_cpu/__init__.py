@@ -59,21 +59,21 @@ def _what_is_missing() -> str | None:
         oldest = ".".join(map(str, OLDEST))
         return f"they need numba {oldest} or later, and this is {version}: {install}"
     try:
-        _register("forward_float32")
+        _register("forward", "float32")
     except Exception as error:
         return f"numba {version} does not compile them ({error})"
     return None
 
 
 @ft.cache
-def _register(handler: str) -> str:
+def _register(direction: str, dtype: str) -> str:
     """Its name as XLA knows it. What is compiled is kept for as long as the process lives."""
     from ._compiled import compiled
 
-    function = compiled(handler)
-    _kept.append(function)
-    name = f"eqx_norms_{handler}"
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function.ctypes), platform="cpu")
+    handler, part = compiled(direction, dtype)
+    _kept.append((handler, part))
+    name = f"eqx_norms_{direction}_{dtype}"
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
     return name
 
 
@@ -123,8 +123,8 @@ def plan(layout: Layout, centre: bool, wide: int) -> Plan:
 
 
 def _call(name: str, form: Form, layout: Layout, x: Array, results, *operands: Array):
-    wide = 0 if name == "forward" else operands[2].dtype.itemsize
-    call = jax.ffi.ffi_call(_register(f"{name}_{x.dtype.name}"), results)
+    wide = operands[2].dtype.itemsize if name == "backward" else 0
+    call = jax.ffi.ffi_call(_register(name, x.dtype.name), results)
     numbers = np.asarray(plan(layout, form.centre, wide), np.int64)
     return call(*operands, eps=np.float64(form.eps), plan=numbers)
 

@@ -11,7 +11,7 @@ import inspect
 
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -23,12 +23,9 @@ _control = numba.njit(error_model="numpy")
 # bfloat16, as int16 those of float16, for numba knows neither. All are read as float32.
 
 _WORD, _BYTES = ir.IntType(64), ir.IntType(8).as_pointer()
-_STORED = {
-    "float32": types.float32,
-    "float64": types.float64,
-    "bfloat16": types.uint16,
-    "float16": types.int16,
-}
+_DIRECTIONS = "forward", "backward"
+_DTYPES = "float32", "float64", "bfloat16", "float16"
+_STORED = types.float32, types.float64, types.uint16, types.int16
 
 
 def _wide(stored):
@@ -217,19 +214,29 @@ def _to_bfloat16(builder, value):
     return builder.trunc(builder.select(no_number, quiet, rounded), ir.IntType(16))
 
 
-def _null(name):
-    """A pointer to nothing, whose type is all that it is for."""
-    kind = types.CPointer(_STORED[name])
-
-    def typed(typingctx):
-        return kind(), lambda context, builder, sig, args: context.get_constant_null(kind)
-
-    return intrinsic(typed)
+@intrinsic(prefer_literal=True)
+def _like(typingctx, dtype):
+    """A pointer to nothing, whose type is all that it is for: of a dtype, by its number."""
+    kind = types.CPointer(_STORED[dtype.literal_value])
+    return kind(dtype), lambda context, builder, sig, args: context.get_constant_null(kind)
 
 
-_as_float32, _as_float64, _as_bfloat16, _as_float16 = map(
-    _null, ("float32", "float64", "bfloat16", "float16")
-)
+def _symbol(direction: int, dtype: int) -> str:
+    return f"eqx_norms_{_DIRECTIONS[direction]}_{_DTYPES[dtype]}"
+
+
+@intrinsic(prefer_literal=True)
+def _part(typingctx, direction, dtype):
+    """The address of what each thread does, which is compiled by itself."""
+    name = _symbol(direction.literal_value, dtype.literal_value)
+
+    def build(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [_WORD])
+        part = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.ptrtoint(part, _WORD)
+
+    return types.intp(direction, dtype), build
+
 
 # ---- XLA's structures (xla/ffi/api/c_api.h), by the offsets of what is read of them.
 
@@ -353,30 +360,6 @@ def _out_of_memory(builder, api):
     create = builder.load(_at(builder, builder.add(api, number(_ERROR_CREATE))))
     kind = ir.FunctionType(_WORD, [_WORD])
     return builder.call(builder.inttoptr(create, kind.as_pointer()), [args])
-
-
-def _task(function):
-    """An intrinsic: the address of `function(job, like)` as a function of C, for a thread pool."""
-
-    def typed(typingctx, like):
-        signature = types.Dispatcher(function).get_call_type(typingctx, (types.intp, like), {})
-        compiled = function.overloads[signature.args]
-
-        def build(context, builder, sig, args):
-            context.add_linking_libs([compiled.library])
-            kind = ir.FunctionType(ir.VoidType(), [_WORD])
-            name = builder.module.get_unique_name("eqx_norms_task")
-            task = ir.Function(builder.module, kind, name)
-            task.linkage = "internal"
-            inside = ir.IRBuilder(task.append_basic_block())
-            values = task.args[0], context.get_constant_null(like)
-            context.call_internal_no_propagate(inside, compiled.fndesc, signature, values)
-            inside.ret_void()
-            return builder.ptrtoint(task, _WORD)
-
-        return types.intp(like), build
-
-    return intrinsic(typed)
 
 
 # ---- Sums over entries, in the dtype of the statistics; of at most _SEGMENT at once, and those
@@ -595,7 +578,6 @@ def _add(to, n, by):
 
 
 # ---- Rows are counted by three numbers, (outer, params, inner), and a chunk is a range of each.
-# (Few functions, and not deep: numba optimises what is called again with each that calls it.)
 
 
 @_control
@@ -605,39 +587,43 @@ def _range(job, axis, part):
     return _quotient(size * part, parts), _quotient(size * (part + 1), parts)
 
 
-@_control
-def _forward_part(job, like):
+def _forward_part(dtype):
     """What each thread does, with the chunks that it comes upon."""
-    x, y = _pointer(_word(job + _OPERANDS), like), _pointer(_word(job + _OPERANDS + 24), like)
-    weight = _wide_pointer(_word(job + _OPERANDS + 8), like)
-    bias = _wide_pointer(_word(job + _OPERANDS + 16), like)
-    eps, centre = _real(job + _EPS), _plan(job, _CENTRE) != 0
-    channels, run = _plan(job, _CHANNELS), _plan(job, _RUN)
-    by_outer, by_params = _plan(job, _BY_OUTER), _plan(job, _BY_PARAMS)
-    chunks = _plan(job, _CHUNKS)
-    i = _fetch_add(job + _NEXT, 1)
-    while i < chunks:
-        o0, o1 = _range(job, 0, _remainder(_quotient(i, by_params), by_outer))
-        p0, p1 = _range(job, 1, _remainder(i, by_params))
-        k0, k1 = _range(job, 2, _quotient(i, by_params * by_outer))
-        for o in range(o0, o1):
-            for p in range(p0, p1):
-                w, b = _beyond(weight, p * channels), _beyond(bias, p * channels)
-                for k in range(k0, k1):
-                    at = ((o * _plan(job, _PARAMS) + p) * _plan(job, _INNER) + k) * channels * run
-                    xr, yr = _beyond(x, at), _beyond(y, at)
-                    scale, origin, d, rstd = _statistics(xr, channels * run, eps, centre)
-                    how = _number(scale, x), origin, _number(d, x), _number(rstd, x)
-                    if run == 1:
-                        _write_y(yr, xr, w, b, channels, how)
-                        continue
-                    for c in range(channels):
-                        to, of = _beyond(yr, c * run), _beyond(xr, c * run)
-                        _write_run_of_y(to, of, _load(w, c), _load(b, c), run, how)
-        if _fetch_add(job + _DONE, 1) == chunks - 1:
-            _finish(job)
+
+    def part(job):
+        like = _like(dtype)
+        x, y = _pointer(_word(job + _OPERANDS), like), _pointer(_word(job + _OPERANDS + 24), like)
+        weight = _wide_pointer(_word(job + _OPERANDS + 8), like)
+        bias = _wide_pointer(_word(job + _OPERANDS + 16), like)
+        eps, centre = _real(job + _EPS), _plan(job, _CENTRE) != 0
+        channels, run = _plan(job, _CHANNELS), _plan(job, _RUN)
+        by_outer, by_params = _plan(job, _BY_OUTER), _plan(job, _BY_PARAMS)
+        chunks = _plan(job, _CHUNKS)
         i = _fetch_add(job + _NEXT, 1)
-    _leave(job)
+        while i < chunks:
+            o0, o1 = _range(job, 0, _remainder(_quotient(i, by_params), by_outer))
+            p0, p1 = _range(job, 1, _remainder(i, by_params))
+            k0, k1 = _range(job, 2, _quotient(i, by_params * by_outer))
+            for o in range(o0, o1):
+                for p in range(p0, p1):
+                    w, b = _beyond(weight, p * channels), _beyond(bias, p * channels)
+                    for k in range(k0, k1):
+                        at = ((o * _plan(job, _PARAMS) + p) * _plan(job, _INNER) + k) * channels * run
+                        xr, yr = _beyond(x, at), _beyond(y, at)
+                        scale, origin, d, rstd = _statistics(xr, channels * run, eps, centre)
+                        how = _number(scale, x), origin, _number(d, x), _number(rstd, x)
+                        if run == 1:
+                            _write_y(yr, xr, w, b, channels, how)
+                            continue
+                        for c in range(channels):
+                            to, of = _beyond(yr, c * run), _beyond(xr, c * run)
+                            _write_run_of_y(to, of, _load(w, c), _load(b, c), run, how)
+            if _fetch_add(job + _DONE, 1) == chunks - 1:
+                _finish(job)
+            i = _fetch_add(job + _NEXT, 1)
+        _leave(job)
+
+    return part
 
 
 @_control
@@ -658,136 +644,102 @@ def _add_partials(job, like):
                     _add(to, n, _beyond(partials, (2 * part + which) * size + at))
 
 
-@_control
-def _backward_part(job, like):
-    g, x = _pointer(_word(job + _OPERANDS), like), _pointer(_word(job + _OPERANDS + 8), like)
-    weight = _wide_pointer(_word(job + _OPERANDS + 16), like)
-    dx = _pointer(_word(job + _OPERANDS + 24), like)
-    has_bias, has_partials = _word(job + _OPERANDS + 40) != 0, _plan(job, _PARTIALS) != 0
-    eps, centre = _real(job + _EPS), _plan(job, _CENTRE) != 0
-    channels, run = _plan(job, _CHANNELS), _plan(job, _RUN)
-    by_outer, by_params, by_inner = (
-        _plan(job, _BY_OUTER),
-        _plan(job, _BY_PARAMS),
-        _plan(job, _BY_INNER),
-    )
-    chunks, size = _plan(job, _CHUNKS), _plan(job, _PARAMS) * channels
-    i = _fetch_add(job + _NEXT, 1)
-    while i < chunks:
-        by_o = _remainder(_quotient(i, by_params), by_outer)
-        by_k = _quotient(i, by_params * by_outer)
-        o0, o1 = _range(job, 0, by_o)
-        p0, p1 = _range(job, 1, _remainder(i, by_params))
-        k0, k1 = _range(job, 2, by_k)
-        dweight = _wide_pointer(_word(job + _OPERANDS + 32), like)
-        dbias = _wide_pointer(_word(job + _OPERANDS + 40), like)
-        if has_partials:
-            partials = _wide_pointer(job + _plan(job, _PARTIALS), like)
-            dweight = _beyond(partials, 2 * size * (by_o * by_inner + by_k))
-            dbias = _beyond(dweight, size)
-        _zero(_beyond(dweight, p0 * channels), (p1 - p0) * channels)
-        if has_bias:
-            _zero(_beyond(dbias, p0 * channels), (p1 - p0) * channels)
-        scratch = job + _plan(job, _SCRATCH) + 16 * channels * i
-        for o in range(o0, o1):
-            for p in range(p0, p1):
-                w, dw = _beyond(weight, p * channels), _beyond(dweight, p * channels)
-                db = _beyond(dbias, p * channels)
-                for k in range(k0, k1):
-                    at = ((o * _plan(job, _PARAMS) + p) * _plan(job, _INNER) + k) * channels * run
-                    gr, xr, dxr = _beyond(g, at), _beyond(x, at), _beyond(dx, at)
-                    scale, origin, d, rstd, back, of_gw, of_xhat = _four_statistics(
-                        xr, gr, w, channels, run, eps, centre, scratch
-                    )
-                    how = (
-                        *(_number(scale, x), origin, _number(d, x), _number(rstd, x)),
-                        *(_number(back, x), _number(of_gw, x), _number(of_xhat, x)),
-                    )
-                    if run == 1:
-                        if has_bias:
-                            _write_dx(dxr, xr, gr, w, dw, db, channels, how)
-                        else:
-                            _write_dx_unbiased(dxr, xr, gr, w, dw, channels, how)
-                        continue
-                    for c in range(channels):
-                        of_g, of_gx = _real(scratch + 16 * c), _real(scratch + 16 * c + 8)
-                        term = _number((of_gx - d * of_g) * rstd, x)
-                        _store(dw, c, _load(dw, c) + term)
-                        if has_bias:
-                            _store(db, c, _load(db, c) + _number(of_g, x))
-                        to, of, by = _beyond(dxr, c * run), _beyond(xr, c * run), _beyond(gr, c * run)
-                        _write_run_of_dx(to, of, by, _load(w, c), run, how)
-        if _fetch_add(job + _DONE, 1) == chunks - 1:
-            if has_partials:
-                _add_partials(job, like)
-            _finish(job)
+def _backward_part(dtype):
+
+    def part(job):
+        like = _like(dtype)
+        g, x = _pointer(_word(job + _OPERANDS), like), _pointer(_word(job + _OPERANDS + 8), like)
+        weight = _wide_pointer(_word(job + _OPERANDS + 16), like)
+        dx = _pointer(_word(job + _OPERANDS + 24), like)
+        has_bias, has_partials = _word(job + _OPERANDS + 40) != 0, _plan(job, _PARTIALS) != 0
+        eps, centre = _real(job + _EPS), _plan(job, _CENTRE) != 0
+        channels, run = _plan(job, _CHANNELS), _plan(job, _RUN)
+        by_outer, by_params, by_inner = (
+            _plan(job, _BY_OUTER),
+            _plan(job, _BY_PARAMS),
+            _plan(job, _BY_INNER),
+        )
+        chunks, size = _plan(job, _CHUNKS), _plan(job, _PARAMS) * channels
         i = _fetch_add(job + _NEXT, 1)
-    _leave(job)
+        while i < chunks:
+            by_o = _remainder(_quotient(i, by_params), by_outer)
+            by_k = _quotient(i, by_params * by_outer)
+            o0, o1 = _range(job, 0, by_o)
+            p0, p1 = _range(job, 1, _remainder(i, by_params))
+            k0, k1 = _range(job, 2, by_k)
+            dweight = _wide_pointer(_word(job + _OPERANDS + 32), like)
+            dbias = _wide_pointer(_word(job + _OPERANDS + 40), like)
+            if has_partials:
+                partials = _wide_pointer(job + _plan(job, _PARTIALS), like)
+                dweight = _beyond(partials, 2 * size * (by_o * by_inner + by_k))
+                dbias = _beyond(dweight, size)
+            _zero(_beyond(dweight, p0 * channels), (p1 - p0) * channels)
+            if has_bias:
+                _zero(_beyond(dbias, p0 * channels), (p1 - p0) * channels)
+            scratch = job + _plan(job, _SCRATCH) + 16 * channels * i
+            for o in range(o0, o1):
+                for p in range(p0, p1):
+                    w, dw = _beyond(weight, p * channels), _beyond(dweight, p * channels)
+                    db = _beyond(dbias, p * channels)
+                    for k in range(k0, k1):
+                        at = ((o * _plan(job, _PARAMS) + p) * _plan(job, _INNER) + k) * channels * run
+                        gr, xr, dxr = _beyond(g, at), _beyond(x, at), _beyond(dx, at)
+                        scale, origin, d, rstd, back, of_gw, of_xhat = _four_statistics(
+                            xr, gr, w, channels, run, eps, centre, scratch
+                        )
+                        how = (
+                            *(_number(scale, x), origin, _number(d, x), _number(rstd, x)),
+                            *(_number(back, x), _number(of_gw, x), _number(of_xhat, x)),
+                        )
+                        if run == 1:
+                            if has_bias:
+                                _write_dx(dxr, xr, gr, w, dw, db, channels, how)
+                            else:
+                                _write_dx_unbiased(dxr, xr, gr, w, dw, channels, how)
+                            continue
+                        for c in range(channels):
+                            of_g, of_gx = _real(scratch + 16 * c), _real(scratch + 16 * c + 8)
+                            term = _number((of_gx - d * of_g) * rstd, x)
+                            _store(dw, c, _load(dw, c) + term)
+                            if has_bias:
+                                _store(db, c, _load(db, c) + _number(of_g, x))
+                            to, of, by = _beyond(dxr, c * run), _beyond(xr, c * run), _beyond(gr, c * run)
+                            _write_run_of_dx(to, of, by, _load(w, c), run, how)
+            if _fetch_add(job + _DONE, 1) == chunks - 1:
+                if has_partials:
+                    _add_partials(job, like)
+                _finish(job)
+            i = _fetch_add(job + _NEXT, 1)
+        _leave(job)
+
+    return part
 
 
 # ---- The handlers.
 
-_forward_task, _backward_task = _task(_forward_part), _task(_backward_part)
 
-
-@_control
-def _forward(frame, like):
-    job = _start(frame)
-    if job == _NO_JOB:
+def _handler(direction, dtype):
+    def handler(frame):
+        job = _start(frame)
+        if job == _NO_JOB:
+            return 0
+        if job == _NO_MEMORY:
+            return _out_of_memory(_word(frame + _API))
+        if _plan(job, _CHUNKS) > 1:
+            _share(frame, job, _part(direction, dtype))
+        _call(_part(direction, dtype), job)
         return 0
-    if job == _NO_MEMORY:
-        return _out_of_memory(_word(frame + _API))
-    if _plan(job, _CHUNKS) > 1:
-        _share(frame, job, _forward_task(like))
-    _forward_part(job, like)
-    return 0
+
+    return handler
 
 
-@_control
-def _backward(frame, like):
-    job = _start(frame)
-    if job == _NO_JOB:
-        return 0
-    if job == _NO_MEMORY:
-        return _out_of_memory(_word(frame + _API))
-    if _plan(job, _CHUNKS) > 1:
-        _share(frame, job, _backward_task(like))
-    _backward_part(job, like)
-    return 0
+def compiled(direction: str, dtype: str) -> tuple:
+    """A handler, and what it calls; from numba's cache on disk if they are there.
 
-
-def forward_float32(frame):
-    return _forward(frame, _as_float32())
-
-
-def forward_bfloat16(frame):
-    return _forward(frame, _as_bfloat16())
-
-
-def forward_float16(frame):
-    return _forward(frame, _as_float16())
-
-
-def forward_float64(frame):
-    return _forward(frame, _as_float64())
-
-
-def backward_float32(frame):
-    return _backward(frame, _as_float32())
-
-
-def backward_bfloat16(frame):
-    return _backward(frame, _as_bfloat16())
-
-
-def backward_float16(frame):
-    return _backward(frame, _as_float16())
-
-
-def backward_float64(frame):
-    return _backward(frame, _as_float64())
-
-
-def compiled(name: str):
-    """A handler, from numba's cache on disk if it is there."""
-    return numba.cfunc(types.intp(types.intp), cache=True)(globals()[name])
+    By themselves, for numba optimises what is called again with each that calls it.
+    """
+    which = _DIRECTIONS.index(direction), _DTYPES.index(dtype)
+    part = (_forward_part, _backward_part)[which[0]](which[1])
+    part = numba.cfunc(types.void(types.intp), cache=True)(part)
+    binding.add_symbol(_symbol(*which), part.address)
+    return numba.cfunc(types.intp(types.intp), cache=True)(_handler(*which)), part
