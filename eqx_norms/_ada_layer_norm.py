@@ -84,7 +84,8 @@ class AdaLayerNorm(eqx.Module):
         - `implementation`: as for [`eqx_norms.GroupNorm`][].
 
         **Raises:** `ValueError` for a negative size, a `cond_size` below 1, or a bad `eps` or
-        `implementation`; `TypeError` for a `dtype` that is none of float16, bfloat16, float32 and float64.
+        `implementation`; `TypeError` for a `dtype` that is none of float16, bfloat16, float32 and
+        float64.
         """
         self.shape = check_shape("AdaLayerNorm", shape)
         self.cond_size = check_size("AdaLayerNorm(cond_size=...)", cond_size)
@@ -128,6 +129,4 @@ class AdaLayerNorm(eqx.Module):
         both = self.linear(cond)
         check_stacked("AdaLayerNorm", (2 * math.prod(self.shape),), [both.shape])
         scale, shift = both.reshape(2, *self.shape)
-        return normalize_by(
-            self.implementation, x, scale, shift, eps=self.eps, unit_offset=True
-        )
+        return normalize_by(self.implementation, x, scale, shift, eps=self.eps, unit_offset=True)

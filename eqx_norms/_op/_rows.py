@@ -10,9 +10,9 @@ statistics:
     backward  (g, x, *params)                  -> (dx, *dparams)    linear in g
 
 The last two are each other's transpose: forward mode is the tangent, reverse mode transposes it.
-A `jax.vmap` only adds an axis to the batch, and to the parameters one of size 1, so that the dweight
-of a backward is the sum over it; unless parameters are mapped too, or the backward itself, which
-then owes one dweight for each. What is evaluated, compiled where there is no kernel, and
+A `jax.vmap` only adds an axis to the batch, and to the parameters one of size 1, so that the
+dweight of a backward is the sum over it; unless parameters are mapped too, or the backward itself,
+which then owes one dweight for each. What is evaluated, compiled where there is no kernel, and
 differentiated once more, is `normalize`, mapped over the batch, and its derivatives.
 """
 

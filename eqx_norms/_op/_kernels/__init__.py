@@ -29,7 +29,8 @@ def exists_for(x, params: Sequence, form: Form, platform: str) -> bool:
         return False
     if platform != "cpu" and (n > LARGEST or layout.params > 1):
         return False
-    return _PLATFORMS[platform].is_known()
+    known = _PLATFORMS[platform].is_known()
+    return known and (platform != "cpu" or _cpu.has(x.dtype.name))
 
 
 def forward(x: Batch, *params: Param, form: Form, platform: str, interpret: bool = False) -> Batch:

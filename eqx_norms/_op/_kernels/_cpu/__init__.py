@@ -11,6 +11,7 @@ import importlib.metadata
 import itertools
 import math
 import platform
+import re
 import struct
 import warnings
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from jaxtyping import Array
 from ..._form import Form, Layout
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-OLDEST = (0, 63)  # numba that was tried
+OLDEST = (0, 68, 1)  # numba that was tried
 _MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 _CHUNK = 2**15  # entries, at least: some ten microseconds
 _CHUNKS = 64  # at most
@@ -41,7 +42,7 @@ def _missing() -> str | None:
     missing = _what_is_missing()
     if missing is not None:
         warnings.warn(
-            f'`implementation="kernel"` takes the plain path on this CPU: {missing}.',
+            f'`implementation="kernel"` takes the plain path on this CPU: {missing}',
             stacklevel=2,
         )
     return missing
@@ -55,14 +56,26 @@ def _what_is_missing() -> str | None:
         version = importlib.metadata.version("numba")
     except importlib.metadata.PackageNotFoundError:
         return f"they need numba: {install}"
-    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         return f"they need numba {oldest} or later, and this is {version}: {install}"
     try:
         _register("forward", "float32")
     except Exception as error:
+        if "no locator" in str(error):
+            return (
+                "numba finds no folder that it may write to, for what it compiles. Name one in "
+                "the environment, as NUMBA_CACHE_DIR"
+            )
         return f"numba {version} does not compile them ({error})"
     return None
+
+
+def has(dtype: str) -> bool:
+    """Old x86 processors have no instructions for float16."""
+    from ._compiled import has_half
+
+    return dtype != "float16" or has_half()
 
 
 @ft.cache
@@ -81,7 +94,7 @@ _kept = []
 
 
 class Plan(NamedTuple):
-    """Where rows and chunks are, in the order that `_compiled.py` reads: a `Layout`, and its parts."""
+    """A `Layout` and its parts, in the order that `_compiled.py` reads."""
 
     outer: int
     params: int

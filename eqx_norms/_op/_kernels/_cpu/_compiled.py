@@ -608,7 +608,11 @@ def _forward_part(dtype):
                 for p in range(p0, p1):
                     w, b = _beyond(weight, p * channels), _beyond(bias, p * channels)
                     for k in range(k0, k1):
-                        at = ((o * _plan(job, _PARAMS) + p) * _plan(job, _INNER) + k) * channels * run
+                        at = (
+                            ((o * _plan(job, _PARAMS) + p) * _plan(job, _INNER) + k)
+                            * channels
+                            * run
+                        )
                         xr, yr = _beyond(x, at), _beyond(y, at)
                         scale, origin, d, rstd = _statistics(xr, channels * run, eps, centre)
                         how = _number(scale, x), origin, _number(d, x), _number(rstd, x)
@@ -682,7 +686,11 @@ def _backward_part(dtype):
                     w, dw = _beyond(weight, p * channels), _beyond(dweight, p * channels)
                     db = _beyond(dbias, p * channels)
                     for k in range(k0, k1):
-                        at = ((o * _plan(job, _PARAMS) + p) * _plan(job, _INNER) + k) * channels * run
+                        at = (
+                            ((o * _plan(job, _PARAMS) + p) * _plan(job, _INNER) + k)
+                            * channels
+                            * run
+                        )
                         gr, xr, dxr = _beyond(g, at), _beyond(x, at), _beyond(dx, at)
                         scale, origin, d, rstd, back, of_gw, of_xhat = _four_statistics(
                             xr, gr, w, channels, run, eps, centre, scratch
@@ -703,7 +711,11 @@ def _backward_part(dtype):
                             _store(dw, c, _load(dw, c) + term)
                             if has_bias:
                                 _store(db, c, _load(db, c) + _number(of_g, x))
-                            to, of, by = _beyond(dxr, c * run), _beyond(xr, c * run), _beyond(gr, c * run)
+                            to, of, by = (
+                                _beyond(dxr, c * run),
+                                _beyond(xr, c * run),
+                                _beyond(gr, c * run),
+                            )
                             _write_run_of_dx(to, of, by, _load(w, c), run, how)
             if _fetch_add(job + _DONE, 1) == chunks - 1:
                 if has_partials:
@@ -731,6 +743,12 @@ def _handler(direction, dtype):
         return 0
 
     return handler
+
+
+def has_half() -> bool:
+    """Whether the processor converts float16 itself; LLVM would call what may not be there."""
+    features = binding.get_host_cpu_features()
+    return features.get("f16c", "x86" not in binding.get_default_triple().split("-")[0])
 
 
 def compiled(direction: str, dtype: str) -> tuple:
