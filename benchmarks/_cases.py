@@ -11,12 +11,20 @@ NAMES = {
     "haiku": "haiku",
     "keras": "keras",
     "jnp": "plain jnp",
+    "kernel": "our kernel",
     "torch": "torch",
     "copy": "copy",
 }
 JAX_RIVALS = ("eqx", "flax", "haiku", "keras", "jnp")
-RIVALS = (*JAX_RIVALS, "torch", "copy")
-MODULES = {"eqx": "equinox", "flax": "flax", "haiku": "haiku", "keras": "keras", "torch": "torch"}
+RIVALS = (*JAX_RIVALS, "kernel", "torch", "copy")
+MODULES = {
+    "eqx": "equinox",
+    "flax": "flax",
+    "haiku": "haiku",
+    "keras": "keras",
+    "kernel": "numba",
+    "torch": "torch",
+}
 
 SECTIONS = ("speed", "bytes", "compile", "accuracy")
 LAYERS = ("LayerNorm", "RMSNorm", "GroupNorm")

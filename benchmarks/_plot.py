@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from ._cases import DTYPES, NAMES, RIVALS, SINGLE, WORKS
 from ._targets import by_case, speed_limit
 
-COLOURS = dict(zip(RIVALS, ("C0", "C1", "C2", "C4", "C5", "C3", "0.6"), strict=True))
+COLOURS = dict(zip(RIVALS, ("C0", "C1", "C2", "C4", "C5", "C6", "C3", "0.6"), strict=True))
 MARKERS = {"torch": "D", "copy": "|"}
 
 

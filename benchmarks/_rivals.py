@@ -63,7 +63,7 @@ def _equinox(layers, layer, shape, **options):
     import equinox as eqx
 
     if layer == "GroupNorm":
-        norm = layers.GroupNorm(GROUPS, shape[1], EPS)
+        norm = layers.GroupNorm(GROUPS, shape[1], EPS, **options)
     else:
         norm = getattr(layers, layer)(shape[-1], EPS, use_bias=layer != "RMSNorm", **options)
     params, static = eqx.partition(norm, eqx.is_array)
@@ -77,11 +77,10 @@ def _ours(layer, shape, dtype):
     return _equinox(eqx_norms, layer, shape)
 
 
-def _pallas(layer, shape, dtype):
-    """Ours, with kernels: of LayerNorm and RMSNorm."""
+def _kernel(layer, shape, dtype):
     import eqx_norms
 
-    return _equinox(eqx_norms, layer, shape, implementation="pallas")
+    return _equinox(eqx_norms, layer, shape, implementation="kernel")
 
 
 def _eqx(layer, shape, dtype):
@@ -163,7 +162,8 @@ def _named(params, *names):
 
 _MAKERS = {
     "ours": _ours,
-    "pallas": _pallas,
+    "kernel": _kernel,
+    "pallas": _kernel,
     "eqx": _eqx,
     "flax": _flax,
     "flax, two-pass": _flax_two_pass,

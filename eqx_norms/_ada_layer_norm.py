@@ -12,13 +12,14 @@ from ._checks import (
     check_eps,
     check_example,
     check_floating,
+    check_implementation,
     check_param_dtype,
     check_shape,
     check_size,
     check_stacked,
     check_there,
 )
-from ._op import normalize
+from ._op import normalize_by
 from ._real import Integer, Number
 
 
@@ -62,6 +63,7 @@ class AdaLayerNorm(eqx.Module):
     cond_size: int = eqx.field(static=True)
     eps: float = eqx.field(static=True)
     linear: eqx.nn.Linear
+    implementation: str = eqx.field(static=True, default="xla")
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class AdaLayerNorm(eqx.Module):
         dtype=None,
         *,
         key: PRNGKeyArray,
+        implementation: str = "xla",
     ):
         """**Arguments:**
 
@@ -79,9 +82,11 @@ class AdaLayerNorm(eqx.Module):
         - `eps`: added to the variance; a finite number, 0 or above.
         - `dtype`: of the parameters of `linear`. Defaults to float32, or float64 in 64-bit mode.
         - `key`: a `jax.random` key, which `eqx.nn.Linear` asks for; its draw is set to zero.
+        - `implementation`: as for [`eqx_norms.GroupNorm`][].
 
-        **Raises:** `ValueError` for a negative size, a `cond_size` below 1, or a bad `eps`;
-        `TypeError` for a `dtype` that is none of float16, bfloat16, float32 and float64.
+        **Raises:** `ValueError` for a negative size, a `cond_size` below 1, or a bad `eps` or
+        `implementation`; `TypeError` for a `dtype` that is none of float16, bfloat16, float32 and
+        float64.
         """
         self.shape = check_shape("AdaLayerNorm", shape)
         self.cond_size = check_size("AdaLayerNorm(cond_size=...)", cond_size)
@@ -89,6 +94,7 @@ class AdaLayerNorm(eqx.Module):
         dtype = check_param_dtype("AdaLayerNorm", dtype)
         linear = eqx.nn.Linear(self.cond_size, 2 * math.prod(self.shape), dtype=dtype, key=key)
         self.linear = jax.tree.map(jnp.zeros_like, linear)
+        self.implementation = check_implementation("AdaLayerNorm", implementation)
 
     @jax.named_scope("eqx_norms.AdaLayerNorm")
     def __call__(
@@ -126,4 +132,4 @@ class AdaLayerNorm(eqx.Module):
         both = self.linear(cond)
         check_stacked("AdaLayerNorm", (2 * math.prod(self.shape),), [both.shape])
         scale, shift = both.reshape(2, *self.shape)
-        return normalize(x, scale, shift, eps=self.eps, unit_offset=True)
+        return normalize_by(self.implementation, x, scale, shift, eps=self.eps, unit_offset=True)

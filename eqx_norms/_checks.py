@@ -73,9 +73,10 @@ def check_axis_name(axis_name: Any) -> Hashable | None:
 
 
 def check_implementation(name: str, implementation: str) -> str:
-    if implementation not in ("xla", "pallas"):
+    if implementation not in ("xla", "kernel", "pallas"):
         raise ValueError(
-            f'`{name}(implementation=...)` must be "xla" or "pallas"; got {implementation!r}.'
+            f'`{name}(implementation=...)` must be "xla" or "kernel", whose first name was '
+            f'"pallas"; got {implementation!r}.'
         )
     return implementation
 

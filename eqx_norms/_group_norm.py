@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ._checks import (
     check_eps,
     check_floating,
+    check_implementation,
     check_param_dtype,
     check_size,
     check_stacked,
@@ -19,7 +20,7 @@ from ._checks import (
     no_state,
     own_params,
 )
-from ._op import as_jax_has_it, grouped, normalize, together
+from ._op import as_jax_has_it, grouped, normalize_by, together
 from ._real import Integer, Number
 
 
@@ -30,6 +31,7 @@ def group_norm(
     bias: Float[Array | np.ndarray, "..."] | None = None,
     *,
     eps: Number = 1e-5,
+    implementation: str = "xla",
 ) -> Float[Array, "channels *spatial"]:
     r"""Normalises one example, each group of neighbouring channels over all its entries.
 
@@ -47,6 +49,7 @@ def group_norm(
     - `weight`, `bias`: floating-point arrays of shape `(channels,)`, or of one that broadcasts to
         that of `x` with channels first, such as `(channels, 1)`; or `None`.
     - `eps`: added to the variance; a finite number, 0 or above.
+    - `implementation`: as for [`eqx_norms.GroupNorm`][].
 
     **Returns:**
 
@@ -55,9 +58,10 @@ def group_norm(
 
     **Raises:** `TypeError` if `x` is not of one of these dtypes, `weight` or `bias` no real
     floating-point array; `ValueError` if `groups` does not divide the channels, if `weight` or
-    `bias` has another shape, or for a bad `eps`.
+    `bias` has another shape, or for a bad `eps` or `implementation`.
     """
     _check_example("group_norm", x, groups)
+    check_implementation("group_norm", implementation)
     for name, param in (("weight", weight), ("bias", bias)):
         if param is None:
             continue
@@ -68,7 +72,7 @@ def group_norm(
                 f"`{call}` takes one entry a channel: expected shape ({x.shape[0]},), "
                 f"got {param.shape}."
             )
-    return _by_group(x, groups, weight, bias, check_eps("group_norm", eps))
+    return _by_group(implementation, x, groups, weight, bias, check_eps("group_norm", eps))
 
 
 def _check_example(name: str, x: Any, groups: Integer) -> None:
@@ -83,7 +87,7 @@ def _left_aligned(shape: tuple[int, ...], x: Any) -> tuple[int, ...]:
     return shape + (1,) * (x.ndim - len(shape))
 
 
-def _by_group(x: Any, groups: Integer, weight: Any, bias: Any, eps: float):
+def _by_group(implementation: str, x: Any, groups: Integer, weight: Any, bias: Any, eps: float):
     channels = x.shape[0]
 
     def by_channel(param: Any) -> Array | None:
@@ -95,7 +99,7 @@ def _by_group(x: Any, groups: Integer, weight: Any, bias: Any, eps: float):
     # One vmap for all three: where the channels are split over devices, they must be so in each.
     placed = together(as_jax_has_it(x), by_channel(weight), by_channel(bias))
     split = lambda a: a.reshape(groups, channels // groups, *a.shape[1:])
-    norm = jax.vmap(ft.partial(normalize, eps=eps))
+    norm = jax.vmap(ft.partial(normalize_by, implementation, eps=eps))
     return grouped(norm(*jax.tree.map(split, placed))).reshape(x.shape)
 
 
@@ -138,6 +142,8 @@ class GroupNorm(eqx.Module):
     channelwise_affine: bool = eqx.field(static=True)
     weight: Float[Array, "channels"] | None
     bias: Float[Array, "channels"] | None
+    # With a default, for subclasses whose `__init__` sets the fields of `equinox.nn` alone.
+    implementation: str = eqx.field(static=True, default="xla")
 
     def __init__(
         self,
@@ -146,6 +152,8 @@ class GroupNorm(eqx.Module):
         eps: Number = 1e-5,
         channelwise_affine: bool = True,
         dtype=None,
+        *,
+        implementation: str = "xla",
     ):
         """**Arguments:**
 
@@ -156,10 +164,12 @@ class GroupNorm(eqx.Module):
         - `channelwise_affine`: whether to scale and shift each channel by a learned `weight`, from
             ones, and `bias`, from zeros.
         - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `implementation`: `"xla"`, or `"kernel"` for kernels on CPUs, with numba
+            (`pip install "eqx-norms[cpu]"`); see [Kernels](../kernels.md) for when they run.
 
         **Raises:** `ValueError` if `groups` does not divide `channels` or is below 1, if
-        `channels` is negative or missing, or for a bad `eps`; `TypeError` for a `dtype` that is
-        none of float16, bfloat16, float32 and float64.
+        `channels` is negative or missing, or for a bad `eps` or `implementation`; `TypeError` for
+        a `dtype` that is none of float16, bfloat16, float32 and float64.
         """
         self.channels = (
             None if channels is None else check_size("GroupNorm(channels=...)", channels, least=0)
@@ -175,6 +185,7 @@ class GroupNorm(eqx.Module):
         dtype = check_param_dtype("GroupNorm", dtype)
         self.weight = jnp.ones(channels, dtype) if channelwise_affine else None
         self.bias = jnp.zeros(channels, dtype) if channelwise_affine else None
+        self.implementation = check_implementation("GroupNorm", implementation)
 
     @overload
     def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array: ...
@@ -213,7 +224,7 @@ class GroupNorm(eqx.Module):
         weight, bias = own_params(self, weight=affine, bias=affine)
         shapes = [_left_aligned(p.shape, x) for p in (weight, bias) if p is not None]
         check_stacked("GroupNorm", x.shape, shapes)
-        y = _by_group(x, self.groups, weight, bias, self.eps)
+        y = _by_group(self.implementation, x, self.groups, weight, bias, self.eps)
         return y if state is no_state else (y, state)
 
 

@@ -40,8 +40,8 @@ def replace_norms(
     - `model`: any pytree with `equinox.Module`s in it. It is not changed.
     - `where`: a function of `(path, norm)` that says whether to exchange it, where path is as in
         `blocks[0].norm`; for all, `None`.
-    - `implementation`, `round_before_weight`: of the LayerNorms and RMSNorms, as for
-        [`eqx_norms.LayerNorm`][].
+    - `implementation`: of the new layers, as for [`eqx_norms.LayerNorm`][].
+    - `round_before_weight`: of the LayerNorms and RMSNorms, as there.
     - `at_least`: how many norms must be exchanged. None need be by default: a state of plain SGD
         has no norms, and a model whose norms were exchanged has no more.
 
@@ -77,8 +77,9 @@ def replace_norms(
 def _converted(norm: Any, of_ours: dict[str, Any]) -> eqx.Module:
     params = norm.weight, norm.bias
     fields = {k: v for k, v in vars(norm).items() if k not in ("weight", "bias")}
-    if type(norm) is not eqx.nn.GroupNorm:
-        fields |= of_ours
+    if type(norm) is eqx.nn.GroupNorm:
+        of_ours = {"implementation": of_ours["implementation"]}
+    fields |= of_ours
     # Fields by closure: as arguments, NumPy's numbers among them would be traced.
     ours = eqx.filter_eval_shape(lambda: _ours[type(norm)](**fields))
     # Theirs as they are: not of `shape` in an ensemble, and None in a model that was partitioned.

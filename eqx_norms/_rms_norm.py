@@ -142,9 +142,9 @@ class RMSNorm(eqx.Module):
             which one example is split evenly. `shape` is then that of one part, and the
             mean square is taken over all parts. Along a `jax.vmap` JAX differentiates the
             forward by itself, and keeps more for it.
-        - `implementation`: `"xla"`, or `"pallas"` for kernels on GPUs and TPUs, which read and
-            write less and have never been timed; see
-            [Kernels](../kernels.md) for when they run.
+        - `implementation`: `"xla"`, or `"kernel"` for kernels, which read and write less: on CPUs
+            with numba (`pip install "eqx-norms[cpu]"`), on GPUs and TPUs, where they have never
+            been timed. [Kernels](../kernels.md) says when they run. (`"pallas"` is the same.)
         - `round_before_weight`: round to the dtype of `x` before the weight and again behind each
             operation, as Llama, Mistral and Qwen 2 and 3 do, and return the dtype that `x`,
             weight and bias promote to. With `unit_offset`, `1 + weight` is rounded to the dtype of

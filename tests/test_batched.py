@@ -1,4 +1,4 @@
-"""`implementation="pallas"`: the primitives in every transformation, and where the kernels are.
+"""`implementation="kernel"`: the primitives in every transformation, and where the kernels are.
 
 What stands in a program is read from its text, lowered on a CPU for a TPU, and for a GPU where JAX
 does that without one.
@@ -214,21 +214,22 @@ def test_a_layer_by_its_kernels(interpreted, getkey, unit_offset):
 @pytest.mark.parametrize("make", (LayerNorm, RMSNorm))
 def test_layers_say_what_they_take(make):
     assert make(4).implementation == "xla"
-    assert make(4, implementation="pallas").implementation == "pallas"
-    with pytest.raises(ValueError, match=r'implementation=.*"xla" or "pallas"; got \'triton\''):
+    for name in ("kernel", "pallas"):
+        assert make(4, implementation=name).implementation == name
+    with pytest.raises(ValueError, match=r'implementation=.*"xla" or "kernel".*; got \'triton\''):
         make(4, implementation="triton")
 
 
 @pytest.mark.parametrize("f", (layer_norm, rms_norm))
 def test_functions_say_what_they_take(f):
-    with refused(ValueError, r'implementation=.*"xla" or "pallas"; got None'):
+    with refused(ValueError, r'implementation=.*"xla" or "kernel".*; got None'):
         f(jnp.ones(4), implementation=None)
 
 
 def test_replace_norms():
     model = [eqx.nn.LayerNorm(4), eqx.nn.RMSNorm(4), eqx.nn.GroupNorm(2, 4)]
-    layer, rms, _ = replace_norms(model, implementation="pallas")
-    assert layer.implementation == rms.implementation == "pallas"
+    for layer in replace_norms(model, implementation="kernel"):
+        assert layer.implementation == "kernel"
     assert replace_norms(model)[0].implementation == "xla"
     with pytest.raises(ValueError, match="implementation"):
         replace_norms(model, implementation="mosaic")

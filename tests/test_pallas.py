@@ -40,9 +40,10 @@ def draw(rows, n):
 @ft.partial(jax.jit, static_argnames=("platform", "centre", "eps"))
 def run(x, weight, bias, g, *, platform, centre, eps):
     form = Form(eps, centre, weight=weight is not None, bias=bias is not None, rank=1)
-    params = [p for p in (weight, bias) if p is not None]
+    params = [p[None] for p in (weight, bias) if p is not None]
     how = dict(form=form, platform=platform, interpret=True)
-    return forward(x, *params, **how), *backward(g, x, *params, **how)
+    dx, *sums = backward(g, x, *params, **how)
+    return forward(x, *params, **how), dx, *(s[0] for s in sums)
 
 
 def check(x, weight, bias, g, *, platform, centre, eps=1e-5):
@@ -162,14 +163,14 @@ def test_nan_and_inf_stay_in_their_row(bad, platform):
 def test_examples_of_several_axes(platform, getkey):
     """Of any batch and shape, as the primitives have them; the same numbers as of rows."""
     x, g = normal(getkey(), (2, 3, 5, 4, 6))
-    weight, bias = normal(getkey(), (2, 4, 6))
+    weight, bias = normal(getkey(), (2, 1, 1, 4, 6))
     form = Form(1e-5, True, True, True, rank=2)
     how = dict(platform=platform, interpret=True)
     got = (
         forward(x, weight, bias, form=form, **how),
         *backward(g, x, weight, bias, form=form, **how),
     )
-    assert [a.shape for a in got] == [x.shape, x.shape, (4, 6), (4, 6)]
+    assert [a.shape for a in got] == [x.shape, x.shape, weight.shape, bias.shape]
     flat = (a.reshape(-1, 24) for a in (x, weight, bias, g))
     x, (weight,), (bias,), g = flat
     want = run(x, weight, bias, g, platform=platform, centre=True, eps=1e-5)

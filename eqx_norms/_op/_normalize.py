@@ -311,7 +311,7 @@ def normalize_reference(
     check_broadcast("normalize_reference", x, weight=weight, bias=bias)
     eps = check_eps("normalize_reference", eps)
     x = as_jax_has_it(x)
-    wide, weight, bias = _to_compute_dtype(x), *_fit(x, weight, bias)
+    wide, weight, bias = _to_compute_dtype(x), *fit(x, weight, bias)
     xc = wide - wide.mean(keepdims=True) if centre else wide
     y = xc * jax.lax.rsqrt(jnp.square(xc).mean(keepdims=True) + eps)
     y = y if weight is None else y * weight
@@ -338,7 +338,7 @@ def normalize(
         dtype, of_weight = _promoted(x, weight, bias), getattr(weight, "dtype", None)
         rounds = x.dtype, dtype
         x = x.astype(dtype) if dtype == jnp.float64 else x
-    weight, bias = _fit(x, weight, bias)
+    weight, bias = fit(x, weight, bias)
     if unit_offset and weight is not None:
         weight = rounded_to(of_weight, 1 + weight)
     if where is not None:
@@ -374,7 +374,7 @@ def as_jax_has_it(x: Any) -> Array:
     return jnp.asarray(x).astype(dtype)
 
 
-def _fit(x: Example, *params: Array | None) -> list[Array | None]:
+def fit(x: Example, *params: Array | None) -> list[Array | None]:
     """The parameters in the dtype of the statistics, and with the rank of x."""
     rank = lambda p: jnp.asarray(p).reshape((1,) * (x.ndim - p.ndim) + p.shape)
     return [p if p is None else rank(p).astype(compute_dtype(x)) for p in params]

@@ -1,18 +1,19 @@
 """The op over a batch of examples: what the layers call, and a kernel where one can run.
 
 A kernel wants many examples at once, and a layer sees one, mapped by any nest of `jax.vmap`, in a
-backward as in a forward. So `implementation="pallas"` is three primitives over `x` of shape
-`(*batch, *shape)` and up to two parameters of `shape`, in the dtype of the statistics:
+backward as in a forward. So `implementation="kernel"` is three primitives over `x` of shape
+`(*batch, *shape)` and up to two parameters that broadcast to it, axis by axis, in the dtype of the
+statistics:
 
     forward   (x, *params)                     -> y
     tangent   (dx, *dparams, x, *params)       -> dy                linear in dx and dparams
     backward  (g, x, *params)                  -> (dx, *dparams)    linear in g
 
 The last two are each other's transpose: forward mode is the tangent, reverse mode transposes it.
-A `jax.vmap` only adds an axis to the batch, so that the dweight of a backward is the sum over all
-of it; unless parameters are mapped too, or the backward itself, which then owes one dweight for
-each. What is evaluated, compiled where there is no kernel, and differentiated once more, is
-`normalize`, mapped over the batch, and its derivatives.
+A `jax.vmap` only adds an axis to the batch, and to the parameters one of size 1, so that the
+dweight of a backward is the sum over it; unless parameters are mapped too, or the backward itself,
+which then owes one dweight for each. What is evaluated, compiled where there is no kernel, and
+differentiated once more, is `normalize`, mapped over the batch, and its derivatives.
 """
 
 import functools as ft
@@ -28,7 +29,7 @@ from jaxtyping import Array, Bool, Float
 
 from ._form import Batch, Form, Param
 from ._lowering import mapped_first
-from ._normalize import as_jax_has_it, compute_dtype, normalize, together
+from ._normalize import as_jax_has_it, fit, normalize, together
 from ._plain import is_plain
 
 
@@ -45,17 +46,23 @@ def normalize_by(
     axis_name: Hashable | None = None,
     round_before_weight: bool = False,
 ) -> Float[Array, "*shape"]:
-    """`normalize`, or with "pallas" the primitives, for what the kernels know."""
+    """`normalize`, or with "kernel" the primitives, for what the kernels know."""
     special = where is not None or axis_name is not None or _is_explicit(x, weight, bias)
     if implementation == "xla" or special or round_before_weight or is_plain():
         norm = ft.partial(normalize, eps=eps, centre=centre, unit_offset=unit_offset)
         options = {"axis_name": axis_name, "round_before_weight": round_before_weight}
         return norm(x, weight, bias, where, **options)
     x = as_jax_has_it(x)
-    weight, bias = (p if p is None else p.astype(compute_dtype(x)) for p in (weight, bias))
+    weight, bias = fit(x, weight, bias)
     if unit_offset and weight is not None:
         weight = 1 + weight
-    params = [jnp.broadcast_to(p, x.shape) for p in (weight, bias) if p is not None]
+    params = [p for p in (weight, bias) if p is not None]
+    shape = jnp.broadcast_shapes(*(p.shape for p in params))
+    # One for each entry, or for each channel, of which the others are runs.
+    shared = sum(size == 1 for size in shape)
+    if shape != x.shape[: x.ndim - shared] + (1,) * shared:
+        shape = x.shape
+    params = [jnp.broadcast_to(p, shape) for p in params]
     form = Form(eps, centre, weight is not None, bias is not None, x.ndim)
     return forward_p.bind(*together(x, *params), form=form)
 
@@ -67,11 +74,15 @@ def _is_explicit(*arrays: Array | None) -> bool:
 
 
 def _forward(x: Batch, *params: Param, form: Form) -> Batch:
-    weight, bias = form.named(params)
-    f = lambda x: normalize(x, weight, bias, eps=form.eps, centre=form.centre)
-    for _ in range(x.ndim - form.rank):
-        f = jax.vmap(f)
-    return f(x)
+    def f(x, *params):
+        weight, bias = form.named(params)
+        return normalize(x, weight, bias, eps=form.eps, centre=form.centre)
+
+    batch = x.shape[: x.ndim - form.rank]
+    for axis, size in reversed([*enumerate(batch)]):
+        f = jax.vmap(f, (0, *(0 if p.shape[axis] == size else None for p in params)))
+    shared = lambda p: [axis for axis, size in enumerate(batch) if p.shape[axis] != size]
+    return f(x, *(p.squeeze(shared(p)) for p in params))
 
 
 def _tangent(*args: Array, form: Form) -> Batch:
@@ -99,13 +110,22 @@ def _primitive(name: str, formula: Callable, batch: Callable, several: bool = Fa
 
 def _batch(primitive: Primitive, formula: Callable, batch: Callable, args, axes, *, form: Form):
     has_batch = batch(len(args))
-    extends = all(axis is None or has for axis, has in zip(axes, has_batch, strict=True))
-    if primitive is backward_p or not extends:
+    mapped = [axis is not None for axis in axes]
+    if not any(itertools.compress(mapped, has_batch)):
+        # Of one x by several weights, the statistics are made once.
         out = jax.vmap(ft.partial(formula, form=form), axes)(*args)
         return out, [0] * len(out) if primitive.multiple_results else 0
-    first = iter(mapped_first(*(itertools.compress(each, has_batch) for each in (args, axes))))
-    args = [next(first) if has else a for a, has in zip(args, has_batch, strict=True)]
-    return primitive.bind(*args, form=form), 0
+    several = primitive is backward_p or any(
+        is_mapped and not has for is_mapped, has in zip(mapped, has_batch, strict=True)
+    )
+    first = mapped_first(args, axes)
+    if not several:
+        first = [
+            f if has else jnp.expand_dims(a, 0)
+            for f, a, has in zip(first, args, has_batch, strict=True)
+        ]
+    out = primitive.bind(*first, form=form)
+    return out, [0] * len(out) if primitive.multiple_results else 0
 
 
 forward_p = _primitive("forward", _forward, lambda count: [i == 0 for i in range(count)])
@@ -125,11 +145,12 @@ def _lower_to_kernel(name: str, plain, platform: str, context, *operands, form: 
     # Imported here, for it takes as long as the rest of the package, and few need it.
     from . import _kernels
 
-    x = context.avals_in[-1 - form.weight - form.bias]
-    # JAX does not promise that an exported Triton kernel can be read back.
-    exported = platform == "cuda" and context.module_context.lowering_parameters.for_export
+    x, *params = context.avals_in[len(context.avals_in) - 1 - form.weight - form.bias :]
+    # JAX does not promise that an exported Triton kernel can be read back, and those for CPUs are
+    # of this process.
+    exported = platform != "tpu" and context.module_context.lowering_parameters.for_export
     one = _is_on_one_device(context)
-    if exported or not one or not _kernels.exists_for(x, form, platform):
+    if exported or not one or not _kernels.exists_for(x, params, form, platform):
         return plain(context, *operands, form=form)
     kernel = ft.partial(getattr(_kernels, name), form=form, platform=platform)
     several = name == "backward"
@@ -144,7 +165,7 @@ def _is_on_one_device(context: mlir.LoweringRuleContext) -> bool:
     return isinstance(where, mlir.ShardingContext) and where.num_devices == 1
 
 
-for _platform in ("cuda", "tpu"):
+for _platform in ("cpu", "cuda", "tpu"):
     for _p, _formula in ((forward_p, _forward), (backward_p, _backward)):
         _name = _formula.__name__.strip("_")
         _plain = mlir.lower_fun(_formula, multiple_results=_p.multiple_results)
