@@ -24,7 +24,7 @@ from ._plain import is_plain
 
 Example = Float[Array, "*shape"]
 Broadcastable = Float[Array, "..."]
-Mask = Bool[Array, "*shape"]
+Mask = Bool[Array, "..."]  # of the rank of x, and broadcasts to its shape
 
 
 class _Spec(NamedTuple):
@@ -77,13 +77,18 @@ def _mean(
     total = jnp.sum(a, where=where)
     if settle:
         total = settled(total)
-    count = a.size if where is None else jnp.sum(where, dtype=a.dtype)
+    count = a.size if where is None else _count(a, where)
     if spec.axis_name is not None:
         total, count = jax.lax.psum((total, count), spec.axis_name)
     if where is None:
         return divided(total, count)
     mean = divided(total, jnp.maximum(count, 1))
     return mean if of_nothing == 0 else jnp.where(count == 0, of_nothing, mean)
+
+
+def _count(a: Example, where: Mask) -> Array:
+    """How many entries of a a mask lets through that broadcasts to it."""
+    return jnp.sum(where, dtype=a.dtype) * (a.size // max(where.size, 1))
 
 
 def divided(a: Array, by) -> Array:
