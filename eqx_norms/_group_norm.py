@@ -103,7 +103,8 @@ def _by_group(x: Any, groups: Integer, weight: Any, bias: Any, where: Any, eps: 
     # A mask that all channels share is not repeated.
     shared = where is not None and where.shape[0] != channels
     *params, mask = placed
-    parts = *jax.tree.map(split, params), mask if shared else jax.tree.map(split, mask)
+    parts: list[Any] = jax.tree.map(split, params)
+    parts.append(mask if shared else jax.tree.map(split, mask))
     norm = jax.vmap(ft.partial(normalize, eps=eps), (0, 0, 0, None if shared else 0))
     return grouped(norm(*parts)).reshape(x.shape)
 

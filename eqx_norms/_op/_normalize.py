@@ -9,7 +9,7 @@ way from the backward to forward mode, the plain reference, the entry. `again`, 
 """
 
 import functools as ft
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -238,20 +238,27 @@ normalize_vjp.defvjp(_forward, lambda *args: (*_backward(*args), None))
 # A `jax.custom_vjp` refuses jvp, and with it jacfwd, linearize and Hessians. So the operation that
 # the layers call is a `jax.custom_jvp` over the same two functions: its tangent map is the
 # transpose of the backward, and reverse mode, transposing again, is back at the backward itself.
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(spec: _Spec, x: Example, weight, bias, where) -> Example:
-    return _forward_alone(spec, x, weight, bias, where)
+def in_both_modes(forward: Callable, backward: Callable) -> Callable:
+    """The operation `op(spec, x, weight, bias, where)` of such a forward and backward."""
+
+    @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def op(spec, x, weight, bias, where):
+        return forward(spec, x, weight, bias, where, kept=False)[0]
+
+    @ft.partial(op.defjvp, symbolic_zeros=True)
+    def _(spec, primals, tangents):
+        *tangents, _ = tangents  # The mask has none.
+        spec = spec._replace(live=tuple(_is_live(t) for t in tangents))
+        y, residuals = forward(spec, *primals)
+        # The backward has no eps of its own.
+        remat3 = getattr(jax.config, "jax_remat3", False)
+        tangent_map = _tangent_map(backward, spec._replace(eps=0.0), remat3)
+        return y, tangent_map(residuals, _select(tangents, spec.live))
+
+    return op
 
 
-@ft.partial(_normalize.defjvp, symbolic_zeros=True)
-def _normalize_jvp(spec: _Spec, primals, tangents):
-    *tangents, _ = tangents  # The mask has none.
-    spec = spec._replace(live=tuple(_is_live(t) for t in tangents))
-    y, residuals = _forward(spec, *primals)
-    # The backward has no eps of its own.
-    remat3 = getattr(jax.config, "jax_remat3", False)
-    tangent_map = _tangent_map(spec._replace(eps=0.0), remat3)
-    return y, tangent_map(residuals, _select(tangents, spec.live))
+_normalize = in_both_modes(_forward, _backward)
 
 
 def _select(values: Sequence, live: tuple[bool, ...]) -> list:
@@ -264,15 +271,15 @@ def _is_live(tangent) -> bool:
 
 # JAX caches traces by function: so one function for each spec, not one for each call.
 @ft.lru_cache(maxsize=64)
-def _tangent_map(spec: _Spec, remat3: bool):
-    """The transpose of `_backward`, from the tangents of those inputs that have one."""
+def _tangent_map(backward: Callable, spec: Any, remat3: bool):
+    """The transpose of `backward`, from the tangents of those inputs that have one."""
 
-    def tangent_map(residuals: _Residuals, tangents):
-        def backward(g):
-            return _select(_backward(spec, residuals, g), spec.live)
+    def tangent_map(residuals, tangents):
+        def of_live(g):
+            return _select(backward(spec, residuals, g), spec.live)
 
         like_g = _to_compute_dtype(residuals.x)
-        (dy,) = jax.linear_transpose(backward, like_g)(tangents)
+        (dy,) = jax.linear_transpose(of_live, like_g)(tangents)
         return dy
 
     if remat3:
