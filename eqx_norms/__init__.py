@@ -1,6 +1,10 @@
 """Normalization layers for Equinox with a hand-written derivative, and a causality check."""
 
 from ._ada_layer_norm import AdaLayerNorm as AdaLayerNorm
+from ._cumulative_norm import (
+    CumulativeNorm as CumulativeNorm,
+    cumulative_norm as cumulative_norm,
+)
 from ._group_norm import GroupNorm as GroupNorm, group_norm as group_norm
 from ._is_norm import is_norm as is_norm
 from ._layer_norm import LayerNorm as LayerNorm, layer_norm as layer_norm
