@@ -11,6 +11,7 @@ from ._layer_norm import LayerNorm as LayerNorm, layer_norm as layer_norm
 from ._op import normalize_reference as normalize_reference, plain as plain
 from ._replace import replace_norms as replace_norms
 from ._rms_norm import RMSNorm as RMSNorm, rms_norm as rms_norm
+from ._segment_norm import SegmentNorm as SegmentNorm, segment_norm as segment_norm
 from .causality import assert_causal as assert_causal, assert_independent as assert_independent
 
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ from ._cumulative_norm import CumulativeNorm
 from ._group_norm import GroupNorm
 from ._layer_norm import LayerNorm
 from ._rms_norm import RMSNorm
+from ._segment_norm import SegmentNorm
 
 _norms = (
     LayerNorm,
@@ -16,6 +17,7 @@ _norms = (
     GroupNorm,
     AdaLayerNorm,
     CumulativeNorm,
+    SegmentNorm,
     eqx.nn.LayerNorm,
     eqx.nn.RMSNorm,
     eqx.nn.GroupNorm,
@@ -42,8 +44,8 @@ def is_norm(node: Any) -> bool:
 
     **Returns:**
 
-    `True` for `LayerNorm`, `RMSNorm`, `GroupNorm`, `AdaLayerNorm` and `CumulativeNorm` of this
-    package, for `LayerNorm`, `RMSNorm`, `GroupNorm` and `BatchNorm` of `equinox.nn`, and for their
+    `True` for `LayerNorm`, `RMSNorm`, `GroupNorm`, `AdaLayerNorm`, `CumulativeNorm` and
+    `SegmentNorm` of this package, for `LayerNorm`, `RMSNorm`, `GroupNorm` and `BatchNorm` of `equinox.nn`, and for their
     subclasses;
     with parameters that are stacked, only shapes, or `None` after `equinox.partition`, all the
     same. An `AdaLayerNorm` counts with the `linear` that computes its scale and shift.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from .._checks import check_broadcast, check_eps, check_floating
 from .._real import Number
@@ -27,6 +27,16 @@ Broadcastable = Float[Array, "..."]
 Mask = Bool[Array, "..."]  # of the rank of x, and broadcasts to its shape
 
 
+class Segments(NamedTuple):
+    """In the place of a mask, of x (tokens, groups, *rest): which segment each token is of."""
+
+    ids: Int[Array, "tokens *ones"]  # with the rank of x
+    mask: Mask
+
+
+Where = Mask | Segments
+
+
 class _Spec(NamedTuple):
     """What is known before any array comes; hashable, so that traces are cached on it."""
 
@@ -35,6 +45,7 @@ class _Spec(NamedTuple):
     axis_name: Hashable | None
     bias_shape: tuple[int, ...] | None
     live: tuple[bool, ...] = (True, True, True)  # Whether x, weight, bias have a derivative.
+    num_segments: int | None = None  # With them each mean is one of each token's segment.
 
 
 class _Residuals(NamedTuple):
@@ -42,7 +53,7 @@ class _Residuals(NamedTuple):
 
     x: Example
     weight: Broadcastable | None
-    where: Mask | None
+    where: Where | None
     origin: Array | None
     d: Array | None
     rstd: Array
@@ -54,7 +65,7 @@ class _Pass(NamedTuple):
     x: Example
     g: Example
     weight: Broadcastable | None
-    where: Mask | None
+    where: Where | None
     origin: Array | None
     d: Array | None
     rstd: Array
@@ -71,9 +82,11 @@ class _Pass(NamedTuple):
 
 
 def _mean(
-    spec: _Spec, a: Example, where: Mask | None, settle: bool = False, of_nothing: int = 0
+    spec: _Spec, a: Example, where: Where | None, settle: bool = False, of_nothing: int = 0
 ) -> Array:
     """Over what `where` lets through, on all devices of `axis_name`; `of_nothing` if it is none."""
+    if isinstance(where, Segments):
+        return _mean_of_segments(spec, a, where, of_nothing)
     total = jnp.sum(a, where=where)
     if settle:
         total = settled(total)
@@ -84,6 +97,23 @@ def _mean(
         return divided(total, count)
     mean = divided(total, jnp.maximum(count, 1))
     return mean if of_nothing == 0 else jnp.where(count == 0, of_nothing, mean)
+
+
+def _mean_of_segments(spec: _Spec, a: Example, where: Segments, of_nothing: int) -> Array:
+    """Of the segment of each token: one number a token and group, with the rank of a.
+
+    A token is added after the other, so that the sum over a million would lose three digits. What
+    the tokens differ from the mean is summed as well, and this loses as much of next to nothing.
+    """
+    in_token = lambda a, dtype=None: a.sum(range(2, a.ndim), dtype, keepdims=True)
+    ids = where.ids.reshape(-1)
+    total = lambda a: jax.ops.segment_sum(a, ids, spec.num_segments)
+    own, mask = in_token(_only(where, a)), jnp.broadcast_to(where.mask, a.shape)
+    counts = in_token(mask, a.dtype)
+    count = total(counts)
+    mean = divided(total(own), jnp.maximum(count, 1))
+    mean += divided(total(own - counts * mean[ids]), jnp.maximum(count, 1))
+    return (mean if of_nothing == 0 else jnp.where(count == 0, of_nothing, mean))[ids]
 
 
 def _count(a: Example, where: Mask) -> Array:
@@ -99,8 +129,9 @@ def divided(a: Array, by) -> Array:
     return jax.lax.div(a, jnp.asarray(by, a.dtype))
 
 
-def _only(where: Mask | None, a: Array) -> Array:
+def _only(where: Where | None, a: Array) -> Array:
     """Zero where the mask is False, NaN or not, and in its derivative."""
+    where = where.mask if isinstance(where, Segments) else where
     return a if where is None else jnp.where(where, a, 0)
 
 
@@ -113,7 +144,7 @@ def _to_compute_dtype(x: Array) -> Array:
     return x.astype(compute_dtype(x))
 
 
-def _centred(x: Example, where: Mask | None, origin: Array | None, d: Array | None) -> Example:
+def _centred(x: Example, where: Where | None, origin: Array | None, d: Array | None) -> Example:
     """`x - mean`, by two subtractions: `origin + d`, rounded, would have lost d again."""
     x = _only(where, x)
     x = x if origin is None else x - origin
@@ -331,14 +362,20 @@ def normalize(
     x: Example,
     weight: Broadcastable | None = None,
     bias: Broadcastable | None = None,
-    where: Mask | None = None,
+    where: Where | None = None,
     *,
     eps: float,
     centre: bool = True,
     unit_offset: bool = False,
     axis_name: Hashable | None = None,
+    segments: Int[Array, "tokens"] | None = None,
+    num_segments: int | None = None,
 ) -> Example:
-    """What the layers call: `normalize_reference`, by the rule above."""
+    """What the layers call: `normalize_reference`, by the rule above.
+
+    With segments x is of shape (tokens, groups, *rest), and each group of each segment is by
+    itself; tokens of no segment are as if under the mask.
+    """
     x = as_jax_has_it(x)
     weight, bias = _fit(x, weight, bias)
     if unit_offset and weight is not None:
@@ -347,14 +384,22 @@ def normalize(
         # JAX stumbles over a NumPy constant that is mapped into a custom_jvp under jit, and masks
         # are often such constants. Any operation makes an array of it; XLA drops this one.
         where = where & True
-    spec = _Spec(eps, centre, axis_name, None if bias is None else bias.shape)
+    part = where if segments is None else _by_segment(x, where, segments, num_segments)
+    bias_shape = None if bias is None else bias.shape
+    spec = _Spec(eps, centre, axis_name, bias_shape, num_segments=num_segments)
     # JAX traces a custom rule when it differentiates, and a vmap may have named its axis, and gone,
     # long before. A mesh has not. So along a vmap JAX differentiates the forward, as any function.
     op = _normalize if _is_on_mesh(axis_name) and not is_plain() else _forward_alone
-    y = op(spec, *together(x, weight, bias, where))
+    y = op(spec, *together(x, weight, bias, part))
     # The cast stands outside the rule, whose cotangent is then wide as well: dbias is summed over
     # a batch in float32. (Cast inside, its error over 8192 rows of bfloat16 was 2%.)
     return y.astype(x.dtype)
+
+
+def _by_segment(x: Example, where: Mask | None, ids: Array, num_segments: Any) -> Segments:
+    ids = (ids & -1).reshape((-1,) + (1,) * (x.ndim - 1))  # As with the mask.
+    known = (ids >= 0) & (ids < num_segments)
+    return Segments(jnp.where(known, ids, 0), known if where is None else known & where)
 
 
 def as_jax_has_it(x: Any) -> Array:
