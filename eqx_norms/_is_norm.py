@@ -45,8 +45,8 @@ def is_norm(node: Any) -> bool:
     **Returns:**
 
     `True` for `LayerNorm`, `RMSNorm`, `GroupNorm`, `AdaLayerNorm`, `CumulativeNorm` and
-    `SegmentNorm` of this package, for `LayerNorm`, `RMSNorm`, `GroupNorm` and `BatchNorm` of `equinox.nn`, and for their
-    subclasses;
+    `SegmentNorm` of this package, for `LayerNorm`, `RMSNorm`, `GroupNorm` and `BatchNorm` of
+    `equinox.nn`, and for their subclasses;
     with parameters that are stacked, only shapes, or `None` after `equinox.partition`, all the
     same. An `AdaLayerNorm` counts with the `linear` that computes its scale and shift.
     `eqx.nn.SpectralNorm` and `WeightNorm` are `False`: they hold a layer whose weight they

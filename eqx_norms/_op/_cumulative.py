@@ -115,6 +115,18 @@ def _one_later(a: Step) -> Step:
     return jnp.concatenate([a[1:], jnp.zeros_like(a[:1])])
 
 
+def _pinned(product: Array) -> Array:
+    """A product, or quotient, that is rounded for all who read it.
+
+    XLA for CPU computes a number once for each fusion that reads it, and in some of them a product
+    and the sum behind it without a rounding in between (an FMA). Another origin by an ulp here than
+    there, and d is the wrong rest: at 1e6 y was off by 1. A clamp stands in between and alters no
+    number; barriers and `reduce_precision` are gone by then.
+    """
+    most = jnp.finfo(product.dtype).max
+    return jax.lax.clamp(-most, product, most)
+
+
 def _mean(total: Step, count: Array) -> Step:
     return divided(total, jnp.broadcast_to(jnp.maximum(count, 1), total.shape))
 
@@ -147,7 +159,7 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
     wide = _only(where, _to_compute_dtype(x))
 
     # Of each step, in two parts. y is the same for any origin, so that origins have no derivative.
-    a = jax.lax.stop_gradient(_mean(_in_step(wide), counts.own))
+    a = _pinned(jax.lax.stop_gradient(_mean(_in_step(wide), counts.own)))
     wide, read_a = next_pass(wide, a)
     b = _mean(_in_step(_only(where, wide - read_a)), counts.own)
     wide, read_a, read_b = next_pass(wide, a, b)
@@ -157,8 +169,8 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
         first = a[:1]
     else:  # Of one number that is not 0 the sum is exact.
         first = _so_far(jnp.where((counts.before == 0) & (counts.own > 0), a, 0))
-    origin = first + _mean(_so_far(counts.own * ((a - first) + b)), counts.so_far)
-    origin = jax.lax.stop_gradient(origin)
+    since = _mean(_so_far(counts.own * ((a - first) + b)), counts.so_far)
+    origin = first + _pinned(jax.lax.stop_gradient(since))
     moved = jnp.where(counts.before == 0, 0, _one_before(origin) - origin)
     d = _mean(_so_far(counts.own * ((a - origin) + b) + counts.before * moved), counts.so_far)
 
@@ -312,16 +324,16 @@ def normalize_step(
     float_of = lambda n: n.astype(wide.dtype)
     n, kept = float_of(before + own), float_of(before) / float_of(jnp.maximum(count, 1))
 
-    a = divided(total(wide), float_of(jnp.maximum(own, 1)))
+    a = _pinned(divided(total(wide), float_of(jnp.maximum(own, 1))))
     b = divided(total(_only(where, wide - a)), float_of(jnp.maximum(own, 1)))
     w = total(jnp.square(_centred(wide, where, a, b)))
 
     mean = jnp.where(count == 0, a, mean)
     apart_by = (a - mean) + (b - mean_rest)
     share = divided(float_of(own), jnp.maximum(n, 1))
-    mean, mean_rest = _sum_and_rest(mean, mean_rest + share * apart_by)
-    between = float_of(before) * share * jnp.square(apart_by)
-    m2 = jnp.where(count == 0, m2, m2 * kept)
+    mean, mean_rest = _sum_and_rest(mean, mean_rest + _pinned(share * apart_by))
+    between = _pinned(float_of(before) * share * jnp.square(apart_by))
+    m2 = _pinned(m2 * jnp.where(count == 0, 1, kept))
     m2, m2_rest = _sum_and_rest(m2, m2_rest + (w + between))
 
     var = jnp.where(n == 0, 1, divided(m2 + m2_rest, jnp.maximum(n, 1)))

@@ -362,7 +362,7 @@ def normalize(
     x: Example,
     weight: Broadcastable | None = None,
     bias: Broadcastable | None = None,
-    where: Where | None = None,
+    where: Mask | None = None,
     *,
     eps: float,
     centre: bool = True,
@@ -435,7 +435,7 @@ def _is_on_mesh(axis_name: Hashable | None) -> bool:
     )
 
 
-def together(*arrays: Array | None) -> list[Any]:
+def together(*arrays: Array | Segments | None) -> list[Any]:
     """Arrays of one rank, the first of the full shape: all are placed on a mesh as that one is.
 
     A rule's cotangents must have the types of its inputs, and dweight varies and is split as x is:
