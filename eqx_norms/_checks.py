@@ -170,6 +170,19 @@ def check_mask(name: str, x: Array, where: Array | None) -> None:
         )
 
 
+def check_broadcast_mask(name: str, x: Any, where: Any) -> None:
+    """Of as many axes as x: with fewer, it would be a matter of taste which are left out."""
+    if where is None:
+        return
+    got = getattr(where, "shape", ()), getattr(where, "dtype", type(where).__name__)
+    if got[1] != jnp.bool_ or len(got[0]) != x.ndim or not fits(got[0], x.shape):
+        raise ValueError(
+            f"`{name}(x, where=...)` takes a boolean mask, True for entries that count, with as "
+            f"many axes as x, each of its size or of size 1: got {got[0]} and {got[1]} for x of "
+            f"shape {x.shape}. Type `mask[None]` for a mask without the first axis."
+        )
+
+
 def check_example(name: str, call: str, shape: tuple[int, ...], x: Array) -> None:
     """That `x` is one example of `shape`; if not, the error ends in the call that works.
 

@@ -7,9 +7,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._checks import (
+    check_broadcast_mask,
     check_eps,
     check_floating,
     check_implementation,
@@ -32,6 +33,7 @@ def group_norm(
     *,
     eps: Number = 1e-5,
     implementation: str = "xla",
+    where: Bool[Array | np.ndarray, "..."] | None = None,
 ) -> Float[Array, "channels *spatial"]:
     r"""Normalises one example, each group of neighbouring channels over all its entries.
 
@@ -49,7 +51,7 @@ def group_norm(
     - `weight`, `bias`: floating-point arrays of shape `(channels,)`, or of one that broadcasts to
         that of `x` with channels first, such as `(channels, 1)`; or `None`.
     - `eps`: added to the variance; a finite number, 0 or above.
-    - `implementation`: as for [`eqx_norms.GroupNorm`][].
+    - `implementation`, `where`: as for [`eqx_norms.GroupNorm`][].
 
     **Returns:**
 
@@ -58,7 +60,7 @@ def group_norm(
 
     **Raises:** `TypeError` if `x` is not of one of these dtypes, `weight` or `bias` no real
     floating-point array; `ValueError` if `groups` does not divide the channels, if `weight` or
-    `bias` has another shape, or for a bad `eps` or `implementation`.
+    `bias` has another shape, or for a bad `eps`, `implementation` or mask.
     """
     _check_example("group_norm", x, groups)
     check_implementation("group_norm", implementation)
@@ -72,7 +74,9 @@ def group_norm(
                 f"`{call}` takes one entry a channel: expected shape ({x.shape[0]},), "
                 f"got {param.shape}."
             )
-    return _by_group(implementation, x, groups, weight, bias, check_eps("group_norm", eps))
+    check_broadcast_mask("group_norm", x, where)
+    eps = check_eps("group_norm", eps)
+    return _by_group(implementation, x, groups, weight, bias, where, eps)
 
 
 def _check_example(name: str, x: Any, groups: Integer) -> None:
@@ -87,7 +91,9 @@ def _left_aligned(shape: tuple[int, ...], x: Any) -> tuple[int, ...]:
     return shape + (1,) * (x.ndim - len(shape))
 
 
-def _by_group(implementation: str, x: Any, groups: Integer, weight: Any, bias: Any, eps: float):
+def _by_group(
+    implementation: str, x: Any, groups: Integer, weight: Any, bias: Any, where: Any, eps: float
+):
     channels = x.shape[0]
 
     def by_channel(param: Any) -> Array | None:
@@ -96,11 +102,17 @@ def _by_group(implementation: str, x: Any, groups: Integer, weight: Any, bias: A
         param = jnp.asarray(param).reshape(_left_aligned(param.shape, x))
         return jnp.broadcast_to(param, (channels, *param.shape[1:]))
 
-    # One vmap for all three: where the channels are split over devices, they must be so in each.
-    placed = together(as_jax_has_it(x), by_channel(weight), by_channel(bias))
+    where = None if where is None else jnp.asarray(where)
+    # One vmap for all: where the channels are split over devices, they must be so in each.
+    placed = together(as_jax_has_it(x), by_channel(weight), by_channel(bias), where)
     split = lambda a: a.reshape(groups, channels // groups, *a.shape[1:])
-    norm = jax.vmap(ft.partial(normalize_by, implementation, eps=eps))
-    return grouped(norm(*jax.tree.map(split, placed))).reshape(x.shape)
+    # A mask that all channels share is not repeated.
+    shared = where is not None and where.shape[0] != channels
+    *params, mask = placed
+    parts: list[Any] = jax.tree.map(split, params)
+    parts.append(mask if shared else jax.tree.map(split, mask))
+    norm = ft.partial(normalize_by, implementation, eps=eps)
+    return grouped(jax.vmap(norm, (0, 0, 0, None if shared else 0))(*parts)).reshape(x.shape)
 
 
 class GroupNorm(eqx.Module):
@@ -188,21 +200,32 @@ class GroupNorm(eqx.Module):
         self.implementation = check_implementation("GroupNorm", implementation)
 
     @overload
-    def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array: ...
+    def __call__(self, x: Array, *, key=None, where: Array | None = None) -> Array: ...
 
     @overload
     def __call__(
-        self, x: Array, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
+        self, x: Array, state: eqx.nn.State, *, key=None, where: Array | None = None
     ) -> tuple[Array, eqx.nn.State]: ...
 
     @jax.named_scope("eqx_norms.GroupNorm")
-    def __call__(self, x: Float[Array, "channels *spatial"], state=no_state, *, key=None):
+    def __call__(
+        self,
+        x: Float[Array, "channels *spatial"],
+        state=no_state,
+        *,
+        key: PRNGKeyArray | None = None,
+        where: Bool[Array | np.ndarray, "..."] | None = None,
+    ):
         """**Arguments:**
 
         - `x`: one example, of shape `(channels, *spatial)` and dtype float16, bfloat16, float32
             or float64.
         - `state`: passed through, so that the layer can stand in for `equinox.nn.BatchNorm`.
         - `key`: ignored; `equinox.nn.Sequential` passes it.
+        - `where`: a boolean mask with as many axes as `x`, each of its size or of size 1, as
+            `(1, time)` for padding that all channels share. Entries where it is `False`, NaN or
+            not, take no part in mean and variance, come out as zero and receive a zero gradient.
+            It is kept for the backward as it came, a byte an entry.
 
         **Returns:**
 
@@ -210,7 +233,8 @@ class GroupNorm(eqx.Module):
 
         **Raises:** `ValueError` if the first axis of `x` is not `channels`, with the call that
         works, or not a multiple of `groups`, or if weight or bias, with `channelwise_affine`, is
-        missing or does not broadcast to `x`; `TypeError` if `x` is not of such a dtype.
+        missing or does not broadcast to `x`, or for a bad mask; `TypeError` if `x` is not of such
+        a dtype.
         """
         check_floating("GroupNorm", x)
         if self.channels is not None and x.shape[:1] != (self.channels,):
@@ -224,7 +248,8 @@ class GroupNorm(eqx.Module):
         weight, bias = own_params(self, weight=affine, bias=affine)
         shapes = [_left_aligned(p.shape, x) for p in (weight, bias) if p is not None]
         check_stacked("GroupNorm", x.shape, shapes)
-        y = _by_group(self.implementation, x, self.groups, weight, bias, self.eps)
+        check_broadcast_mask("GroupNorm", x, where)
+        y = _by_group(self.implementation, x, self.groups, weight, bias, where, self.eps)
         return y if state is no_state else (y, state)
 
 

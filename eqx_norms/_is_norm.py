@@ -5,15 +5,19 @@ from typing import Any
 import equinox as eqx
 
 from ._ada_layer_norm import AdaLayerNorm
+from ._cumulative_norm import CumulativeNorm
 from ._group_norm import GroupNorm
 from ._layer_norm import LayerNorm
 from ._rms_norm import RMSNorm
+from ._segment_norm import SegmentNorm
 
 _norms = (
     LayerNorm,
     RMSNorm,
     GroupNorm,
     AdaLayerNorm,
+    CumulativeNorm,
+    SegmentNorm,
     eqx.nn.LayerNorm,
     eqx.nn.RMSNorm,
     eqx.nn.GroupNorm,
@@ -40,8 +44,9 @@ def is_norm(node: Any) -> bool:
 
     **Returns:**
 
-    `True` for `LayerNorm`, `RMSNorm`, `GroupNorm` and `AdaLayerNorm` of this package, for
-    `LayerNorm`, `RMSNorm`, `GroupNorm` and `BatchNorm` of `equinox.nn`, and for their subclasses;
+    `True` for `LayerNorm`, `RMSNorm`, `GroupNorm`, `AdaLayerNorm`, `CumulativeNorm` and
+    `SegmentNorm` of this package, for `LayerNorm`, `RMSNorm`, `GroupNorm` and `BatchNorm` of
+    `equinox.nn`, and for their subclasses;
     with parameters that are stacked, only shapes, or `None` after `equinox.partition`, all the
     same. An `AdaLayerNorm` counts with the `linear` that computes its scale and shift.
     `eqx.nn.SpectralNorm` and `WeightNorm` are `False`: they hold a layer whose weight they

@@ -13,6 +13,7 @@ import eqx_norms
 
 PACKAGE = pathlib.Path(eqx_norms.__file__).parent
 NORMS = {"_layer_norm", "_rms_norm", "_group_norm", "_ada_layer_norm", "_replace", "_is_norm"}
+NORMS |= {"_cumulative_norm", "_segment_norm", "_steps"}
 ROOMS = ("causality", "diagnostics")
 
 

@@ -16,6 +16,8 @@ NORMS = {
     "RMSNorm": eqx_norms.RMSNorm(4),
     "GroupNorm": eqx_norms.GroupNorm(2, 4),
     "AdaLayerNorm": eqx_norms.AdaLayerNorm(4, 3, key=KEY),
+    "CumulativeNorm": eqx_norms.CumulativeNorm(4),
+    "SegmentNorm": eqx_norms.SegmentNorm(4),
     "eqx.nn.LayerNorm": eqx.nn.LayerNorm(4),
     "eqx.nn.RMSNorm": eqx.nn.RMSNorm(4),
     "eqx.nn.GroupNorm": eqx.nn.GroupNorm(2, 4),

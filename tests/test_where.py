@@ -13,8 +13,18 @@ import pytest
 from draws import normal, seed
 from oracles import Exact, assert_alike, assert_close, exact_norm, terms
 from refused import refused
+from slow import few
 
-from eqx_norms import LayerNorm, RMSNorm, layer_norm, normalize_reference, rms_norm
+from eqx_norms import (
+    GroupNorm,
+    LayerNorm,
+    RMSNorm,
+    group_norm,
+    layer_norm,
+    normalize_reference,
+    rms_norm,
+)
+from eqx_norms.causality import check_reads
 
 slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
 ROWS, N = 12, 17
@@ -166,3 +176,79 @@ def test_what_is_masked_of_a_constant_example_without_eps(layer):
     y, vjp = jax.vjp(lambda *args: norm(*args, where=where, eps=0.0), x, jnp.ones(5))
     for a in (y, *vjp(jnp.arange(5.0))):
         assert not a[2:].any()
+
+
+# ---- GroupNorm, whose mask may be smaller than x.
+
+CHANNELS, TIME = 4, 15
+MASKS = ((CHANNELS, TIME), (1, TIME), (CHANNELS, 1))
+
+
+@ft.partial(jax.jit, static_argnums=0)
+def group_value_and_vjp(groups, x, weight, bias, g, where):
+    norm = lambda *args: group_norm(args[0], groups, *args[1:], where=where)
+    y, vjp = jax.vjp(norm, x, weight, bias)
+    return y, *vjp(g)
+
+
+def exact_masked_groups(groups, x, weight, bias, g, where, of):
+    """Each group is one row of the entries that count."""
+    where = np.broadcast_to(where, x.shape)
+    y, dx, dweight, dbias = (np.zeros(x.shape) for _ in range(4))
+    per = CHANNELS // groups
+    for group in range(groups):
+        at = np.zeros(x.shape, bool)
+        at[group * per : (group + 1) * per] = where[group * per : (group + 1) * per]
+        channel = np.nonzero(at)[0]
+        if at.any():
+            one = of(x[at][None], weight[channel], bias[channel], g[at][None])
+            y[at], dx[at], dweight[at], dbias[at] = one.y[0], one.dx[0], one.dweight, one.dbias
+    return Exact(y, dx, dweight.sum(1), dbias.sum(1))
+
+
+@pytest.mark.parametrize("shape", few(MASKS, ((1, TIME),)), ids=str)
+@pytest.mark.parametrize("groups", few((1, 2, CHANNELS), (2,)))
+def test_groups(shape, groups):
+    """At offsets to 1e6, with NaN under the mask; instance norm is a group a channel."""
+    rng = np.random.default_rng(seed(2))
+    normal, g = rng.normal(size=(2, CHANNELS, TIME)).astype(np.float32)
+    weight, bias = rng.normal(size=(2, CHANNELS)).astype(np.float32)
+    where = rng.uniform(size=shape) < 0.6
+    if shape[0] > 1:
+        where[-1] = False  # With a group a channel, one has no entry.
+    for offset in (0, 1e6):
+        x = normal + np.float32(offset)
+        args = groups, x, weight, bias, g, where
+        want, size = (exact_masked_groups(*args, of=of) for of in (exact_norm, terms))
+        under = np.where(where, x, np.float32(np.nan))
+        got = group_value_and_vjp(groups, under, weight, bias, g, where)
+        assert_close(got, want, size, x.size)
+        hidden = ~np.broadcast_to(where, x.shape)
+        assert not np.asarray(got[0])[hidden].any() and not np.asarray(got[1])[hidden].any()
+
+
+def test_a_mask_that_all_channels_share_is_kept_once():
+    """Bytes: x, three scalars a group, weight, and the mask as it came."""
+    x, where = jnp.ones((3, 64, 50), jnp.bfloat16), jnp.ones((3, 1, 50), bool)
+    norm = lambda x: jax.vmap(lambda x, where: GroupNorm(8, 64)(x, where=where))(x, where)
+    _, vjp = jax.vjp(jax.jit(norm), x)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
+    assert held <= x.size * 2 + where.size + 3 * 8 * 12 + 64 * 4
+
+
+def test_what_is_padded_does_not_reach_what_counts():
+    """Proved: nobody reads the padding."""
+    real = jnp.arange(4) < 3
+    norm = lambda x: GroupNorm(2, 2, channelwise_affine=False)(x, where=real[None])
+    x = np.random.default_rng(seed(4)).normal(size=(2, 4)).astype(np.float32)
+    report = check_reads(norm, x, np.outer(real, real), axis=1, prove=True)
+    assert report.status == "proved"
+
+
+def test_bad_masks_of_groups():
+    norm, x = GroupNorm(2, CHANNELS), jnp.ones((CHANNELS, TIME))
+    for mask in (jnp.ones(TIME, bool), jnp.ones((1, TIME)), jnp.ones((2, TIME), bool)):
+        with refused(ValueError, "as many axes as x, each of its size or of size 1: got"):
+            norm(x, where=mask)
+        with refused(ValueError, r"Type `mask\[None\]`"):
+            group_norm(x, 2, where=mask)

@@ -1,5 +1,11 @@
 """The one operation behind every layer; the layers see what is named here, and nothing below."""
 
+from ._cumulative import (
+    CumulativeState as CumulativeState,
+    no_steps as no_steps,
+    normalize_so_far as normalize_so_far,
+    normalize_step as normalize_step,
+)
 from ._lowering import MARKS as MARKS, grouped as grouped
 from ._normalize import (
     as_jax_has_it as as_jax_has_it,

@@ -1,0 +1,236 @@
+"""CumulativeNorm: its parameters, its checks, its call of the op, at once or step by step."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from ._checks import check_eps, check_param_dtype, check_size, check_stacked, no_state, own_params
+from ._op import CumulativeState, no_steps, normalize_so_far, normalize_step
+from ._real import Integer, Number
+from ._steps import check_channel_params, check_step_mask, check_steps, in_groups, of_channels
+
+
+def cumulative_norm(
+    x: Float[Array | np.ndarray, "time channels *spatial"],
+    weight: Float[Array | np.ndarray, "..."] | None = None,
+    bias: Float[Array | np.ndarray, "..."] | None = None,
+    *,
+    groups: Integer = 1,
+    eps: Number = 1e-5,
+    where: Bool[Array | np.ndarray, "..."] | None = None,
+) -> Float[Array, "time channels *spatial"]:
+    """Normalises each step of one example by mean and variance of that step and all before it.
+
+    **Arguments:**
+
+    - `x`: one example, time first, of dtype float16, bfloat16, float32 or float64. For a batch,
+        `jax.vmap` this function.
+    - `weight`, `bias`: floating-point arrays of shape `(channels,)`, or that broadcast to
+        `(channels, *spatial)` from the left; or `None`.
+    - `groups`, `eps`: as for [`eqx_norms.CumulativeNorm`][]; `where`: as for its call.
+
+    **Returns:**
+
+    An array of the shape and dtype of `x`.
+
+    **Raises:** `TypeError` if `x`, `weight` or `bias` is no real floating-point array; `ValueError`
+    if `x` has fewer than two axes, if `groups` does not divide the channels, if `weight` or `bias`
+    has another shape, or for a bad `eps` or mask.
+    """
+    groups = check_size("cumulative_norm(groups=...)", groups)
+    eps = check_eps("cumulative_norm", eps)
+    check_steps("cumulative_norm", x, None, groups)
+    check_channel_params("cumulative_norm", x, weight=weight, bias=bias)
+    check_step_mask("cumulative_norm", x, where)
+    return _by_group(x, weight, bias, where, groups, eps)
+
+
+def _by_group(x, weight, bias, where, groups: int, eps: float) -> Array:
+    weight, bias = (of_channels(param, x, groups) for param in (weight, bias))
+    grouped, mask = (in_groups(a, x, groups) for a in (x, where))
+    return normalize_so_far(grouped, weight, bias, mask, eps=eps).reshape(x.shape)
+
+
+class CumulativeNorm(eqx.Module):
+    r"""Normalises each step by the mean and variance of that step and all before it: causal.
+
+    $$y_t = \frac{x_t - \mathbb{E}[x_{0..t}]}{\sqrt{\text{Var}[x_{0..t}] + \varepsilon}}
+    * \text{weight} + \text{bias}$$
+
+    The example has shape `(time, channels, *spatial)`; `weight` and `bias` have one entry a
+    channel. With `groups=1` this is the cumulative layer normalization (cLN) of Conv-TasNet, over
+    all features of all steps so far; with `groups=channels` each channel is by itself, a
+    cumulative InstanceNorm; between them lies the cumulative GroupNorm.
+
+    It is exact at any offset and for any number of steps: no two large sums are subtracted. The
+    backward is hand-written, takes time and memory in proportion to the number of steps, and keeps
+    `x` in its own dtype and three numbers a step and group
+    ([how](../backward.md#over-what-has-come-so-far)).
+
+    !!! tip "Streaming"
+
+        The same layer, one step at a time, by a state of five numbers a group:
+        ```python
+        state = norm.init_state()
+        y_t, state = norm.step(x_t, state)  # x_t of shape (channels, *spatial)
+        ```
+        `jax.lax.scan(lambda state, x_t: norm.step(x_t, state)[::-1], state, x)` returns what
+        `norm(x)` does, but for the order in which it is summed.
+
+    ??? cite
+        [Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking for Speech
+        Separation](https://arxiv.org/abs/1809.07454)
+
+        ```bibtex
+        @article{luo2019conv,
+            author={Yi Luo and Nima Mesgarani},
+            title={Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking for Speech
+                Separation},
+            year={2019},
+            journal={IEEE/ACM Transactions on Audio, Speech, and Language Processing},
+        }
+        ```
+    """
+
+    channels: int = eqx.field(static=True)
+    groups: int = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+    channelwise_affine: bool = eqx.field(static=True)
+    weight: Float[Array, "channels"] | None
+    bias: Float[Array, "channels"] | None
+
+    def __init__(
+        self,
+        channels: Integer,
+        groups: Integer = 1,
+        eps: Number = 1e-5,
+        channelwise_affine: bool = True,
+        dtype=None,
+    ):
+        """**Arguments:**
+
+        - `channels`: the size of the second axis of the input, behind time.
+        - `groups`: how many groups the channels are split into, each with statistics of its own;
+            must divide their number.
+        - `eps`: added to the variance; a finite number, 0 or above.
+        - `channelwise_affine`: whether to scale and shift each channel by a learned `weight`, from
+            ones, and `bias`, from zeros.
+        - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+
+        **Raises:** `ValueError` if `groups` does not divide `channels`, if either is below 1, or
+        for a bad `eps`; `TypeError` for a `dtype` that is none of float16, bfloat16, float32 and
+        float64.
+        """
+        self.channels = check_size("CumulativeNorm(channels=...)", channels)
+        self.groups = check_size("CumulativeNorm(groups=...)", groups)
+        if self.channels % self.groups:
+            raise ValueError(
+                "`CumulativeNorm` needs a number of groups that divides the number of channels; "
+                f"got {self.groups} groups and {self.channels} channels."
+            )
+        self.eps = check_eps("CumulativeNorm", eps)
+        self.channelwise_affine = channelwise_affine
+        dtype = check_param_dtype("CumulativeNorm", dtype)
+        self.weight = jnp.ones(self.channels, dtype) if channelwise_affine else None
+        self.bias = jnp.zeros(self.channels, dtype) if channelwise_affine else None
+
+    @jax.named_scope("eqx_norms.CumulativeNorm")
+    def __call__(
+        self,
+        x: Float[Array, "time channels *spatial"],
+        state=no_state,
+        *,
+        key: PRNGKeyArray | None = None,
+        where: Bool[Array | np.ndarray, "..."] | None = None,
+    ):
+        """**Arguments:**
+
+        - `x`: one example, of shape `(time, channels, *spatial)` and dtype float16, bfloat16,
+            float32 or float64.
+        - `state`: passed through, as by all norms; not that of `step`.
+        - `key`: ignored; `equinox.nn.Sequential` passes it.
+        - `where`: a boolean mask of shape `(time,)`, or with as many axes as `x`, each of its size
+            or of size 1. Entries where it is `False`, NaN or not, take no part in any mean and
+            variance, come out as zero and receive a zero gradient.
+
+        **Returns:**
+
+        An array of the shape and dtype of `x`; with `state`, a tuple of it and the state.
+
+        **Raises:** `ValueError` if the second axis of `x` is not `channels`, for a bad mask, or if
+        weight or bias, with `channelwise_affine`, is missing or does not fit; `TypeError` if `x`
+        is not of such a dtype.
+        """
+        check_steps("CumulativeNorm", x, self.channels, self.groups)
+        check_step_mask("CumulativeNorm", x, where)
+        weight, bias = self._params(x.shape[1:])
+        y = _by_group(x, weight, bias, where, self.groups, self.eps)
+        return y if state is no_state else (y, state)
+
+    def init_state(self, dtype=jnp.float32) -> CumulativeState:
+        """The state before the first step.
+
+        **Arguments:**
+
+        - `dtype`: of the steps to come. Statistics are float64 for float64, else float32.
+
+        **Returns:**
+
+        A tuple of five arrays of shape `(groups,)`: the number of entries, as int32, their mean
+        and the sum of squares about it, each in two parts. Above 2^31 - 1 entries a group, the
+        oldest are forgotten as fast as new ones come.
+        """
+        check_param_dtype("CumulativeNorm.init_state", dtype)
+        wide = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+        return no_steps(self.groups, wide)
+
+    @jax.named_scope("eqx_norms.CumulativeNorm.step")
+    def step(
+        self,
+        x: Float[Array, "channels *spatial"],
+        state: CumulativeState,
+        *,
+        where: Bool[Array | np.ndarray, "..."] | None = None,
+    ) -> tuple[Float[Array, "channels *spatial"], CumulativeState]:
+        """One step of a stream: as the layer does it to the whole, in constant time and memory.
+
+        **Arguments:**
+
+        - `x`: the next step, of shape `(channels, *spatial)`.
+        - `state`: from `init_state()`, or from the step before.
+        - `where`: a boolean mask of shape `()`, or with as many axes as `x`, each of its size or of
+            size 1.
+
+        **Returns:**
+
+        A tuple of the normalised step, of the shape and dtype of `x`, and the new state.
+
+        **Raises:** as the call of the layer does; `ValueError` also for a state of another dtype
+        or number of groups.
+        """
+        check_steps("CumulativeNorm.step", x, self.channels, self.groups, steps=0)
+        if where is not None:
+            check_step_mask("CumulativeNorm.step", x[None], jnp.asarray(where)[None])
+        wide = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+        mean = getattr(state, "mean", None)
+        got = getattr(mean, "shape", None), getattr(mean, "dtype", None)
+        if got != ((self.groups,), wide):
+            raise ValueError(
+                "`CumulativeNorm.step(x, state)` takes the state of the step before, or "
+                f"`norm.init_state(x.dtype)`: expected statistics of shape {(self.groups,)} and "
+                f"{wide}, got {got[0]} and {got[1]}."
+            )
+        weight, bias = self._params(x.shape)
+        weight, bias = (of_channels(p, x, self.groups, axis=0) for p in (weight, bias))
+        grouped, mask = (in_groups(a, x, self.groups, axis=0) for a in (x, where))
+        y, state = normalize_step(grouped, state, weight, bias, mask, eps=self.eps)
+        return y.reshape(x.shape), state
+
+    def _params(self, shape: tuple[int, ...]) -> tuple[Array | None, Array | None]:
+        affine = self.channelwise_affine
+        weight, bias = own_params(self, weight=affine, bias=affine)
+        lefts = [p.shape + (1,) * (len(shape) - p.ndim) for p in (weight, bias) if p is not None]
+        check_stacked("CumulativeNorm", shape, lefts)
+        return weight, bias

@@ -1,0 +1,275 @@
+"""CumulativeNorm: step t by the statistics of steps 0 to t.
+
+Oracle: float64 numpy, by brute force: every prefix of every group is one row of `exact_norm`, of
+which the last step alone is an output. Entries under a mask are dropped from the row.
+"""
+
+import functools as ft
+import itertools as it
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from draws import normal, seed
+from oracles import Exact, assert_close, exact_norm, terms
+from refused import refused
+from slow import few, slow
+
+from eqx_norms import CumulativeNorm, GroupNorm, assert_causal, cumulative_norm
+from eqx_norms.causality import CausalityError, assert_same, check_reads, rules
+
+TIME, CHANNELS = 9, 4
+
+
+def draw(offset, *spatial):
+    """At an offset, or after a first step of 0, which is the hardest for sums about that step."""
+    rng = np.random.default_rng(seed(1))
+    x, g = rng.normal(size=(2, TIME, CHANNELS, *spatial)).astype(np.float32)
+    weight, bias = rng.normal(size=(2, CHANNELS)).astype(np.float32) + 1
+    if offset == "jump":
+        x += np.float32(1e6)
+        x[0] = 0
+    else:
+        x += np.float32(offset)
+    return x, weight, bias, g
+
+
+def exact_cumulative(x, weight, bias, g, groups, where, of=exact_norm) -> Exact:
+    where = np.broadcast_to(where, x.shape)
+    y, dx, dweight, dbias = (np.zeros(x.shape) for _ in range(4))
+    channel = np.broadcast_to(np.arange(CHANNELS).reshape(-1, *[1] * (x.ndim - 2)), x.shape)
+    group = channel * groups // CHANNELS
+    step = np.broadcast_to(np.arange(TIME).reshape(-1, *[1] * (x.ndim - 1)), x.shape)
+    for t in range(TIME):
+        for i in range(groups):
+            row = where & (group == i) & (step <= t)
+            last = row & (step == t)
+            if last.any():
+                shown = np.where(last, g, 0)[row]
+                one = of(x[row][None], weight[channel[row]], bias[channel[row]], shown[None])
+                y[last] = one.y[0][last[row]]
+                dx[row] += one.dx[0]
+                dweight[row] += one.dweight
+                dbias[row] += one.dbias
+    per_channel = lambda a: a.sum((0, *range(2, a.ndim)))
+    return Exact(y, dx, per_channel(dweight), per_channel(dbias))
+
+
+@ft.partial(jax.jit, static_argnames="groups")
+def value_and_vjp(x, weight, bias, g, where=None, *, groups):
+    norm = lambda *args: cumulative_norm(*args, groups=groups, where=where)
+    y, vjp = jax.vjp(norm, x, weight, bias)
+    return y, *vjp(g)
+
+
+MASKS = {
+    "none": None,
+    "padding": np.arange(TIME) < 6,
+    "late": np.arange(TIME) % 3 == 2,
+    "features": np.arange(TIME * CHANNELS).reshape(TIME, CHANNELS, 1) % 5 > 1,
+    "nothing": np.zeros(TIME, bool),
+}
+QUICK = (CHANNELS, "none"), (2, "late"), (1, "features")
+CASES = [case if case in QUICK else slow(*case) for case in it.product((1, 2, CHANNELS), MASKS)]
+
+
+@pytest.mark.parametrize("groups, mask", CASES)
+def test_float32(groups, mask):
+    """The terms of a cumulative sum are the terms of the prefixes, summed."""
+    where = MASKS[mask]
+    for offset in (0, 1e6, "jump"):
+        x, weight, bias, g = draw(offset, 2)
+        full = True if where is None else where.reshape(*where.shape, *[1] * (3 - where.ndim))
+        args = x, weight, bias, g, groups, full
+        want, size = (exact_cumulative(*args, of=of) for of in (exact_norm, terms))
+        hidden = ~np.broadcast_to(full, x.shape)
+        under = np.where(hidden, np.float32(np.nan), x)
+        got = value_and_vjp(under, weight, bias, g, where, groups=groups)
+        assert_close(got, want, size, x.size)
+        assert not np.asarray(got[0])[hidden].any() and not np.asarray(got[1])[hidden].any()
+
+
+def reference(x, weight, bias, where):
+    """Each prefix by itself, differentiated by JAX."""
+
+    def at(t):
+        row = where & (jnp.arange(len(x)) <= t)[:, None]
+        mean = jnp.mean(x, where=row)
+        var = jnp.mean(jnp.square(x - mean), where=row)
+        return (x[t] - mean) * jax.lax.rsqrt(var + 1e-5) * weight + bias
+
+    return jnp.where(where, jnp.stack([at(t) for t in range(len(x))]), 0)
+
+
+@pytest.mark.parametrize("masked, order", ((True, 1), slow(True, 2), slow(False, 2)))
+def test_derivatives_of_every_order(masked, order, getkey):
+    with jax.enable_x64(True):
+        x, dx, g = normal(getkey(), (3, 5, 3))
+        weight, bias = normal(getkey(), (2, 3))
+        where = (jnp.arange(15).reshape(5, 3) % 4 > 0) | (not masked)
+        mask = where if masked else None
+
+        def along(f):
+            loss = lambda t: jnp.vdot(jnp.sin(f(x + t * dx, weight + t, bias)), g)
+            modes = (jax.jacfwd, jax.hessian)[:order]
+            return jax.jit(lambda t: [mode(loss)(t) for mode in modes])(0.1)
+
+        got = along(lambda *args: cumulative_norm(*args, where=mask))
+        want = along(lambda *args: reference(*args, where))
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
+
+
+def streamed(norm, x, where=None):
+    masks = jnp.ones(len(x), bool) if where is None else where
+    take = lambda state, step: norm.step(step[0], state, where=step[1])[::-1]
+    return jax.lax.scan(take, norm.init_state(x.dtype), (x, masks))[1]
+
+
+@pytest.mark.parametrize("groups", few((1, 2, CHANNELS), (2,)))
+def test_steps_are_the_whole(groups):
+    """Values to a few ulps at every offset, the same function by `assert_same`, derivatives."""
+    norm = CumulativeNorm(CHANNELS, groups)
+    where = MASKS["late"] | (np.arange(TIME) == 4)
+    step = jax.jit(lambda x: streamed(norm, x, where))
+    for offset in (0, 1e6, "jump"):
+        x, *_, g = draw(offset)
+        ones, zeros = np.ones(CHANNELS), np.zeros(CHANNELS)
+        args = x, ones, zeros, g, groups, where[:, None]
+        want, size = (exact_cumulative(*args, of=of).y for of in (exact_norm, terms))
+        # Those of `oracles.ulps`, and one step of rounding for each.
+        assert (np.abs(step(x) - want) <= 40 * 2.0**-23 * size).all()
+
+
+@pytest.mark.slow
+def test_steps_are_the_same_function():
+    x, *_, g = draw(0)
+    norm, where = CumulativeNorm(CHANNELS, 2), jnp.asarray(MASKS["late"])
+    step, whole = lambda x: streamed(norm, x, where), lambda x: norm(x, where=where)
+    assert_same(whole, step, x)
+    one, other = (jax.jit(lambda x, f=f: jax.vjp(f, x)[1](g)[0])(x) for f in (whole, step))
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(one).max())
+
+
+def test_causal_and_proved():
+    x = draw(0)[0]
+    norm = CumulativeNorm(CHANNELS, 2)
+    assert assert_causal(norm, x, prove="required").status == "proved"
+    with pytest.raises(CausalityError):
+        assert_causal(GroupNorm(1, CHANNELS), x.T, axis=1)
+
+
+def test_padding_is_not_read():
+    real = np.arange(4) != 1
+    rule = rules.causal(4) & np.outer(real, real)
+    norm = lambda x: CumulativeNorm(2)(x, where=jnp.asarray(real))
+    x = normal(jax.random.key(seed(3)), (4, 2))
+    assert check_reads(norm, x, rule, prove=True).status == "proved"
+
+
+def test_kept_are_x_and_three_numbers_a_step():
+    for dtype, size in ((jnp.float32, 4), (jnp.bfloat16, 2)):
+        x = jnp.ones((50, 64), dtype)
+        _, vjp = jax.vjp(jax.jit(lambda x: CumulativeNorm(64, 2)(x)), x)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
+        assert held <= x.size * size + 50 * 2 * 12 + 64 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", (1, 4))
+@pytest.mark.parametrize("offset", (0.0, 1e3, 1e6))
+def test_a_million_steps(features, offset):
+    """Errors below 1e-6 of the largest entry, that of the last step by itself as well.
+
+    Oracle: sums of numpy's long doubles about the offset, which keep 64 bits on x86 and lose a few
+    of them; where they are float64, they lose more, and still keep 1e-9.
+    """
+    rng = np.random.default_rng(seed(5))
+    x = (rng.normal(size=(1_000_000, features)) + offset).astype(np.float32)
+    want = np.longdouble(x) - offset
+    n = features * np.arange(1, len(x) + 1, dtype=np.longdouble)[:, None]
+    mean, square = (np.cumsum(a.sum(1, keepdims=True), 0) / n for a in (want, want**2))
+    want = np.float64((want - mean) / np.sqrt(np.maximum(square - mean**2, 0) + 1e-5))
+    error = np.abs(jax.jit(cumulative_norm)(x) - want)
+    assert error.max() < 1e-6 * np.abs(want).max() and error[-1].max() < 1e-6
+    if offset == 1e6 and features == 1:
+        norm = CumulativeNorm(1, channelwise_affine=False)
+        error = np.abs(jax.jit(ft.partial(streamed, norm))(x) - want)
+        assert error.max() < 1e-6 * np.abs(want).max() and error[-1].max() < 1e-6
+
+
+def test_many_steps_of_an_odd_size_at_an_offset():
+    """Division by 33 is a product to XLA, and a product and a sum may be one operation.
+
+    Then an origin may differ between those who read it, and y is off by 1. In steps as well.
+    """
+    rng = np.random.default_rng(seed(6))
+    x = (rng.normal(size=(300, 33)) + 1e6).astype(np.float32)
+    wide = np.float64(x) - 1e6
+    sofar = [wide[: t + 1] for t in range(len(x))]
+    want = np.stack([(a[-1] - a.mean()) / np.sqrt(a.var() + 1e-5) for a in sofar])
+    norm = CumulativeNorm(33, channelwise_affine=False)
+    for f in (norm, ft.partial(streamed, norm)):
+        error = np.abs(jax.jit(lambda x, f=f: f(x))(x) - want)
+        assert error.max() < 1e-6 * np.abs(want).max()
+
+
+def test_half_precision_and_float64():
+    x, weight, bias, g = draw(0, 2)
+    for dtype in (jnp.bfloat16,):
+        low = jnp.asarray(x, dtype)
+        y = jax.jit(cumulative_norm)(low, weight, bias)
+        exact = exact_cumulative(np.float32(low), weight, bias, g, 1, True).y
+        assert y.dtype == dtype
+        eps = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(np.float32(y), exact, rtol=eps, atol=1e-5)
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(a, jnp.float64) for a in (x, weight, bias))
+        y = jax.jit(cumulative_norm)(*wide)
+        exact = exact_cumulative(np.float64(x), weight, bias, g, 1, True).y
+        assert y.dtype == jnp.float64
+        np.testing.assert_allclose(y, exact, rtol=0, atol=1e-13 * np.abs(exact).max())
+
+
+def test_the_count_ends_where_int32_does():
+    """There the oldest is forgotten as fast as the new comes: var stays a mean of squares."""
+    norm = CumulativeNorm(1, channelwise_affine=False)
+    most = 2**31 - 1
+    full = lambda a: jnp.full(1, a, jnp.float32)
+    state = norm.init_state()._replace(entries=jnp.full(1, most), mean=full(3), m2=full(most * 4.0))
+    y, after = jax.jit(lambda x, state: norm.step(x, state))(np.full(1, 5, np.float32), state)
+    assert after.entries[0] == most and after.mean[0] == 3
+    np.testing.assert_allclose([y[0], after.m2[0] / most], [1, 4], rtol=1e-5)
+
+
+def test_no_steps():
+    assert jax.eval_shape(cumulative_norm, jnp.ones((0, 3))).shape == (0, 3)
+
+
+def test_bad_input():
+    norm, x = CumulativeNorm(CHANNELS, 2), jnp.ones((TIME, CHANNELS))
+    with refused(ValueError, r"Map it over the axes before: jax.vmap\(norm\)\(x\)"):
+        norm(x[None])
+    with refused(ValueError, "Bring the steps to the front"):
+        norm(x.T)
+    with refused(ValueError, r"expected 4 channels, got an array of shape \(4,\)"):
+        norm(x[0])
+    with refused(ValueError, "got 3 groups and 4 channels"):
+        cumulative_norm(x, groups=3)
+    with refused(ValueError, "got 3 groups and 4 channels"):
+        CumulativeNorm(4, 3)
+    with refused(ValueError, r"expected shape \(4,\), got \(3,\)"):
+        cumulative_norm(x, jnp.ones(3))
+    with refused(TypeError, "normalises real floating-point arrays"):
+        norm(jnp.ones((TIME, CHANNELS), int))
+    for mask in (jnp.ones(CHANNELS, bool), jnp.ones(TIME), jnp.ones((2, CHANNELS), bool)):
+        with refused(ValueError, "one entry a step, or with as many axes as x"):
+            norm(x, where=mask)
+    with refused(ValueError, r"`norm.init_state\(x.dtype\)`: expected statistics of shape \(2,\)"):
+        norm.step(x[0], CumulativeNorm(CHANNELS).init_state())
+    with refused(ValueError, r"expected 4 channels, got an array of shape \(9, 4\)"):
+        norm.step(x, norm.init_state())
+    stacked = eqx.filter_vmap(lambda _: CumulativeNorm(CHANNELS))(jnp.arange(3))
+    with refused(ValueError, "If these are several layers, stacked, map over them"):
+        stacked(x)

@@ -1,0 +1,153 @@
+"""SegmentNorm: each token by the statistics of its segment.
+
+Oracle: float64 numpy; the entries of each segment and group are one row of `exact_norm`.
+"""
+
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from draws import normal, seed
+from oracles import Exact, assert_close, exact_norm, terms
+from refused import refused
+from slow import few, slow
+
+from eqx_norms import SegmentNorm, segment_norm
+from eqx_norms.causality import check_reads, rules
+
+CHANNELS, COUNT = 4, 5
+# Not sorted; segment 3 is empty, 4 is one token, two tokens are of no segment.
+IDS = np.array([2, 0, 0, 1, 2, -1, 1, 2, 5, 0, 4, 1])
+TOKENS = len(IDS)
+
+
+def exact(x, weight, bias, g, groups, where, of=exact_norm) -> Exact:
+    where = np.broadcast_to(where, x.shape)
+    y, dx, dweight, dbias = (np.zeros(x.shape) for _ in range(4))
+    channel = np.broadcast_to(np.arange(CHANNELS)[:, None], x.shape)
+    for segment in range(COUNT):
+        for group in range(groups):
+            row = where & (IDS == segment)[:, None, None] & (channel * groups // CHANNELS == group)
+            if row.any():
+                each = channel[row]
+                one = of(x[row][None], weight[each], bias[each], g[row][None])
+                y[row], dx[row], dweight[row], dbias[row] = (np.ravel(a) for a in one)
+    return Exact(y, dx, dweight.sum((0, 2)), dbias.sum((0, 2)))
+
+
+@ft.partial(jax.jit, static_argnames="groups")
+def value_and_vjp(x, weight, bias, g, where=None, *, groups):
+    norm = lambda *args: segment_norm(
+        args[0], IDS, *args[1:], num_segments=COUNT, groups=groups, where=where
+    )
+    y, vjp = jax.vjp(norm, x, weight, bias)
+    return y, *vjp(g)
+
+
+MASKS = {
+    "none": None,
+    "tokens": np.arange(TOKENS) % 5 > 0,
+    "entries": np.arange(TOKENS * CHANNELS * 2).reshape(TOKENS, CHANNELS, 2) % 5 > 1,
+}
+
+
+@pytest.mark.parametrize("mask", few(MASKS, ("entries",)))
+@pytest.mark.parametrize("groups", few((1, 2, CHANNELS), (2,)))
+def test_float32(groups, mask):
+    rng = np.random.default_rng(seed(1))
+    drawn, g = rng.normal(size=(2, TOKENS, CHANNELS, 2)).astype(np.float32)
+    weight, bias = rng.normal(size=(2, CHANNELS)).astype(np.float32) + 1
+    where = MASKS[mask]
+    full = True if where is None else where.reshape(*where.shape, *[1] * (3 - where.ndim))
+    for offset in (0, 1e6):
+        # Each segment has an offset of its own.
+        x = drawn + np.float32(offset) * (1 + IDS)[:, None, None].astype(np.float32)
+        args = x, weight, bias, g, groups, full
+        want, size = (exact(*args, of=of) for of in (exact_norm, terms))
+        hidden = ~np.broadcast_to(full & ((IDS >= 0) & (IDS < COUNT))[:, None, None], x.shape)
+        under = np.where(hidden, np.float32(np.nan), x)
+        got = value_and_vjp(under, weight, bias, g, where, groups=groups)
+        assert_close(got, want, size, x.size)
+        assert not np.asarray(got[0])[hidden].any() and not np.asarray(got[1])[hidden].any()
+
+
+@pytest.mark.parametrize("order", (1, slow(3)))
+def test_derivatives_of_every_order(order, getkey):
+    """Against each segment by itself, differentiated by JAX."""
+    with jax.enable_x64(True):
+        x, dx, g = normal(getkey(), (3, TOKENS, 3))
+
+        def reference(x):
+            y = jnp.zeros_like(x)
+            for segment in range(COUNT):
+                own = np.flatnonzero(IDS == segment)
+                if len(own):
+                    xc = x[own] - x[own].mean()
+                    y = y.at[own].set(xc * jax.lax.rsqrt(jnp.square(xc).mean() + 1e-5))
+            return y
+
+        def along(f):
+            loss = lambda t: jnp.vdot(jnp.sin(f(x + t * dx)), g)
+            modes = (jax.grad, jax.hessian, lambda f: jax.jacfwd(jax.hessian(f)))[:order]
+            return jax.jit(lambda t: [mode(loss)(t) for mode in modes])(0.1)
+
+        got = along(lambda x: segment_norm(x, IDS, num_segments=COUNT))
+        want = along(reference)
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
+
+
+@pytest.mark.slow
+def test_a_million_tokens_of_one_segment():
+    rng = np.random.default_rng(seed(2))
+    x = (rng.normal(size=(1_000_000, 1)) + 1e6).astype(np.float32)
+    wide = np.float64(x) - 1e6
+    want = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-5)
+    y = segment_norm(x, np.zeros(len(x), int), num_segments=1)
+    assert np.abs(y - want).max() < 1e-6 * np.abs(want).max()
+
+
+def test_other_segments_are_not_read():
+    """Proved, and all of its own are read; one norm over all is found."""
+    ids = np.array([0, 1, 0, 1])
+    rule = rules.segments(ids)
+    x = normal(jax.random.key(seed(3)), (4, 2))
+    norm = lambda x: SegmentNorm(2)(x, ids, num_segments=2)
+    assert check_reads(norm, x, rule, prove=True).status == "proved"
+    one = lambda x: SegmentNorm(2)(x, np.zeros(4, int), num_segments=2)
+    assert check_reads(one, x, rule).leak
+
+
+def test_kept_are_x_and_three_numbers_a_token():
+    x, ids = jnp.ones((50, 64), jnp.bfloat16), jnp.arange(50) // 7
+    norm = lambda x, ids: SegmentNorm(64, 2)(x, ids, num_segments=8)
+    _, vjp = jax.vjp(jax.jit(norm), x, ids)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
+    assert held <= x.size * 2 + 50 * (2 * 12 + 4 + 1) + 64 * 4
+
+
+def test_batches_and_counted_segments():
+    """Ids of each example its own; where they are known, so is their number."""
+    x = normal(jax.random.key(seed(4)), (2, 3, 2))
+    ids = jnp.array([[0, 0, 1], [1, 1, 0]])
+    norm = lambda x, ids: segment_norm(x, ids, num_segments=2)
+    got = jax.jit(jax.vmap(norm))(x, ids)
+    want = [segment_norm(x, ids) for x, ids in zip(x, ids, strict=True)]
+    np.testing.assert_allclose(got, jnp.stack(want), rtol=0, atol=1e-5)
+
+
+def test_bad_input():
+    norm, x, ids = SegmentNorm(CHANNELS, 2), jnp.ones((TOKENS, CHANNELS)), jnp.asarray(IDS)
+    with refused(ValueError, r"Say how many there may be: SegmentNorm\(x, segments, num_segments="):
+        jax.jit(lambda ids: norm(x, ids))(ids)
+    with refused(TypeError, "takes an array of integers; got float32"):
+        norm(x, jnp.ones(TOKENS))
+    with refused(ValueError, r"expected shape \(12,\), got \(3,\)"):
+        norm(x, ids[:3])
+    with refused(ValueError, r"`SegmentNorm\(num_segments=...\)` must be 1 or more; got 0"):
+        norm(x, ids, num_segments=0)
+    with refused(ValueError, "expected 4 channels"):
+        norm(x[:, :3], ids)
+    with refused(ValueError, "one entry a step, or with as many axes as x"):
+        norm(x, ids, where=jnp.ones(CHANNELS, bool))
