@@ -16,13 +16,13 @@ from jaxtyping import Array, Bool, Float
 
 from ._lowering import again, apart
 from ._normalize import (
-    _fit,
     _only,
     _sum_to,
     _to_compute_dtype,
     as_jax_has_it,
     compute_dtype,
     divided,
+    fit,
     in_both_modes,
     together,
 )
@@ -263,7 +263,7 @@ def normalize_so_far(
 ) -> Example:
     """What the layer calls: x of shape (time, groups, *rest), parameters that broadcast to it."""
     x = as_jax_has_it(x)
-    weight, bias = _fit(x, weight, bias)
+    weight, bias = fit(x, weight, bias)
     if where is not None:
         where = where & True  # As in `normalize`.
     spec = _Spec(eps, None if bias is None else bias.shape)
@@ -312,7 +312,7 @@ def normalize_step(
 ) -> tuple[Array, CumulativeState]:
     """One step of `normalize_so_far`, x of shape (groups, *rest): Welford's, in two parts."""
     x = as_jax_has_it(x)
-    weight, bias = _fit(x, weight, bias)
+    weight, bias = fit(x, weight, bias)
     wide = _only(where, _to_compute_dtype(x))
     alone = (-1,) + (1,) * (x.ndim - 1)
     count, mean, mean_rest, m2, m2_rest = (a.reshape(alone) for a in state)
