@@ -30,11 +30,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaLayerNorm",
+    "CumulativeNorm",
     "GroupNorm",
     "LayerNorm",
     "RMSNorm",
+    "SegmentNorm",
     "assert_causal",
     "assert_independent",
+    "cumulative_norm",
     "group_norm",
     "is_norm",
     "layer_norm",
@@ -42,4 +45,6 @@ __all__ = [
     "plain",
     "replace_norms",
     "rms_norm",
+    "rounded",
+    "segment_norm",
 ]
