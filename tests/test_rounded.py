@@ -205,6 +205,13 @@ def test_masks_plain_and_kernels_give_the_same():
     assert np.array_equal(pallas(x), layer(x))
 
 
+def test_parameters_of_numpy_are_what_jax_makes_of_them():
+    weight = drawn(N, dtype=np.float64, offset=1, scale=0.3)
+    layer = RMSNorm(N, use_bias=False, round_before_weight=True)
+    layer = eqx.tree_at(lambda m: m.weight, layer, weight)
+    assert layer(jnp.ones(N, jnp.bfloat16)).dtype == jnp.float32
+
+
 def test_it_is_one_static_field(tmp_path):
     layer, before = RMSNorm(4, round_before_weight=True), RMSNorm(4)
     assert len(jax.tree.leaves(layer)) == len(jax.tree.leaves(before))

@@ -408,7 +408,7 @@ def normalize(
 
 def _promoted(*arrays: Array | None):
     """The dtype of their product, as JAX has it by default; under strict promotion too."""
-    dtypes = {jnp.dtype(a.dtype) for a in arrays if a is not None}
+    dtypes = {as_jax_has_it(a).dtype for a in arrays if a is not None}
     wide, wider = jnp.dtype("float32"), jnp.dtype("float64")
     return dtypes.pop() if len(dtypes) == 1 else wider if wider in dtypes else wide
 

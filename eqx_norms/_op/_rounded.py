@@ -47,7 +47,7 @@ def rounded_to(dtype: Any, a: Float[Array, "..."]) -> Float[Array, "..."]:
     return _there_and_back(dtype, a) if is_plain() else _rounded_to(jnp.dtype(dtype), a)
 
 
-# Of operations that `jet` knows, where `rounded` is none.
+# In `plain`, where `rounded` is nothing, of operations that `jet` knows.
 def _there_and_back(dtype, a):
     return rounded(a.astype(dtype)).astype(a.dtype)
 
