@@ -17,13 +17,17 @@ from jax.experimental.sparse import sparsify
 from transformations import MODULE_TRANSFORMATIONS, TRANSFORMATIONS, Arrays, Case
 
 from eqx_norms import (
+    CumulativeNorm,
     GroupNorm,
     LayerNorm,
     RMSNorm,
+    SegmentNorm,
+    cumulative_norm,
     group_norm,
     layer_norm,
     normalize_reference,
     rms_norm,
+    segment_norm,
 )
 
 # In ulps, of the largest entry of each array: some thirty roundings, magnified by the derivatives
@@ -72,7 +76,42 @@ def make_case(layer, ours, reference, **shapes):
 
 
 CASE = make_case(LayerNorm, layer_norm, normalize_reference, shape=(6,), param_shape=(6,))
+IDS = np.array([1, 0, 1, 1])
+
+
+def our_segment_norm(x, weight, bias):
+    return segment_norm(x, IDS, weight, bias, num_segments=2)
+
+
+def reference_segment_norm(x, weight, bias):
+    first, second = (normalize_reference(x[IDS == i], weight, bias) for i in range(2))
+    return jnp.concatenate([second[:1], first, second[1:]])
+
+
+def reference_cumulative_norm(x, weight, bias):
+    prefixes = [normalize_reference(x[: t + 1], weight, bias)[-1] for t in range(len(x))]
+    return jnp.stack(prefixes)
+
+
+class Segmented(eqx.Module):
+    norm: SegmentNorm
+    weight: jax.Array
+    bias: jax.Array
+
+    def __init__(self, channels):
+        self.norm = SegmentNorm(channels, channelwise_affine=False)
+        self.weight = self.bias = jnp.zeros(channels)
+
+    def __call__(self, x):
+        return self.norm(x, IDS, num_segments=2) * self.weight + self.bias
+
+
+PARTIAL = {"shape": (4, 6), "param_shape": (6,)}
 OTHER_CASES = {
+    "CumulativeNorm": make_case(
+        CumulativeNorm, cumulative_norm, reference_cumulative_norm, **PARTIAL
+    ),
+    "SegmentNorm": make_case(Segmented, our_segment_norm, reference_segment_norm, **PARTIAL),
     "RMSNorm": make_case(RMSNorm, our_rms_norm, reference_rms_norm, shape=(6,), param_shape=(6,)),
     "GroupNorm": make_case(
         ft.partial(GroupNorm, GROUPS),
