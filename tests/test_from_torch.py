@@ -233,6 +233,19 @@ def test_requests_that_share_their_state():
     report = check_same(from_torch(model), stepped(model, beside=tokens()), ids, axis=1)
     assert report.status == "different"
 
+    class Remembers(Decoder):
+        """Goes on from the last request."""
+
+        kept = None
+
+        def forward(self, input_ids, past_key_values=None, use_cache=True):
+            out = super().forward(input_ids, self.kept)
+            self.kept = out["past_key_values"]
+            return out
+
+    with refused(ValueError, "gives different outputs for the same x"):
+        assert_same(from_torch(Decoder().eval()), from_torch(Remembers().eval()), ids)
+
 
 def test_a_port_is_the_same():
     theirs = nn.Linear(D, D)
