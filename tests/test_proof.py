@@ -4,6 +4,7 @@ What must hold is one sentence: an edit never moves an output that the structure
 """
 
 import functools
+import pathlib
 
 import causality_zoo as zoo
 import equinox as eqx
@@ -22,6 +23,7 @@ from random_programs import STEPS, D, T
 from refused import refused
 from slow import few, slow
 
+from benchmarks.proof_cost import without_rule
 from eqx_norms import GroupNorm, LayerNorm, RMSNorm
 from eqx_norms.causality import (
     CausalityError,
@@ -228,6 +230,13 @@ def test_what_a_mask_lets_through(words, monkeypatch):
         expected = (full & keep[..., None]).any(1)
         got = _reads.unpacked(_reads.dense(found, expected.shape[:2])) > 0
         np.testing.assert_array_equal(got, expected)
+
+
+def test_the_page_says_what_has_no_rule():
+    """All that this JAX has without one, and nothing that has one."""
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "causality.md").read_text()
+    listed = set(page.split("--without-rule`")[1].split("```")[1].split()) - {"text"}
+    assert set(without_rule()) <= listed and not listed & set(RULES)
 
 
 # Masks

@@ -30,10 +30,10 @@ _UNDERFLOW = -1100.0
 _NAMES = (
     "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz "
     "complex conj convert_element_type copy copy_p cos cosh digamma eq erf erf_inv erfc expm1 "
-    "floor ge gt imag integer_pow is_finite le lgamma log log1p log2 lt max min name ne neg nextafter not "
-    "one_minus_square or polygamma population_count pow real reduce_precision rem round rsqrt "
-    "sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt "
-    "square tan tanh threefry2x32 xor zeta"
+    "floor ge gt imag integer_pow is_finite le lgamma log log1p log2 lt max min name ne neg "
+    "nextafter not one_minus_square or polygamma population_count pow real reduce_precision rem "
+    "round rsqrt sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign "
+    "sin sinh sqrt square tan tanh threefry2x32 xor zeta"
 )
 
 

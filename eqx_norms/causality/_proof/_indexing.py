@@ -70,9 +70,7 @@ def _tiled(a: np.ndarray, p: dict) -> np.ndarray:
 SHAPE_MOVES: dict[str, Callable] = {
     "reshape": lambda a, p, shape: _reshape(a, shape, p["new_sizes"]),
     "squeeze": lambda a, p, shape: a.squeeze(p["dimensions"]),
-    "tile": lambda a, p, shape: (
-        _tiled(np.broadcast_to(a, shape), p) if 1 in shape else _tiled(a, p)
-    ),
+    "tile": lambda a, p, shape: _tiled(a, p),
     "transpose": lambda a, p, shape: a.transpose(p["permutation"]),
     "rev": lambda a, p, shape: np.flip(a, p["dimensions"]),
     "slice": lambda a, p, shape: _slices(a, p),

@@ -191,7 +191,8 @@ def constant(value: Any) -> Known:
 
 def _labelled(values: np.ndarray) -> tuple[Labels, Float[np.ndarray, " count"]]:
     """The distinct numbers in an array, as float64."""
-    values = values[tuple(slice(1) if step == 0 else slice(None) for step in values.strides)]
+    if 0 in values.strides:
+        values = values[tuple(slice(None) if n else slice(1) for n in values.strides)]
     if values.dtype == bool:
         labels, kept = label(values.view(np.uint8))
         return labels, kept.astype(np.float64)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Integer
 
 # Look-ups of larger arrays go by pieces, for NumPy makes indices of 8 bytes of those of one.
 _PIECE = 2**20
@@ -28,7 +28,7 @@ class Labels:
 
     __slots__ = ("__weakref__", "count", "index", "memo")
 
-    def __init__(self, index: Int[np.ndarray, "..."], count: int):
+    def __init__(self, index: Integer[np.ndarray, "..."], count: int):
         self.index, self.count = index, count
         self.memo: dict[Any, Any] = {}
 
@@ -71,12 +71,13 @@ class Labels:
     ) -> tuple["Labels", np.ndarray]:
         """After an operation that only moves entries; and for each label the old one.
 
-        If entries may come from `outside`, `move` puts zeros there, and their label was -1. `key` is the name of the operation, to find the result again.
+        If entries may come from `outside`, `move` puts zeros there, and their label was -1.
+        `key` is the name of the operation, to find the result again.
         """
         key = key and ("moved", key, outside)
         if key is None or key not in self.memo:
             wide = self.index.astype(_dtype(self.count + 1)) + 1 if outside else self.index
-            labels, kept = label(move(wide))
+            labels, kept = label(np.asarray(move(wide)))
             found = labels, kept - outside
             if key is None or self.count == 1:  # there is one such for all
                 return found
@@ -93,7 +94,7 @@ def one(ndim: int) -> Labels:
     return Labels(np.zeros((1,) * ndim, np.uint8), 1)
 
 
-def label(codes: Int[np.ndarray, "..."]) -> tuple[Labels, Int[np.ndarray, " count"]]:
+def label(codes: Integer[np.ndarray, "..."]) -> tuple[Labels, Integer[np.ndarray, " count"]]:
     """A label for all of an equal code, and the code of each label."""
     codes = _narrow(codes)
     if codes.size <= 1:
@@ -177,7 +178,7 @@ def _by_appearance(flat: np.ndarray, top: int) -> np.ndarray:
 
 def _through(table: np.ndarray, index: np.ndarray) -> np.ndarray:
     if index.size <= _PIECE:
-        return table[index]
+        return np.asarray(table[index])
     flat, out = index.reshape(-1), np.empty(index.size, table.dtype)
     for start in range(0, index.size, _PIECE):
         piece = slice(start, start + _PIECE)

@@ -286,7 +286,7 @@ def _where_finite(x: Known, value: Any) -> Known:
     """What was computed shows where the result of constants is no number."""
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         return x
-    labels, kept = label(np.isfinite(np.asarray(value)).view(np.uint8))
+    labels, kept = label(np.asarray(np.isfinite(np.asarray(value)), np.uint8))
     labels, i, j = joint(x.labels, labels)
     finite = kept[j] > 0
     low, high = np.where(finite, x.low[i], -np.inf), np.where(finite, x.high[i], np.inf)
