@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import warnings
 
 import equinox as eqx
 import jax
@@ -15,7 +16,7 @@ from eqx_norms.causality import CausalityError, check_causal
 from eqx_norms.diagnostics import capture
 
 assert "site-packages" in pathlib.Path(eqx_norms.__file__).parts, eqx_norms.__file__
-for package in ("matplotlib", "tqdm", "optax"):
+for package in ("matplotlib", "tqdm", "optax", "numba"):
     assert importlib.util.find_spec(package) is None, f"{package} is no dependency"
 
 # A gradient, beside eqx.nn's: float32 of some tens of operations.
@@ -43,4 +44,12 @@ except ImportError as error:
     assert 'needs matplotlib: pip install "eqx-norms[plot]"' in str(error)
 else:
     raise AssertionError("a plot without matplotlib")
+# Kernels too: without numba the plain path, and one warning.
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for batch in (x, x[:2]):
+        got = jax.jit(jax.vmap(LayerNorm(8, implementation="kernel")))(batch)
+        np.testing.assert_allclose(got, jax.vmap(LayerNorm(8))(batch), atol=1e-5)
+(said,) = caught
+assert 'pip install "eqx-norms[cpu]"' in str(said.message), said
 print("the wheel works by itself")

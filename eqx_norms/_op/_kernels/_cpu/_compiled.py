@@ -7,6 +7,9 @@ Sums are vectors only where their order is free, `reassoc`. The subtractions tha
 two parts must never be free, else LLVM may fold them into one: `_minus` is a function of its own.
 """
 
+# pyright: reportCallIssue=false
+# (It does not know that numba calls an intrinsic without its typing context.)
+
 import inspect
 
 import numba
@@ -15,9 +18,14 @@ from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-_elements = numba.njit(error_model="numpy", fastmath={"contract"})
-_sums = numba.njit(error_model="numpy", fastmath={"reassoc", "contract"})
-_control = numba.njit(error_model="numpy")
+
+def _jitted(*fastmath):
+    """The function itself, which a type checker's import hook may have wrapped."""
+    jit = numba.njit(error_model="numpy", fastmath={*fastmath} or False)
+    return lambda function: jit(inspect.unwrap(function))
+
+
+_elements, _sums, _control = _jitted("contract"), _jitted("reassoc", "contract"), _jitted()
 
 # ---- Memory, by addresses. A pointer's type says how its numbers are stored: as uint16 those of
 # bfloat16, as int16 those of float16, for numba knows neither. All are read as float32.
@@ -758,6 +766,7 @@ def compiled(direction: str, dtype: str) -> tuple:
     """
     which = _DIRECTIONS.index(direction), _DTYPES.index(dtype)
     part = (_forward_part, _backward_part)[which[0]](which[1])
-    part = numba.cfunc(types.void(types.intp), cache=True)(part)
+    part = numba.cfunc(types.void(types.intp), cache=True)(inspect.unwrap(part))
     binding.add_symbol(_symbol(*which), part.address)
-    return numba.cfunc(types.intp(types.intp), cache=True)(_handler(*which)), part
+    handler = inspect.unwrap(_handler(*which))
+    return numba.cfunc(types.intp(types.intp), cache=True)(handler), part
