@@ -24,7 +24,7 @@ from ._edits import (
     pure_mixing_edits,
 )
 from ._held import held_numbers, with_arrays
-from ._host import is_beside, remarks, running, understood
+from ._host import is_beside, remarks, running
 from ._inputs import (
     Axes,
     Problem,
@@ -42,6 +42,7 @@ from ._proof import Proof, Question, prove, sizes
 from ._question import nothing_is_read, warn
 from ._report import CausalityReport
 from ._suggest import named
+from ._torch import understood
 from ._trials import Rule
 from ._widen import same_trace
 from .rules import Align, causal, independent, unread_rows

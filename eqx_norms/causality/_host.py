@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._jaxprs import opened
+from ._tensors import as_array
 
 _SEED = 0
 # What a function raised, as it was: JAX makes a text of it.
@@ -265,26 +266,6 @@ def own_error(error: Exception) -> Exception:
     return theirs[-1] if theirs else error
 
 
-def understood(fn: Any) -> Any:
-    """`fn`; a bare torch module as the function that it is."""
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(fn, torch.nn.Module):
-        return fn
-    from ._torch import from_torch
-
-    return from_torch(fn)
-
-
-def as_arrays(x: PyTree) -> PyTree:
-    """`x`, torch's tensors in it as NumPy's arrays."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return x
-    from ._torch import to_numpy
-
-    return jax.tree.map(lambda leaf: to_numpy(leaf) if torch.is_tensor(leaf) else leaf, x)
-
-
 def learn(fn: Callable, x: PyTree) -> None:
     """Lets a function beside JAX see real values at its first call, not zeros."""
     if isinstance(fn, Host):
@@ -341,12 +322,7 @@ def _text(state: Any) -> bytes:
 
 
 def _output(leaf: Any) -> np.ndarray:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.is_tensor(leaf):
-        from ._torch import to_numpy
-
-        return to_numpy(leaf)
-    values = np.asarray(leaf)
+    values = np.asarray(as_array(leaf))
     if values.dtype == object:
         raise TypeError(
             f"fn must return an array or a pytree of arrays, got a {type(leaf).__name__} in it"

@@ -17,7 +17,8 @@ from .._jaxprs import is_ref
 from .._real import Integer, Real
 from ._call import call
 from ._edits import is_mask, require_names
-from ._host import as_arrays, learn
+from ._host import learn
+from ._tensors import as_array
 from ._torch import TorchFunction
 from ._widen import trace
 
@@ -133,7 +134,7 @@ class Given(NamedTuple):
 
 def split_input(x: PyTree, fixed: str | Iterable[str]) -> Given:
     """Checks that what edits replace can be edited."""
-    named, treedef = named_leaves(as_arrays(x))
+    named, treedef = named_leaves(jax.tree.map(as_array, x))
     kept = _fixed_leaves(named, fixed)
     leaves = {name: _input_leaf(leaf) for name, leaf in named.items() if name not in kept}
 

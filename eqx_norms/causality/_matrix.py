@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from .._largest import largest
 from .._real import Real
 from ._edits import Edit, Editor, TokenValues, at_one, make_editor, nothing, single_edits
-from ._host import is_beside, running, understood
+from ._host import is_beside, running
 from ._inputs import Axes, Problem, make_problem
 from ._judge import Judge, Verdict, function_eps, require_sane_baseline
 from ._probe import make_probe
+from ._torch import understood
 from ._trials import Rule, alike
 
 _ALONE_UP_TO = 128

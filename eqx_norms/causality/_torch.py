@@ -3,17 +3,18 @@
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from .._real import Integer, Real
 from ._host import Host
+from ._tensors import from_numpy, the_torch, to_numpy
 
 # What Hugging Face calls the argument that holds what earlier tokens left, and the output.
 _CACHES = ("past_key_values", "cache_params", "state", "mems")
@@ -61,10 +62,18 @@ def from_torch(model: Any, call: Callable[[Any, PyTree], PyTree] | None = None) 
 
     What torch raises, as it is.
     """
-    torch = _torch()
+    torch = the_torch()
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return TorchFunction(model, _plain_call if call is None else call)
+
+
+def understood(fn: Any) -> Any:
+    """`fn`; a bare torch module as the function that it is."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(fn, torch.nn.Module):
+        return fn
+    return from_torch(fn)
 
 
 def stepped(
@@ -99,7 +108,7 @@ def stepped(
     pieces = functools.partial(_in_pieces, cuts=cuts, axis=axis, step=call or _cached_call)
 
     def run(model: Any, x: PyTree) -> Any:
-        torch = _torch()
+        torch = the_torch()
         others = iter(())
         if beside is not None:
             others = pieces(model, jax.tree.map(lambda leaf: _like(leaf, model), beside))
@@ -122,7 +131,7 @@ class TorchFunction(Host):
 
     def perturbed(self, sigma: Real, rng: np.random.Generator) -> tuple["TorchFunction", list[str]]:
         """A copy with normal noise on its parameters, and the names of the float buffers."""
-        torch = _torch()
+        torch = the_torch()
         model = copy.deepcopy(self.model)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -133,7 +142,7 @@ class TorchFunction(Host):
         return TorchFunction(model, self.call), kept
 
     def _run(self, x: PyTree, to: np.dtype | None) -> PyTree:
-        torch = _torch()
+        torch = the_torch()
         model = self.model if to is None else self._in(to)
         x = jax.tree.map(lambda leaf: _like(leaf, model), x)
         with ExitStack() as stack:
@@ -150,7 +159,7 @@ class TorchFunction(Host):
             model = copy.deepcopy(self.model).to(_dtype(to))
             for module in model.modules():
                 for name, value in vars(module).items():
-                    if _torch().is_tensor(value) and value.is_floating_point():
+                    if the_torch().is_tensor(value) and value.is_floating_point():
                         setattr(module, name, value.to(_dtype(to)))
             if hasattr(model, "set_experts_implementation"):
                 model.set_experts_implementation("eager")
@@ -158,27 +167,11 @@ class TorchFunction(Host):
         return self._copies[to]
 
 
-def to_numpy(tensor: Any) -> np.ndarray:
-    """The same numbers in the same dtype."""
-    torch = _torch()
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
-
-
-def _from_numpy(values: np.ndarray) -> Any:
-    torch = _torch()
-    if values.dtype == jnp.bfloat16:
-        return torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(values.astype(np.int64 if values.dtype == np.int32 else values.dtype))
-
-
 def _like(leaf: Any, model: Any) -> Any:
     """A tensor on the device of the model."""
     if isinstance(leaf, np.ndarray | jax.Array):
-        leaf = _from_numpy(np.asarray(leaf))
-    if not _torch().is_tensor(leaf):
+        leaf = from_numpy(np.asarray(leaf))
+    if not the_torch().is_tensor(leaf):
         return leaf
     parameter = next(model.parameters(), None)
     return leaf if parameter is None else leaf.to(parameter.device)
@@ -243,7 +236,7 @@ def _buffers_kept(model: Any) -> Iterator[None]:
 @contextmanager
 def _all_floats_as(dtype: Any) -> Iterator[None]:
     """In which casts to any float, and what is made in one, give this one."""
-    torch = _torch()
+    torch = the_torch()
     from torch.overrides import TorchFunctionMode
 
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -280,11 +273,5 @@ def _all_floats_as(dtype: Any) -> Iterator[None]:
 
 
 def _dtype(to: np.dtype) -> Any:
-    torch = _torch()
+    torch = the_torch()
     return {"float64": torch.float64, "float32": torch.float32}[np.dtype(to).name]
-
-
-def _torch() -> Any:
-    import torch
-
-    return torch

@@ -12,10 +12,11 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from ..._real import Integer, Real
 from .._call import call
 from .._edits import Edit, TokenValues, make_editor
-from .._host import compiled, is_beside, learn, remarks, running, understood
+from .._host import compiled, is_beside, learn, remarks, running
 from .._inputs import Given, named_leaves, output_leaf, split_input, traced
 from .._judge import DIFFERS_FROM_ITSELF
 from .._probe import placed
+from .._torch import understood
 from .._widen import coarsest, same_trace
 from ._compare import Judge, Row, gaps, host
 from ._report import SameReport, make_report
