@@ -610,6 +610,15 @@ def test_what_people_write_is_proved(fn):
     assert not proof(lambda x: fn(x[::-1])[::-1], floats(), CAUSAL).holds
 
 
+def test_a_solve_with_what_may_be_no_number_reads_everything():
+    """Zero times NaN is NaN, in whatever block of the triangle it lies."""
+    hole = jnp.where(jnp.tri(LENGTH, dtype=bool), 0, jnp.nan)
+    solve = lambda a, x: jax.lax.linalg.triangular_solve(a, x, left_side=True, lower=True)
+    assert proof(lambda x: solve(x @ x.T + hole, x), floats(), CAUSAL).connected.all()
+    factor = lambda x: jax.lax.linalg.cholesky(x @ x.T + hole)
+    assert proof(factor, floats(), CAUSAL).connected.all()
+
+
 def test_what_is_sharded_otherwise_is_the_same():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     spread = jax.sharding.PartitionSpec(None, "data")

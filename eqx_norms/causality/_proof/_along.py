@@ -67,7 +67,7 @@ class _Rows:
             return np.where(self.counts > 0, table * self.counts, 0).sum(1)
 
     def any(self, flags: np.ndarray) -> np.ndarray:
-        return ((self.counts > 0) & flags).any(1)
+        return np.asarray(((self.counts > 0) & flags).any(1))
 
 
 def _contenders(x: Known, axes: tuple[int, ...], name: str) -> Known:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import _reads as r
-from ._flow import finite_as, rule
+from ._flow import connect_all, finite_as, rule
 from ._known import Known, everything, is_real, known
 from ._labels import Mask, any_along, both, joint, mask_of, moved_mask, others
 from ._reads import Reads

@@ -50,7 +50,7 @@ class Bounds:
         return np.isneginf(self.low) & np.isposinf(self.high)
 
     def taken(self, which: np.ndarray) -> "Bounds":
-        return Bounds(self.dtype, self.low[which], self.high[which])
+        return Bounds(self.dtype, *(np.asarray(end)[which] for end in (self.low, self.high)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +111,9 @@ def known(aval: Any, reads: Reads = None, labels: Labels | None = None, low=None
 
     Labels of equal bounds become one.
     """
-    if labels is None or low is None:
-        labels = one(len(aval.shape))
-        low, high = bounds_of(aval.dtype) if low is None else (low, high)
+    if low is None or high is None:
+        labels, (low, high) = None, bounds_of(aval.dtype)
+    labels = one(len(aval.shape)) if labels is None else labels
     low, high = (np.broadcast_to(end, labels.count).astype(np.float64) for end in (low, high))
     return _known(tuple(aval.shape), aval.dtype, reads, labels, low, high)
 
