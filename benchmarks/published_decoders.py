@@ -321,10 +321,11 @@ WHY = {
         "**defect**: `sliding_window` (8 here, 3000 by default) cuts the cache and not the mask"
     ),
     "bamba": "**defect**: positions start at 0 in cached calls that do not say them",
-    "biogpt": "**defect**: positions are made before the code that takes them from the mask is reached",
+    "biogpt": (
+        "**defect**: the code that takes positions from the mask is never reached, for others are "
+        "made before"
+    ),
     "xlnet": "bidirectional by design, unless `attn_type` or `perm_mask` says otherwise",
-    "cpmant": "bidirectional by design: all tokens are context",
-    "rwkv": "takes no mask: padding is text",
 }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
@@ -210,7 +211,8 @@ def in_precision(eqn: jex.JaxprEqn, to: Any = None) -> Callable | None:
     """What runs a callback of `host` in another precision, by default the second, if anything."""
     if (call := _call_of(eqn)) is None:
         return None
-    ins = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars]
+    avals: list[Any] = [var.aval for var in eqn.invars]
+    ins = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
     floats = [s.dtype for s in (*ins, *call.outs) if jnp.issubdtype(s.dtype, jnp.inexact)]
     exact = floats and all(np.finfo(dtype).dtype == np.float64 for dtype in floats)
     to = np.dtype(to or (np.float32 if exact else np.float64))

@@ -105,7 +105,7 @@ def stepped(
 
     A function of the whole input, which returns the outputs of the pieces, put together.
     """
-    pieces = functools.partial(_in_pieces, cuts=cuts, axis=axis, step=call or _cached_call)
+    pieces = functools.partial(_in_pieces, cuts=cuts, axis=int(axis), step=call or _cached_call)
 
     def run(model: Any, x: PyTree) -> Any:
         torch = the_torch()
@@ -116,7 +116,7 @@ def stepped(
         for out in pieces(model, x):
             outs.append(out)
             next(others, None)
-        return torch.cat(outs, dim=axis)
+        return torch.cat(outs, dim=int(axis))
 
     return from_torch(model, call=run)
 
