@@ -167,7 +167,7 @@ class _Call:
 
     def bind(self, arrays: Sequence[Any]) -> list[Any]:
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in arrays):
-            return self(*arrays)
+            return [*map(jnp.asarray, self(*arrays))]
         structs = [
             jax.ShapeDtypeStruct(out.shape, _canonical(self._dtype(out))) for out in self.outs
         ]
@@ -229,7 +229,8 @@ def is_beside(closed: jex.ClosedJaxpr) -> bool:
 
 def compiled(fn: Callable, closed: jex.ClosedJaxpr) -> Callable:
     """`fn`, which evaluates `closed`, under `jax.jit` if that is for it."""
-    return fn if is_beside(closed) else jax.jit(fn)
+    eagerly = lambda *leaves: fn(*map(jnp.asarray, leaves))
+    return eagerly if is_beside(closed) else jax.jit(fn)
 
 
 def remarks(closed: jex.ClosedJaxpr) -> list[str]:

@@ -102,7 +102,7 @@ def make_probe(
     return Probe(run, editor, tuple(out_axes), eps, batch_size, dtype and np.dtype(dtype))
 
 
-def _one_by_one(fn, batch: tuple[Array, ...]) -> tuple[Array, ...]:
+def _one_by_one(fn, batch: tuple[np.ndarray | Array, ...]) -> tuple[Array, ...]:
     outs = [fn(*map(jnp.asarray, leaves)) for leaves in zip(*batch, strict=True)]
     return tuple(map(jnp.stack, zip(*outs, strict=True)))
 
