@@ -54,7 +54,7 @@ def _instruction(restype, *argtypes):
     return make
 
 
-def _at(builder, address, kind=_WORD):
+def _at(builder, address, kind: ir.Type = _WORD):
     return builder.inttoptr(address, kind.as_pointer())
 
 
