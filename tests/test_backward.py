@@ -6,6 +6,7 @@ the sizes of what `jax.vjp` holds and XLA's own account.
 """
 
 import collections
+import functools as ft
 import itertools
 
 import equinox as eqx
@@ -101,21 +102,21 @@ def count(monkeypatch):
     ad.deflinear2(backward, lambda g, _: (tangent.bind(g),))
     ad.deflinear2(tangent, lambda g, _: (backward.bind(g),))
 
-    original = op._backward
+    tangent_map = op._tangent_map.__wrapped__
 
-    def counted(spec, residuals, g):
-        return original(spec, residuals, backward.bind(g))
+    @ft.cache
+    def counted(rule, spec, remat3):
+        counting = lambda spec, residuals, g: rule(spec, residuals, backward.bind(g))
+        return tangent_map(counting, spec, remat3)
 
-    monkeypatch.setattr(op, "_backward", counted)
-    op._tangent_map.cache_clear()  # The functions in it have been traced without the counter.
+    monkeypatch.setattr(op, "_tangent_map", counted)
 
     def count(f, *args):
         counter.clear()
         jax.block_until_ready(f(*args))
         return counter["backward"], counter["tangent"]
 
-    yield count
-    op._tangent_map.cache_clear()
+    return count
 
 
 ARGS = 0, 1, 2

@@ -636,7 +636,7 @@ def test_the_signature_is_the_documented_one():
         names
         == (
             "fn x axis out_axis strict align complete pointwise labels out_labels splits scales "
-            "token_values fixed noise_ulps confirm_x64 batch_size key perturb_params trainable "
+            "token_values allowed_values fixed noise_ulps confirm_x64 batch_size key perturb_params trainable "
             "prove assume_bounded err_msg"
         ).split()
     )

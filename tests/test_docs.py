@@ -63,7 +63,7 @@ def x64_as_before():
 # A third of the time that all other tests take.
 LONG = {
     *("causality.md", "forward_mode.md", "masks.md", "moving.md", "optimisers.md"),
-    *("precision.md", "recipes.md"),
+    *("partial.md", "precision.md", "recipes.md"),
 }
 assert {page.name for page in PAGES} >= LONG
 

@@ -317,8 +317,11 @@ def _tokens(ids: Ids, old: np.ndarray, pure, rng) -> np.ndarray:
         return np.full(old.shape, ids.special[pure]).astype(old.dtype)
     # Stepping 1 to len - 1 places round the ring of ids, never back onto the id that was there.
     step = rng.integers(1, len(ids.drawn), size=old.shape)
-    drawn = np.asarray(ids.drawn)
-    new = drawn[(np.searchsorted(drawn, old.astype(np.int64)) + step) % len(drawn)]
+    if isinstance(ids.drawn, range):
+        new = (old.astype(np.int64) - ids.drawn[0] + step) % len(ids.drawn) + ids.drawn[0]
+    else:
+        drawn = np.asarray(ids.drawn)
+        new = drawn[(np.searchsorted(drawn, old.astype(np.int64)) + step) % len(drawn)]
     if pure is None:
         new = np.where(rng.random(old.shape) < 0.5, rng.choice(ids.special, size=old.shape), new)
     return new.astype(old.dtype)
