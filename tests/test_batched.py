@@ -165,6 +165,7 @@ def test_for_a_gpu_that_jax_does_not_know_the_plain_path_is_lowered():
     assert len(found) == (2 if LOWERS_WITHOUT_GPU else 0)
 
 
+@pytest.mark.slow
 def test_one_export_for_all_platforms():
     f = jax.jit(gradient(over_batch(pallas_layer_norm)))
     args = normal(jr.key(0), (8, 40)), *arrays()[1:]

@@ -162,7 +162,8 @@ def test_half_precision_is_rounded_once(dtype, offset):
         assert (np.abs(got - exact) <= ulps(N) * EPS * of).all()
 
 
-@pytest.mark.parametrize("dtype", (jnp.bfloat16, slow(jnp.float16)))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 def test_rounding_of_every_size(dtype):
     """y is the bias where x is constant: as NumPy rounds it, ties and NaN too.
 
