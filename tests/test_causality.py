@@ -636,8 +636,8 @@ def test_the_signature_is_the_documented_one():
         names
         == (
             "fn x axis out_axis strict align complete pointwise labels out_labels splits scales "
-            "token_values allowed_values fixed noise_ulps confirm_x64 batch_size key perturb_params "
-            "trainable prove assume_bounded err_msg"
+            "token_values allowed_values fixed noise_ulps confirm_x64 batch_size key "
+            "perturb_params trainable prove assume_bounded err_msg"
         ).split()
     )
     assert inspect.signature(assert_causal).parameters["scales"].default == (1.0, 10.0, 100.0)
