@@ -76,10 +76,11 @@ def answer(report: causality.CausalityReport) -> str:
 
 def examine(name: str, fn: Callable, x, expected: str, surprises: list, ids=None) -> str:
     """Does an output read what comes later? Does it read other lines? Prints the row of a table."""
-    how = {"token_values": ids, "prove": True}
+    # Proved is what is expected not to be read: of a leak, the proof would look for its operations.
+    how = lambda what: {"token_values": ids, "prove": what not in expected}
     # Some of the norms, by themselves, act on each letter alone: no warning of that.
-    later = causality.check_causal(fn, x, axis=1, pointwise=True, **how)
-    others = causality.check_independent(fn, x, axis=0, **how)
+    later = causality.check_causal(fn, x, axis=1, pointwise=True, **how("the future"))
+    others = causality.check_independent(fn, x, axis=0, **how("other lines"))
     print(f"  {name:<27}{answer(later):<25}{answer(others)}", flush=True)
     read = " and ".join(["the future"] * later.leak + ["other lines"] * others.leak)
     if read != expected:
