@@ -488,7 +488,8 @@ for _ in range(3):
     assert all(np.array_equal(a, b) for a, b in zip(run(*args), want))
 """,
     "Ctrl-C": """
-import signal, time, _thread
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Started in the background it is ignored.
 timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
 timer.start()
 try:
