@@ -103,7 +103,8 @@ class Segmented(eqx.Module):
         self.weight = self.bias = jnp.zeros(channels)
 
     def __call__(self, x):
-        return self.norm(x, IDS, num_segments=2) * self.weight + self.bias
+        y = self.norm(x, IDS, num_segments=2)
+        return y * self.weight[None] + self.bias[None]
 
 
 PARTIAL = {"shape": (4, 6), "param_shape": (6,)}
