@@ -7,10 +7,13 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
 from ._real import Integer, Number
+
+Param = Array | np.ndarray | None
 
 # float8 and float4 would leave a normalised entry one or two digits, and some have no zero.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -128,7 +131,7 @@ def fits(shape: tuple[int, ...], into: tuple[int, ...]) -> bool:
         return False
 
 
-def own_params(layer: Any, *, weight: bool, bias: bool) -> tuple[Array | None, Array | None]:
+def own_params(layer: Any, *, weight: bool, bias: bool) -> tuple[Param, Param]:
     """The weight and bias of a layer, as far as its flags, which are these, say it has them.
 
     A flag that is False hides a parameter that was set all the same, as in `equinox.nn`.

@@ -6,7 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from ._checks import check_eps, check_param_dtype, check_size, check_stacked, no_state, own_params
+from ._checks import (
+    Param,
+    check_eps,
+    check_param_dtype,
+    check_size,
+    check_stacked,
+    no_state,
+    own_params,
+)
 from ._op import CumulativeState, no_steps, normalize_so_far, normalize_step
 from ._real import Integer, Number
 from ._steps import check_channel_params, check_step_mask, check_steps, in_groups, of_channels
@@ -228,7 +236,7 @@ class CumulativeNorm(eqx.Module):
         y, state = normalize_step(grouped, state, weight, bias, mask, eps=self.eps)
         return y.reshape(x.shape), state
 
-    def _params(self, shape: tuple[int, ...]) -> tuple[Array | None, Array | None]:
+    def _params(self, shape: tuple[int, ...]) -> tuple[Param, Param]:
         affine = self.channelwise_affine
         weight, bias = own_params(self, weight=affine, bias=affine)
         lefts = [p.shape + (1,) * (len(shape) - p.ndim) for p in (weight, bias) if p is not None]

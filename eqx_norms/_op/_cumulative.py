@@ -29,7 +29,7 @@ from ._normalize import (
 from ._plain import is_plain
 
 Example = Float[Array, "time groups *rest"]
-Step = Float[Array, "time groups *ones"]  # One number a step and group, with the rank of x.
+Step = Float[Array, "time #groups *ones"]  # One number a step and group, with the rank of x.
 Mask = Bool[Array, "..."]  # of the rank of x, and broadcasts to its shape
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -365,8 +366,8 @@ def normalize_reference(
 
 def normalize(
     x: Example,
-    weight: Broadcastable | None = None,
-    bias: Broadcastable | None = None,
+    weight: Broadcastable | np.ndarray | None = None,
+    bias: Broadcastable | np.ndarray | None = None,
     where: Mask | None = None,
     *,
     eps: float,
@@ -407,7 +408,7 @@ def normalize(
     return y.astype(dtype)
 
 
-def _promoted(*arrays: Array | None):
+def _promoted(*arrays: Array | np.ndarray | None):
     """The dtype of their product, as JAX has it by default; under strict promotion too."""
     dtypes = {as_jax_has_it(a).dtype for a in arrays if a is not None}
     wide, wider = jnp.dtype("float32"), jnp.dtype("float64")
@@ -432,7 +433,7 @@ def as_jax_has_it(x: Any) -> Array:
     return jnp.asarray(x).astype(dtype)
 
 
-def fit(x: Example, *params: Array | None) -> list[Array | None]:
+def fit(x: Example, *params: Array | np.ndarray | None) -> list[Array | None]:
     """The parameters in the dtype of the statistics, and with the rank of x."""
     rank = lambda p: jnp.asarray(p).reshape((1,) * (x.ndim - p.ndim) + p.shape)
     return [p if p is None else rank(p).astype(compute_dtype(x)) for p in params]

@@ -22,6 +22,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
@@ -36,9 +37,9 @@ from ._plain import is_plain
 def normalize_by(
     implementation: str,
     x: Float[Array, "*shape"],
-    weight: Float[Array, "..."] | None,
-    bias: Float[Array, "..."] | None,
-    where: Bool[Array, "*shape"] | None = None,
+    weight: Float[Array | np.ndarray, "..."] | None,
+    bias: Float[Array | np.ndarray, "..."] | None,
+    where: Bool[Array, "..."] | None = None,
     *,
     eps: float,
     centre: bool = True,
@@ -67,7 +68,7 @@ def normalize_by(
     return forward_p.bind(*together(x, *params), form=form)
 
 
-def _is_explicit(*arrays: Array | None) -> bool:
+def _is_explicit(*arrays: Array | np.ndarray | None) -> bool:
     """Whether JAX's types say how they are sharded, as those of the primitives do not."""
     meshes = [jax.typeof(a).sharding.mesh for a in arrays if a is not None]
     return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)

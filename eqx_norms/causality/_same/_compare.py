@@ -401,12 +401,11 @@ def _nudged(
     if is_key(value) or not jnp.issubdtype((values := np.asarray(value)).dtype, jnp.inexact):
         return value
     limits, exact = jnp.finfo(values.dtype), _as_float64(values)
-    size = np.where(exact == 0, 1, np.abs(exact))
-    half_ulp = np.maximum(float(limits.eps), float(limits.smallest_subnormal) / size) / 2
+    own = np.where(exact == 0, 1, np.abs(exact))
+    half_ulp = np.maximum(float(limits.eps), float(limits.smallest_subnormal) / own) / 2
     moves = rng.choice([-1, 1], size=values.shape)
-    return exact * (
-        1 + np.where(where & ~_is_exact(values), moves * (half_ulp if by is None else by), 0)
-    )
+    size = half_ulp if by is None else by
+    return np.asarray(exact * (1 + np.where(where & ~_is_exact(values), moves * size, 0)))
 
 
 def _is_exact(values: np.ndarray) -> np.ndarray:
