@@ -98,6 +98,16 @@ def check_param_dtype(name: str, dtype):
     return dtype
 
 
+def check_groups(name: str, groups: Integer, channels: Integer | None) -> int:
+    groups = check_size(f"{name}(groups=...)", groups)
+    if channels is not None and channels % groups:
+        raise ValueError(
+            f"`{name}` needs a number of groups that divides the number of channels; "
+            f"got {groups} groups and {channels} channels."
+        )
+    return groups
+
+
 def check_floating(name: str, x: Any, *, narrow: bool = False) -> None:
     """`narrow` is for parameters, which are cast up: it lets float8 and float4 through."""
     dtype = getattr(x, "dtype", None)

@@ -13,6 +13,7 @@ from ._checks import (
     check_broadcast_mask,
     check_eps,
     check_floating,
+    check_groups,
     check_implementation,
     check_param_dtype,
     check_size,
@@ -83,7 +84,7 @@ def _check_example(name: str, x: Any, groups: Integer) -> None:
     check_floating(name, x)
     if x.ndim == 0:
         raise ValueError(f"`{name}` takes an array of shape (channels, *spatial); got a scalar.")
-    _check_groups(name, groups, x.shape[0])
+    check_groups(name, groups, x.shape[0])
 
 
 def _left_aligned(shape: tuple[int, ...], x: Any) -> tuple[int, ...]:
@@ -186,7 +187,7 @@ class GroupNorm(eqx.Module):
         self.channels = (
             None if channels is None else check_size("GroupNorm(channels=...)", channels, least=0)
         )
-        self.groups = _check_groups("GroupNorm", groups, self.channels)
+        self.groups = check_groups("GroupNorm", groups, self.channels)
         self.eps = check_eps("GroupNorm", eps)
         self.channelwise_affine = channelwise_affine
         if channelwise_affine and channels is None:
@@ -251,16 +252,6 @@ class GroupNorm(eqx.Module):
         check_broadcast_mask("GroupNorm", x, where)
         y = _by_group(self.implementation, x, self.groups, weight, bias, where, self.eps)
         return y if state is no_state else (y, state)
-
-
-def _check_groups(name: str, groups: Integer, channels: Integer | None) -> int:
-    groups = check_size(f"{name}(groups=...)", groups)
-    if channels is not None and channels % groups:
-        raise ValueError(
-            f"`{name}` needs a number of groups that divides the number of channels; "
-            f"got {groups} groups and {channels} channels."
-        )
-    return groups
 
 
 def _cure(channels: int, got: tuple[int, ...]) -> str:
