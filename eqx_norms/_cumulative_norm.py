@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from ._checks import (
     Param,
     check_eps,
+    check_groups,
     check_param_dtype,
     check_size,
     check_stacked,
@@ -132,12 +133,7 @@ class CumulativeNorm(eqx.Module):
         float64.
         """
         self.channels = check_size("CumulativeNorm(channels=...)", channels)
-        self.groups = check_size("CumulativeNorm(groups=...)", groups)
-        if self.channels % self.groups:
-            raise ValueError(
-                "`CumulativeNorm` needs a number of groups that divides the number of channels; "
-                f"got {self.groups} groups and {self.channels} channels."
-            )
+        self.groups = check_groups("CumulativeNorm", groups, self.channels)
         self.eps = check_eps("CumulativeNorm", eps)
         self.channelwise_affine = channelwise_affine
         dtype = check_param_dtype("CumulativeNorm", dtype)

@@ -9,7 +9,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ._checks import check_eps, check_param_dtype, check_size, check_stacked, own_params
+from ._checks import (
+    check_eps,
+    check_groups,
+    check_param_dtype,
+    check_size,
+    check_stacked,
+    own_params,
+)
 from ._op import normalize
 from ._real import Integer, Number
 from ._steps import check_channel_params, check_step_mask, check_steps, in_groups, of_channels
@@ -138,12 +145,7 @@ class SegmentNorm(eqx.Module):
         float64.
         """
         self.channels = check_size("SegmentNorm(channels=...)", channels)
-        self.groups = check_size("SegmentNorm(groups=...)", groups)
-        if self.channels % self.groups:
-            raise ValueError(
-                "`SegmentNorm` needs a number of groups that divides the number of channels; "
-                f"got {self.groups} groups and {self.channels} channels."
-            )
+        self.groups = check_groups("SegmentNorm", groups, self.channels)
         self.eps = check_eps("SegmentNorm", eps)
         self.channelwise_affine = channelwise_affine
         dtype = check_param_dtype("SegmentNorm", dtype)
