@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._checks import check_floating, fits
+from ._checks import check_floating, check_groups, fits
 from ._real import Integer
 
 
@@ -19,11 +19,7 @@ def check_steps(name: str, x: Any, channels: int | None, groups: int, steps: int
             f"`{name}` takes one example of shape {axes}: expected {wanted} channels, got an array "
             f"of shape {x.shape}." + _cure(channels, x.shape) * steps
         )
-    if x.shape[steps] % groups:
-        raise ValueError(
-            f"`{name}` needs a number of groups that divides the number of channels; "
-            f"got {groups} groups and {x.shape[steps]} channels."
-        )
+    check_groups(name, groups, x.shape[steps])
 
 
 def _cure(channels: int | None, got: tuple[int, ...]) -> str:
