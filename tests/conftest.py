@@ -53,6 +53,13 @@ def compile_once(config):
         jax.config.update(name, value)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """JAX keeps every program that it has compiled: gigabytes, after a thousand tests."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def getkey():
     """A function that gives a new random key at each call, the same ones in each run."""
