@@ -11,11 +11,13 @@ code. Models are float32; rounding is told from the rest by a copy in float64.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import importlib.metadata
 import inspect
 import io
 import json
+import multiprocessing
 import os
 import pathlib
 import textwrap
@@ -386,24 +388,35 @@ def picture(path: pathlib.Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def prepare() -> None:
+    """In each process."""
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)  # of models this small
+    os.environ["PYTEST_CURRENT_TEST"] = "no bars of the single checks"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", action="append", choices=sorted(NAMES), metavar="FAMILY")
     parser.add_argument("--json", type=pathlib.Path, help="keep the answers, and go on from there")
     parser.add_argument("--against", type=pathlib.Path, help="answers to compare with")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="families at one time")
     parser.add_argument("--picture", type=pathlib.Path, help="draw ProphetNet's, and no more")
     args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)  # of models this small
-    os.environ["PYTEST_CURRENT_TEST"] = "no bars of the single checks"
+    prepare()
     if args.picture:
         return picture(args.picture)
     start = time.perf_counter()
     found = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    for family in tqdm([one for one in args.family or sorted(NAMES) if one not in found]):
-        found[family] = answers(family, verbose=bool(args.family))
-        if args.json:
-            args.json.write_text(json.dumps(found, indent=1))
+    asked = [one for one in args.family or sorted(NAMES) if one not in found]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, spawn, prepare) as pool:
+        runs = {pool.submit(answers, one, verbose=bool(args.family)): one for one in asked}
+        for run in tqdm(concurrent.futures.as_completed(runs), total=len(runs)):
+            found[runs[run]] = run.result()
+            if args.json:
+                args.json.write_text(json.dumps(found, indent=1, sort_keys=True))
+    found = dict(sorted(found.items()))
     print(f"{time.perf_counter() - start:.0f} s", *table(found), sep="\n")
     if args.against:
         before = json.loads(args.against.read_text())
