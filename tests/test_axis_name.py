@@ -61,9 +61,7 @@ SHARDED = {
 }
 WAYS = pytest.mark.parametrize("way", SHARDED.values(), ids=SHARDED)
 # With a mask; the rest of the product is slow.
-QUICK = {
-    (rms_norm, "shard_map-4", True),
-}
+QUICK = {(layer_norm, "vmap-4", True)}
 CASES = [
     pytest.param(norm, SHARDED[way], masked, marks=[] if case in QUICK else pytest.mark.slow)
     for case in it.product((layer_norm, rms_norm), SHARDED, (False, True))

@@ -147,6 +147,7 @@ def test_the_threads_table_digit_for_digit(thread_input):
     assert np.array_equal(np.round(table.astype(np.float64), 2), THREAD_TABLE)
 
 
+@pytest.mark.slow
 def test_the_threads_probe_is_blind_to_its_fix(thread_input):
     # Over the batch: causal in time. The probe sees nothing, not even that position 4 is read.
     fix = haiku_norm((0,))

@@ -526,6 +526,7 @@ def test_errors(command, message, tmp_path, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_errors_of_resuming(tmp_path):
     path = tmp_path / "a.eqx"
     state = begin(SMALL)

@@ -186,6 +186,7 @@ def of_the_gradient(x, v, norm=layer_norm):
     return jax.jvp(jax.grad(lambda x: jnp.sum(jnp.sin(norm(x)))), (x,), (v,))[1]
 
 
+@pytest.mark.slow
 def test_in_one_pass_second_derivatives_are_the_same():
     x, v = (a.reshape(-1) for a in arrays(jnp.float32)[::2])
     with jax.enable_x64(True):

@@ -228,6 +228,7 @@ def test_jacobian_is_the_closed_form(x64, getkey):
         np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 def test_jacobian_rows_sum_to_zero_and_gradients_flow_all_the_same(x64, getkey):
     """Shifting x leaves y as it is, so each row of the Jacobian sums to zero.
 
@@ -262,6 +263,7 @@ def test_mean_and_sigma_are_no_constants(x64, getkey):
     assert (np.abs(dx - rest) <= atol).all()
 
 
+@pytest.mark.slow
 def test_statistics_of_constant_rows_have_their_third_derivative(x64):
     """var has its minimum on a constant row, where jnp.maximum(var, 0) would halve the slope."""
     x = jnp.full((4,), 2.0)

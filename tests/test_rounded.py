@@ -189,6 +189,7 @@ def test_derivatives_are_those_of_the_formula_without_roundings(cls):
     assert abs(np.sum(np.float64(dy) * g.astype(np.float64)) - want) <= eps * size
 
 
+@pytest.mark.slow
 def test_masks_plain_and_kernels_give_the_same():
     x = jnp.asarray(drawn(N, dtype=ml_dtypes.bfloat16))
     weight, bias = (drawn(N, dtype=ml_dtypes.bfloat16, number=i) for i in (1, 2))

@@ -42,6 +42,7 @@ def test_every_rule_is_proved_and_the_cache_is_the_same(capsys):
         assert reads.split()[0] == "proved" and same in ("rounding", "same bits"), line
 
 
+@pytest.mark.slow
 def test_a_mask_that_is_turned_or_too_narrow_is_found(decoder, x):
     """Under the rule of two documents: read ahead, and within two positions."""
     forward = lambda mask: lambda x: example.forward(x, decoder, jnp.asarray(mask))

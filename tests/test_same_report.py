@@ -130,6 +130,7 @@ def test_an_argmax_that_rounding_flips_is_said_to(getkey):
     assert other.status == "different"
 
 
+@pytest.mark.slow
 def test_nan_where_the_other_has_none(getkey):
     def naive(x):
         e = jnp.exp(60 * x)
@@ -238,6 +239,7 @@ def test_a_derivative_that_is_0_is_of_no_size(softmax, beside, getkey):
     assert report.status in ("rounding", "same bits")
 
 
+@pytest.mark.slow
 def test_a_zero_that_one_alone_misses_is_lost(getkey):
     """The variance of equal numbers: 0 in two passes, some thousand eps of nothing in one."""
     x = jnp.full((T, 50), 1234.567) + 0 * rows(getkey)
@@ -432,6 +434,7 @@ def test_one_of_the_two_is_laid_over_a_mesh(within, getkey):
             assert check_same(lambda x: x.sum(1), wrong_by(1.00001, two), x).status == "different"
 
 
+@pytest.mark.slow
 def test_what_a_shard_map_computes_is_run_in_float64(getkey):
     """A sum over devices, in a loop, whose carry differs by device."""
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental.jet import jet
 from jax.experimental.sparse import sparsify
+from slow import few
 from transformations import MODULE_TRANSFORMATIONS, TRANSFORMATIONS, Arrays, Case
 
 from eqx_norms import (
@@ -125,6 +126,18 @@ OTHER_CASES = {
 
 NAMES = [*TRANSFORMATIONS, *MODULE_TRANSFORMATIONS]
 
+# Seconds each, and near to others here, to test_mesh_types.py or to test_lowering.py.
+COSTLY = (
+    *("odeint_grad", "export_with_symbolic_batch", "export_serialised_to_second_order"),
+    *("export_of_grad", "sharded_jit_over_features", "explicit_sharding_over_features"),
+    *("sharded_jit_over_batch", "jacrev_of_jacfwd", "filter_hessian", "cond_of_batch_grad"),
+    *("jvp_of_shard_map_check_vma_False", "shard_map_of_grad_check_vma_False"),
+    *("grad_of_shard_map_check_vma_False", "shard_map_of_weights_check_vma_False"),
+    *("checkpoint_saving_nothing", "scan_checkpoint_grad", "reverse_over_forward"),
+    *("gauss_newton_product", "laplacian", "value_and_grad_of_batch", "jvp_of_jvp"),
+)
+assert {*COSTLY} <= {*NAMES}
+
 # These say themselves what is jitted: they place arrays on a mesh, or serialise a function.
 PLACES_ITSELF = ("sharded_jit", "explicit_sharding", "export")
 
@@ -167,7 +180,7 @@ def check(name, case, dtype, **kwargs):
         assert np.abs(one - other).max() <= ulps * jnp.finfo(dtype).eps * scale
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES, {*NAMES} - {*COSTLY}))
 def test_float32(name):
     check(name, CASE, jnp.float32)
 
@@ -236,6 +249,7 @@ def test_jet_raises_inside(wrap):
         jet(wrap(lambda x: layer_norm(x)), (a.x[0],), ([a.dx[0], a.dx[1]],))
 
 
+@pytest.mark.slow
 def test_jet_of_the_reference():
     """Oracle: two nested jvp, the second derivative along the path x + t u + t^2 v / 2."""
     with jax.enable_x64(True):
