@@ -51,7 +51,8 @@ def check_eps(name: str, eps: Number) -> float:
         traced = isinstance(eps, Tracer)
         raise ValueError(
             f"`{name}(eps=...)` must be a finite number, 0 or above; got {eps!r}."
-            + " It is traced, and must be known before: make it outside of `jax.jit`." * traced
+            + " It is traced, and must be known before: inside `jax.jit` write a Python number or one"
+            " of NumPy, as `np.float32(1e-3)`, where `jnp.float32(1e-3)` is traced." * traced
         )
     return number
 
