@@ -248,12 +248,7 @@ GOOD = ("clear", "clear (float noise)", "same bits", "rounding", "imprecise")
 def built(family: str) -> Decoder:
     """A small model of the family, in evaluation mode, with weights large enough to matter."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family)
-    options = {name: size for name, size in SIZES.items() if hasattr(config, name)}
-    if hasattr(config, "kv_lora_rank"):
-        options["num_key_value_heads"] = options["num_attention_heads"]
-    options |= OWN.get(family, {})
-    config = type(config)(**{name: one for name, one in options.items() if one is not None})
+    config = _small(transformers.AutoConfig.for_model(family), OWN.get(family, {}))
     cls = getattr(transformers, NAMES[family])
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls(config).parameters())
@@ -265,6 +260,18 @@ def built(family: str) -> Decoder:
             if parameter.is_floating_point():
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return Decoder(model, frozenset(inspect.signature(model.forward).parameters))
+
+
+def _small(config: Any, own: dict[str, Any]) -> Any:
+    """With `SIZES`, those of the parts that it is made of, as a decoder beside an encoder, too."""
+    options = {name: size for name, size in SIZES.items() if hasattr(config, name)}
+    if hasattr(config, "kv_lora_rank"):
+        options["num_key_value_heads"] = options["num_attention_heads"]
+    for name, cls in getattr(config, "sub_configs", {}).items():
+        if isinstance(getattr(config, name, None), cls):
+            options[name] = _small(getattr(config, name), {})
+    options |= own
+    return type(config)(**{name: one for name, one in options.items() if one is not None})
 
 
 def answers(family: str, verbose: bool) -> dict[str, str]:
