@@ -47,10 +47,9 @@ from .settings import PLACEMENTS, QUICK, Settings
 from .train import check, start, train
 from .watching import Watching
 
-
 QUICK_SAYS_LITTLE = """\
---quick shows that everything runs, and no more: so short a training leaves all norms near the
-bigram, and the leaking ones may even be judged better. Without it they part, as in docs/decoder.md."""
+--quick shows that everything runs, and no more: after so short a training all norms are near the
+bigram, and the leaking ones may even be judged better. Train without it to compare them."""
 
 
 def parser() -> argparse.ArgumentParser:
