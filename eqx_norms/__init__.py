@@ -1,4 +1,4 @@
-"""Normalization layers for Equinox with a hand-written derivative, and two instruments.
+"""Normalisation layers for Equinox with a hand-written backward pass, and two instruments.
 
 Layers act on one example: map them with `jax.vmap`. `LayerNorm`, `RMSNorm`, `GroupNorm` and
 `AdaLayerNorm` are modules; `layer_norm`, `rms_norm` and `group_norm` are the functions behind them.

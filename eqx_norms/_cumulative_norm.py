@@ -69,7 +69,7 @@ class CumulativeNorm(eqx.Module):
     * \text{weight} + \text{bias}$$
 
     The example has shape `(time, channels, *spatial)`; `weight` and `bias` have one entry a
-    channel. With `groups=1` this is the cumulative layer normalization (cLN) of Conv-TasNet, over
+    channel. With `groups=1` this is the cumulative layer normalisation (cLN) of Conv-TasNet, over
     all features of all steps so far; with `groups=channels` each channel is by itself, a
     cumulative InstanceNorm; between them lies the cumulative GroupNorm.
 
