@@ -5,7 +5,7 @@ Layers act on one example: map them with `jax.vmap`. `LayerNorm`, `RMSNorm`, `Gr
 `replace_norms` exchanges the norms of a model, and `is_norm` finds them.
 
 `eqx_norms.causality` asks who reads whom: `assert_causal`, `assert_reads`, `assert_same`.
-`eqx_norms.diagnostics` looks inside of a model: `diagnose`, `capture`, `Watch`.
+`eqx_norms.diagnostics` looks inside a model: `diagnose`, `capture`, `Watch`.
 """
 
 from ._ada_layer_norm import AdaLayerNorm as AdaLayerNorm

@@ -86,7 +86,7 @@ class CumulativeNorm(eqx.Module):
         y_t, state = norm.step(x_t, state)  # x_t of shape (channels, *spatial)
         ```
         `jax.lax.scan(lambda state, x_t: norm.step(x_t, state)[::-1], state, x)` returns what
-        `norm(x)` does, but for the order in which it is summed.
+        `norm(x)` does, except for the order of the sums.
 
     ??? cite
         [Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking for Speech
