@@ -1,11 +1,11 @@
-"""Normalization layers for Equinox with a hand-written derivative, and two instruments.
+"""Normalisation layers for Equinox with a hand-written backward pass, and two instruments.
 
 Layers act on one example: map them with `jax.vmap`. `LayerNorm`, `RMSNorm`, `GroupNorm` and
 `AdaLayerNorm` are modules; `layer_norm`, `rms_norm` and `group_norm` are the functions behind them.
 `replace_norms` exchanges the norms of a model, and `is_norm` finds them.
 
 `eqx_norms.causality` asks who reads whom: `assert_causal`, `assert_reads`, `assert_same`.
-`eqx_norms.diagnostics` looks inside of a model: `diagnose`, `capture`, `Watch`.
+`eqx_norms.diagnostics` looks inside a model: `diagnose`, `capture`, `Watch`.
 """
 
 from ._ada_layer_norm import AdaLayerNorm as AdaLayerNorm

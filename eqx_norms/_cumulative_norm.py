@@ -69,7 +69,7 @@ class CumulativeNorm(eqx.Module):
     * \text{weight} + \text{bias}$$
 
     The example has shape `(time, channels, *spatial)`; `weight` and `bias` have one entry a
-    channel. With `groups=1` this is the cumulative layer normalization (cLN) of Conv-TasNet, over
+    channel. With `groups=1` this is the cumulative layer normalisation (cLN) of Conv-TasNet, over
     all features of all steps so far; with `groups=channels` each channel is by itself, a
     cumulative InstanceNorm; between them lies the cumulative GroupNorm.
 
@@ -86,7 +86,7 @@ class CumulativeNorm(eqx.Module):
         y_t, state = norm.step(x_t, state)  # x_t of shape (channels, *spatial)
         ```
         `jax.lax.scan(lambda state, x_t: norm.step(x_t, state)[::-1], state, x)` returns what
-        `norm(x)` does, but for the order in which it is summed.
+        `norm(x)` does, except for the order of the sums.
 
     ??? cite
         [Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking for Speech

@@ -204,7 +204,7 @@ class LayerNorm(eqx.Module):
 
         **Returns:**
 
-        An array of the shape of `x` and, but for `round_before_weight`, of its dtype; with
+        An array of the shape of `x` and, without `round_before_weight`, of its dtype; with
         `state`, a tuple of it and the state.
 
         **Raises:** `ValueError` if `x` is not of shape `shape`, with the `jax.vmap` that is

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from arguments import figure_path
@@ -37,6 +38,12 @@ READS = {"per-token": "", "over-tokens-and-features": "the future", "over-batch"
 FULL = 8, Settings(context=32, width=64)
 QUICK = 4, Settings(context=16, width=16, layers=1)
 DRAWN = 3, Settings(context=7, width=16, layers=1)  # small enough to look at
+MAP = """
+Who reads whom, in smaller decoders of {lines} lines with {letters} letters each. A row is an
+output, which stands at the letter on its left. A column is a letter that it might read.
+
+  o  reads it, and may      X  reads it, and must not      .  does not read it
+"""
 
 
 class OverBatch(eqx.Module):
@@ -49,15 +56,23 @@ class OverBatch(eqx.Module):
         return jax.vmap(jax.vmap(self.norm))(lines)[:, :, jax.lax.axis_index("batch")]
 
 
+def drawn(shapes: Decoder) -> Decoder:
+    """With parameters from NumPy: JAX would compile a program for each of their shapes."""
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape), leaf.dtype)
+    is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    return jax.tree.map(lambda leaf: draw(leaf) if is_shape(leaf) else leaf, shapes)
+
+
 def make_model(norm: str, symbols: int, lines: int, settings: Settings) -> Callable:
     """Takes letters (lines, tokens), returns scores (lines, tokens, symbols)."""
     settings = dataclasses.replace(settings, norm="per-token" if norm == "over-batch" else norm)
-    decoder = Decoder(settings, symbols, key=jr.key(0))
+    decoder = drawn(eqx.filter_eval_shape(Decoder, settings, symbols, key=jr.key(0)))
     if norm == "over-batch":
         other = OverBatch(eqx_norms.LayerNorm(lines, use_weight=False, use_bias=False))
         is_norm = lambda node: isinstance(node, PerToken)
         decoder = jax.tree.map(lambda x: other if is_norm(x) else x, decoder, is_leaf=is_norm)
-    return jax.vmap(decoder, axis_name="batch")
+    return jax.jit(jax.vmap(decoder, axis_name="batch"))  # traced once for all that asks
 
 
 def first_lines(names, vocabulary, lines: int, tokens: int) -> Int[np.ndarray, "lines tokens"]:
@@ -75,13 +90,16 @@ def answer(report: causality.CausalityReport) -> str:
 
 
 def examine(name: str, fn: Callable, x, expected: str, surprises: list, ids=None) -> str:
-    """Does an output read what comes later? Does it read other lines? Prints the row of a table."""
+    """Does an output read what comes later? Does it read other lines? Prints the row of a table,
+    piece by piece, so that it can be seen what is being checked."""
     # Proved is what is expected not to be read: of a leak, the proof would look for its operations.
     how = lambda what: {"token_values": ids, "prove": what not in expected}
     # Some of the norms, by themselves, act on each letter alone: no warning of that.
+    print(f"  {name:<27}", end="", flush=True)
     later = causality.check_causal(fn, x, axis=1, pointwise=True, **how("the future"))
+    print(f"{answer(later):<25}", end="", flush=True)
     others = causality.check_independent(fn, x, axis=0, **how("other lines"))
-    print(f"  {name:<27}{answer(later):<25}{answer(others)}", flush=True)
+    print(answer(others), flush=True)
     read = " and ".join(["the future"] * later.leak + ["other lines"] * others.leak)
     if read != expected:
         surprises.append(f"{name} reads {read or 'neither'}, expected: {expected or 'neither'}")
@@ -115,18 +133,20 @@ def compare_norms(names: list[str], lines: int, settings: Settings, out: Path) -
 
   {"norm":<27}{"reads later letters?":<25}reads other lines?""")
     ids = (0, len(vocabulary) - 1)  # edits are to draw from the whole alphabet
-    surprises, maps, figure = [], [], Figure(figsize=(15, 4.8), dpi=100, layout="constrained")
+    surprises, reports, figure = [], [], Figure(figsize=(15, 4.8), dpi=100, layout="constrained")
     axes = figure.subplots(1, len(READS), squeeze=False)[0]
     for ax, (norm, expected) in zip(axes, READS.items(), strict=True):
         model = make_model(norm, len(vocabulary), lines, settings)
         verdict = examine(norm, model, letters, expected, surprises, ids)
-        report = who_reads_whom(norm, names, vocabulary)
-        report.plot(ax).set_title(f"norm {norm}\n{verdict}")
-        maps.append([f"  {norm}", *report.heatmap().splitlines()[1:]])
+        reports.append(who_reads_whom(norm, names, vocabulary))
+        reports[-1].plot(ax).set_title(f"norm {norm}\n{verdict}")
     figure.savefig(out)
-    print("\nWho reads whom in smaller decoders; X reads it, and must not, o reads it, and may\n")
-    for row in zip(*maps, strict=True):
-        print("".join(f"{part:<29}" for part in row).rstrip())
+    print(MAP.format(lines=DRAWN[0], letters=DRAWN[1].context))
+    named = zip(READS, reports, strict=True)
+    maps = [[f"  {norm}", *report.heatmap().splitlines()[1:]] for norm, report in named]
+    for number, row in enumerate(zip(*maps, strict=True)):
+        between = number > 2 and (number - 2) % DRAWN[1].context == 0
+        print("\n" * between + "".join(f"{part:<29}" for part in row).rstrip())
     return surprises
 
 

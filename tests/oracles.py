@@ -1,4 +1,4 @@
-"""Normalization and its gradients in float64 numpy, written from the definition."""
+"""Normalisation and its gradients in float64 numpy, written from the definition."""
 
 from typing import NamedTuple
 

@@ -260,7 +260,7 @@ def test_a_scan_that_misses_says_what_is_there_without_norms():
     rows = row("ours", 9, 92, **scan), row("eqx", 10, 100, **scan), row(NO_NORM, 5, 80, **scan)
     cost, temporaries = outcomes(run_of(*rows))
     assert cost.verdict == "met" and temporaries.verdict == "missed"
-    assert "scan of 8 MLP blocks, LayerNorm bfloat16 (without norms 0.80) 0.92" in report(
+    assert "scan of 8 MLP blocks, LayerNorm bfloat16 (without norms 0.80) | 0.92 |" in report(
         run_of(*rows)
     )
 

@@ -52,6 +52,7 @@ def test_every_verdict_is_as_expected(quick_run):
 @pytest.mark.slow
 def test_character_map(quick_run):
     _, printed, _ = quick_run
+    assert "smaller decoders of 3 lines with 7 letters each" in printed
     rows = [re.findall(r"[a-z.] +([oX.]{21})(?: |$)", line) for line in printed.splitlines()]
     rows = [row for row in rows if len(row) == 3]
     assert len(rows) == 21

@@ -47,9 +47,18 @@ def test_projections_of_a_scanned_attention_are_told_apart():
         for i in range(3)
     ]
     lines = str(made_up(rows)).splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 88
     for at in PROJECTIONS:
         assert f"{at}{{i}} x3" in lines
+
+
+def test_a_kind_that_is_wider_than_its_column():
+    names = ("mean", "std", "rms", "largest", "dead", "saturated", "effective_rank", "grad_rms")
+    kind = "MultiheadAttention", 0, (), "", (32, 128, 1024), "bfloat16", False
+    rows = [Row("a", *kind, dict.fromkeys(names, -1.2e-5), Seen("a", "", (3,)))]
+    *_, head, name, said, numbers = str(made_up(rows)).splitlines()
+    assert (name, said) == ("a", "  MultiheadAttention bf16[32,128,1024]")
+    assert len(head) == len(numbers) == 88 and numbers.split() == ["-1.2e-5"] * 8
 
 
 def test_long_lists_of_what_was_not_looked_at_are_folded():
@@ -57,7 +66,9 @@ def test_long_lists_of_what_was_not_looked_at_are_folded():
     many = {f"layers[{i}]": "it is never called" for i in range(30)}
     lines = str(made_up(not_looked_at=steps | many)).splitlines()
     assert "not looked at: cell x5000: its branch was not taken" in lines
-    assert len(lines) < 8 and lines[-1].endswith("and 18 more: it is never called")
+    assert len(lines) < 8 and " ".join(lines).replace("   ", " ").endswith(
+        "and 18 more: it is never called"
+    )
 
 
 # What is selected

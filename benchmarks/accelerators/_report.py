@@ -1,4 +1,4 @@
-"""The results as Markdown: targets first, misses by name, then every table."""
+"""The results as Markdown: targets first, what missed them, then every table, folded."""
 
 import math
 

@@ -86,20 +86,20 @@ def assert_causal(
     """Raises `CausalityError` if output `t` of `fn(x)` reads an input later than `t`.
 
     For every split `s` the inputs from `s` on are replaced, each position at its own scale, and
-    the outputs before `s` are compared bit for bit with those of the unedited input. Edits with
-    one scale and one sign throughout, or to 0, are added until there are 144; above 128 positions
-    4 of the splits have these. Values are compared, not gradients, so that rounding, argmax,
-    routing, masks and stopped gradients hide nothing.
+    the outputs before `s` are compared bit for bit with those of the unedited input. Further edits
+    have one scale and one sign throughout, or are 0, until there are 144 edits; above 128 positions
+    4 of the splits have these. Values are compared, not gradients, so rounding, argmax, routing,
+    masks and stopped gradients hide nothing.
 
     What changes is run again with the whole function in float64 (in float32 if it is one of
     float64): rounding shrinks with the precision, a leak does not. Only casts to float8 and
-    float4 stay, as quantisation. Where there is no float64 form, as of a callback or a kernel
-    between input and output, size must do: `noise_ulps * eps * scale`, a hundred times that for
-    edits a hundred times as large. What lies below is undecided there, and refused.
+    float4 stay, as quantisation. A callback or a kernel between input and output has no float64
+    form. There the size of the change decides: the limit is `noise_ulps * eps * scale`, and a
+    hundred times that for edits a hundred times as large. What lies below is undecided and refused.
 
-    That nothing changed is no proof. What the check cannot see: a branch whose parameters are
-    zero (see `perturb_params`), a leak smaller than the last bit of the output, and a reaction
-    to one special input value that no edit happened to draw.
+    If nothing changed, that is no proof. The check cannot see a branch whose parameters are zero
+    (see `perturb_params`), a leak smaller than the last bit of the output, or a reaction to one
+    special input value that no edit happened to draw.
 
     ```python
     import equinox as eqx
@@ -131,8 +131,9 @@ def assert_causal(
     - `complete`: whether output `t` must also read every input that it may; see `required` of
         [`eqx_norms.causality.assert_reads`][].
     - `pointwise`: says that no output is meant to read another position, as in a norm of each
-        token. Else a `CausalityWarning` is given where none does: along a batch axis every model is
-        causal. [`eqx_norms.causality.assert_independent`][] asks that outputs read no other.
+        token. Otherwise a `CausalityWarning` is given if none does, because along a batch axis
+        every model is causal. [`eqx_norms.causality.assert_independent`][] tests that outputs read
+        no other.
     - `labels`: what to call the inputs in reports and plots beside their numbers, as in the text
         `"anna"`; of several axes nested as they are, or in C order.
     - `out_labels`: what to call the outputs, by default the same if they are as many.
@@ -144,9 +145,9 @@ def assert_causal(
         and the largest id if `x` does not contain it. The ids that edits draw run to the
         largest of `x` and `token_values`. For every array of integers that holds more than 0
         and 1; or for some by name, as in `{"ids": (0, 49), "text.segment": (3,)}`.
-    - `allowed_values`: the ids that edits may put in, all others left out, such as padding or the
-        place of an image: `range(4, 32000)`, or by name as above. By default those from 0 to the
-        largest.
+    - `allowed_values`: the ids that edits may put in. All others are left out, such as padding or
+        the place of an image: `range(4, 32000)`, or by name as above. By default those from 0 to
+        the largest.
     - `fixed`: the names of what is left alone, as in `"mask"` or `("mask", "text.segment")`. It is
         given to `fn` as it is, so that it need not have positions, nor be an array.
     - `noise_ulps`: how many eps of the output's magnitude count as rounding: eps of float64 where

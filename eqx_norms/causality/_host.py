@@ -48,8 +48,8 @@ def host(
     Rounding is told from a leak as in JAX: what changes runs again in float64 (in float32 if all
     is float64), here by a call with floats of that dtype. Where that is refused, or float32 comes
     back, or numbers that float32 could hold, there is no second precision: what is no larger than
-    rounding is `"undecided"`. What rounds to float32 inside and goes on in float64 is not noticed:
-    its rounding may be called a leak.
+    rounding is `"undecided"`. A rounding to float32 inside, with float64 after it, is
+    not noticed, and may be called a leak.
 
     There is no proof for such a function, and no gradient: `prove=True` names it as an obstacle.
 

@@ -47,6 +47,10 @@ from .settings import PLACEMENTS, QUICK, Settings
 from .train import check, start, train
 from .watching import Watching
 
+QUICK_SAYS_LITTLE = """\
+--quick shows that everything runs, and no more: after so short a training all norms are near the
+bigram, and the leaking ones may even be judged better. Train without it to compare them."""
+
 
 def parser() -> argparse.ArgumentParser:
     """Flags named as a field of `Settings` have its default."""
@@ -56,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     axes = f"its axes, all {len(NORMS)} of these, or what stands in its place: {', '.join(INSTEAD)}"
     choices = [*NORMS, "all", *INSTEAD]
-    add("--norm", nargs="+", default=["per-token"], choices=choices, help=axes)
+    add("--norm", nargs="+", default=["per-token"], choices=choices, metavar="NORM", help=axes)
     add("--norms", choices=[*LAYERS], help="whose norm layers; by default ours")
     add("--placement", choices=PLACEMENTS, help="of the norms in a block; by default pre")
     add("--data", nargs="+", default=[], metavar="FILE", help="a name a line, or CSV")
@@ -76,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--mesh", help="devices, as 8 or 4x2: the batch over 4, the features over 2")
     add("--memory", action="store_true", help="print what a training step takes, and end")
     add("--watch", action="store_true", help="look inside every 100 steps, and draw it")
-    add("--quick", action="store_true", help="a small model, seconds")
+    add("--quick", action="store_true", help="a small model, seconds; too little to compare")
     add("--out", type=folder_path, default="decoder", help="for checkpoints and the figure")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
     return parser
@@ -207,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {commands.prog} {again}")
             return 130
     summary(runs, data, args.out / "decoder.png")
+    if args.quick:
+        print(f"\n{QUICK_SAYS_LITTLE}")
     return 0
 
 

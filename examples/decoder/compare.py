@@ -158,9 +158,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     norms, rates = ["per-token", *INSTEAD], [SMALL.rate, 0.02, 0.06]
-    add(
-        "--norm", nargs="+", default=norms, choices=[*NORMS, *INSTEAD], help="the first is compared"
-    )
+    choices = [*NORMS, *INSTEAD]
+    said = f"of {', '.join(choices)}; the first is what the others are compared with"
+    add("--norm", nargs="+", default=norms, choices=choices, metavar="NORM", help=said)
     add("--placement", nargs="+", default=["pre"], choices=[*PLACEMENTS, "all"])
     add("--rate", nargs="+", type=float, default=rates, help="the highest learning rates")
     add("--seeds", type=int, default=5, help="by default %(default)s")

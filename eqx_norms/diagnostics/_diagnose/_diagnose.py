@@ -117,7 +117,7 @@ def diagnose(
         with a spread of less than 1/512 of their mean. Of a parameter, a row 100 times one at the
         upper quartile.
     - `"update ratio"`: the rms of a step over that of the weight, of the median weight: 1e-3 is
-        usual. Above .2; or below 1e-5 wherever a schedule may stand, if a step of the usual size
+        usual. Above 0.2; or below 1e-5 wherever a schedule may stand, if a step of the usual size
         lowers the loss as much more. Rounding to 16 bits loses half of a parameter's updates. Two
         parameters hold the same random numbers.
     - `"initial loss"`: the loss is more than 1 above log(`classes`), which takes logits of standard

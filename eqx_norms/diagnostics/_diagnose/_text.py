@@ -1,4 +1,4 @@
-"""A diagnosis for the terminal: findings, then a table of 100 columns."""
+"""A diagnosis for the terminal: findings, then a table of 88 columns."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..._real import Real
 
-WIDTH = 100
+WIDTH = 88  # What fits beside both sidebars of the documentation, and in most terminals.
 _FOLD = 24  # So many rows are shown one by one.
 _COLUMNS = {
     "mean": "mean",
@@ -51,8 +51,7 @@ def number(x: Real | None) -> str:
     power = int(exponent)
     if not -3 <= power < 4:
         return f"{mantissa}e{power}"
-    text = f"{float(f'{x:.1e}'):.{max(0, 1 - power)}f}"
-    return text.replace("0.", ".", 1) if power < 0 else text
+    return f"{float(f'{x:.1e}'):.{max(0, 1 - power)}f}"
 
 
 def _findings(diagnosis: Any) -> str:
@@ -92,19 +91,22 @@ def _table(what: str, rows: Sequence[Any], columns: dict[str, str]) -> str:
 
 
 def _line(left: str, right: str, cells: Sequence[str], room: int) -> str:
-    """`left` has a line of its own where both do not fit: layers differ anywhere in their names."""
-    space = room - len(right) - 1
+    """`left` has a line of its own where both do not fit: layers differ anywhere in their names.
+    So has `right`, where it is wider than its column by itself.
+    """
     ahead = ""
-    if len(left) > space:
+    if left and len(left) + 1 + len(right) > room:
         ahead, left = f"{_cut(left)}\n", ""
+    if len(right) > room:
+        ahead, right = f"{ahead}  {_cut(right, WIDTH - 2)}\n", ""
     numbers = "".join(f" {cell:>{_CELL}}" for cell in cells)
-    return f"{ahead}{left:<{space}} {right}{numbers}".rstrip()
+    return f"{ahead}{left}{right:>{room - len(left)}}{numbers}".rstrip()
 
 
-def _cut(name: str) -> str:
+def _cut(name: str, width: int = WIDTH) -> str:
     """Near its front, if it is longer than a line."""
-    front = WIDTH // 4
-    return name if len(name) <= WIDTH else f"{name[:front]}…{name[front + 1 - WIDTH :]}"
+    front = width // 4
+    return name if len(name) <= width else f"{name[:front]}…{name[front + 1 - width :]}"
 
 
 def _groups(rows: Sequence[Any]) -> list[list[Any]]:

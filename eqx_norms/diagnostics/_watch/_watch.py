@@ -51,8 +51,8 @@ class Watch:
 
     - `loss_fn`: a function of a model and more, as for
         [`eqx_norms.diagnostics.capture_grads`][].
-    - `where`: which submodules, as there. Dead units are looked for in all of them; they say
-        something of activation functions, `equinox.nn.Lambda`.
+    - `where`: which submodules, as there. Dead units are looked for in all of them; they mean
+        something for activation functions only, as `equinox.nn.Lambda`.
     - `optimiser`: the optax optimiser that trains the model, for the size of its updates.
     """
 
@@ -64,7 +64,7 @@ class Watch:
     def measure(self, model: PyTree, *args: Any, opt_state: PyTree = None) -> Look:
         """Looks at the model as it is, and at the step that it is about to take.
 
-        It costs a few steps, a forward and a backward pass and the counting of the entries: call it
+        It costs as much as a few steps: a forward pass, a backward pass and the statistics. Call it
         once in a while.
 
         **Arguments:**
