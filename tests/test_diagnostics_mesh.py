@@ -241,3 +241,15 @@ def test_instruments_on_an_explicit_mesh(getkey):
         assert set(a.statistics) == set(b.statistics)
         for name, number in a.statistics.items():
             np.testing.assert_allclose(number, b.statistics[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_watch_of_a_batch_over_two_axes_of_a_mesh_that_is_not_set(getkey):
+    """With the model on the mesh as well; without, JAX refuses the loss's own gradient."""
+    linear, x = LINEAR(4, 4, key=getkey()), normal(getkey(), (16, 6, 4))
+    loss = lambda linear, x: jnp.mean((jax.vmap(jax.vmap(linear))(x) - x) ** 2)
+    measure = eqx.filter_jit(Watch(loss, where=LINEAR).measure)
+    look = measure(jax.tree.map(split, linear), split(x, "a", "b"))
+    for a, b in zip(jax.tree.leaves(look), jax.tree.leaves(measure(linear, x)), strict=True):
+        if jnp.issubdtype(a.dtype, jnp.floating):  # a count may be next to its bin
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
