@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> dict:
         results["minutes"] = round((time.perf_counter() - started) / 60, 2)
         (to.out / "results.json").write_text(dumps(results))
         print(what, flush=True)
+    (to.out / "results.json").write_text(dumps(results))
     (to.out / "tables.md").write_text(report(results))
     print(report(results))
     return results
