@@ -24,6 +24,7 @@ MODULES = {
     "keras": "keras",
     "kernel": "numba",
     "torch": "torch",
+    "tokamax": "tokamax",
 }
 
 SECTIONS = ("speed", "bytes", "compile", "accuracy")

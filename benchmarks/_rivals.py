@@ -156,6 +156,18 @@ def _jnp(layer, shape, dtype):
     return Norm(params, apply, tuple)
 
 
+def _tokamax(layer, shape, dtype):
+    import tokamax
+
+    params = [jnp.ones(shape[-1]), jnp.zeros(shape[-1])][: 1 if layer == "RMSNorm" else 2]
+
+    def apply(params, x):
+        options = {"epsilon": EPS, "subtract_mean": layer == "LayerNorm"}
+        return tokamax.layer_norm(x, params[0], params[1] if params[1:] else None, **options)
+
+    return Norm(params, apply, tuple)
+
+
 def _named(params, *names):
     return tuple(params[name] for name in names if name in params)
 
@@ -170,4 +182,5 @@ _MAKERS = {
     "haiku": _haiku,
     "keras": _keras,
     "jnp": _jnp,
+    "tokamax": _tokamax,
 }

@@ -48,8 +48,8 @@ def normal(rows: int, n: int, layer: str = "LayerNorm") -> np.ndarray:
 
 def work_of(rival: str, case: Case) -> Work:
     """The work of `case`, done by `rival`."""
-    if rival == "torch":
-        return _torch(case)
+    if rival in ("torch", "torch.compile"):
+        return _torch(case, is_compiled=rival == "torch.compile")
     take = lambda a: jnp.asarray(a).astype(case.dtype)
     if rival == "copy":
         return Work(_copy(case), take)
@@ -127,7 +127,7 @@ def _copy(case: Case):
     return (lambda x, g: run(x)) if case.work == "forward" else lambda x, g: run(x, g)
 
 
-def _torch(case: Case) -> Work:
+def _torch(case: Case, is_compiled: bool = False) -> Work:
     import torch
 
     torch.set_num_threads(cores())
@@ -138,6 +138,7 @@ def _torch(case: Case) -> Work:
     params = [torch.ones(channels, requires_grad=True), torch.zeros(channels, requires_grad=True)]
     params = params[: 1 if case.layer == "RMSNorm" else 2]
     apply = ft.partial(_torch_apply, case.layer)
+    apply = torch.compile(apply) if is_compiled else apply
 
     def forward(x, g):
         with torch.no_grad():

@@ -45,14 +45,21 @@ def check_size(call: str, size: Integer, least: int = 1) -> int:
     return number
 
 
+# Inside of `jax.jit` even `jnp.float32(1e-3)` is traced, and no value can be had of it.
+_TRACED_EPS = (
+    " It is traced, and its value must be known before: type a number, as in `eps=1e-3`, or "
+    "NumPy's `np.float32(1e-3)`, for `jnp.float32(1e-3)`; `float(jnp.finfo(x.dtype).eps)` for one "
+    "of a dtype. If it is an argument of a jitted function, name it in its `static_argnames`."
+)
+
+
 def check_eps(name: str, eps: Number) -> float:
     number = _as_float(eps)
     if not 0 <= number < math.inf:
         traced = isinstance(eps, Tracer)
         raise ValueError(
             f"`{name}(eps=...)` must be a finite number, 0 or above; got {eps!r}."
-            + " It is traced, and must be known before: inside `jax.jit` write a Python number or one"
-            " of NumPy, as `np.float32(1e-3)`, where `jnp.float32(1e-3)` is traced." * traced
+            + _TRACED_EPS * traced
         )
     return number
 
@@ -64,11 +71,24 @@ def _as_float(number: Any) -> float:
         real = isinstance(number, numbers.Real)
     else:
         kinds = (jnp.floating, jnp.integer)
-        real = number.shape == () and any(jnp.issubdtype(dtype, kind) for kind in kinds)
+        dtype = _as_jax(dtype)
+        real = tuple(number.shape) == () and any(jnp.issubdtype(dtype, kind) for kind in kinds)
     try:
         return float(number) if real else math.nan
     except TypeError:  # of an array that JAX traces
         return math.nan
+
+
+def _as_jax(dtype: Any) -> Any:
+    """Of another library, by its name: `torch.float32`. None if that says nothing to JAX."""
+    try:
+        return jnp.dtype(dtype)
+    except TypeError:
+        pass
+    try:
+        return jnp.dtype(str(dtype).rsplit(".", 1)[-1])
+    except TypeError:
+        return None
 
 
 def check_axis_name(axis_name: Any) -> Hashable | None:

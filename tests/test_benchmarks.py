@@ -76,6 +76,25 @@ def test_quick_run_writes_one_story(tmp_path):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_at_small_sizes(tmp_path):
+    """Its numbers are right, every row is there and nothing failed; no time is looked at."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["failed"] == results["left_out"] == []
+    assert all(error["right"] for error in results["errors"])
+    rivals = {row["rival"] for row in results["rows"]}
+    assert {"ours", "kernel", "eqx"} <= rivals
+    # Three layers, two dtypes, both ways; and the decoder of three of them.
+    singles = sum(row["work"] != "decoder" for row in results["rows"])
+    assert singles >= 12 * len(rivals - {"tokamax"}) and len(results["rows"]) - singles == 6
+    assert all(row["share"] > 0 for row in results["rows"] if row["work"] != "decoder")
+    page = (tmp_path / "tables.md").read_text()
+    assert "A dry run: its times say nothing." in page and page in done.stdout
+
+
 def speed_row(rival, ratio, **changes):
     case = {"layer": "LayerNorm", "rows": "4096x768", "dtype": "float32", "work": "backward"}
     return case | {"rival": rival, "ratio": ratio, "ours_ms": 1.0} | changes

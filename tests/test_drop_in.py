@@ -259,7 +259,14 @@ def test_elementwise_affine_is_deprecated_there_too(layer, affine):
 
 def numbers():
     yield from (jnp.finfo(jnp.bfloat16).eps, jnp.float32(1e-3), np.asarray(1e-5), np.float16(1e-3))
-    yield from (jnp.bfloat16(1e-3), np.int32(0), fractions.Fraction(1, 8))
+    yield from (jnp.bfloat16(1e-3), np.int32(0), fractions.Fraction(1, 8), LikeTorch())
+
+
+class LikeTorch:
+    """A tensor without axes, as torch has it: its dtype is one by name alone."""
+
+    shape, dtype = (), type("dtype", (), {"__repr__": lambda _: "torch.float32"})()
+    __float__ = lambda _: 0.125
 
 
 def test_numbers_of_any_library_as_eps(layer):
@@ -269,8 +276,13 @@ def test_numbers_of_any_library_as_eps(layer):
     with pytest.warns(UserWarning, match="set as static"):  # Equinox's own, of its layers
         theirs = getattr(eqx.nn, layer.__name__)(*args, eps=jnp.float32(1e-3))
     assert eqx_norms.replace_norms(theirs).eps == float(jnp.float32(1e-3))
-    with refused(ValueError, "traced, and must be known before.*np.float32"):
+    with refused(ValueError, "traced, and its value must be known before"):
         jax.jit(lambda eps: layer(*args, eps=eps))(1e-3)
+    with refused(ValueError, r"traced.* type a number, .* or NumPy's `np.float32\(1e-3\)`, for"):
+        jax.jit(lambda: layer(*args, eps=jnp.float32(1e-3)))()
+    assert jax.jit(lambda: layer(*args, eps=np.float32(1e-3)).eps)() == np.float32(1e-3)
+    with refused(ValueError, "finite number"):
+        layer(*args, eps=np.complex64(1e-3))
 
 
 def test_parameters_of_float8_are_cast_up(layer):
