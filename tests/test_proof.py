@@ -232,6 +232,16 @@ def test_what_a_mask_lets_through(words, monkeypatch):
         np.testing.assert_array_equal(got, expected)
 
 
+def test_labels_outlive_the_array_they_were_made_of():
+    """They are found again by what they said: an array that is written into must not change it."""
+    future = ~np.tri(16, dtype=bool)
+    array = future.copy()
+    held = mask_of(array)
+    array[:] = np.eye(16, k=1, dtype=bool)
+    np.testing.assert_array_equal(held.array(), future)
+    np.testing.assert_array_equal(mask_of(future).array(), future)
+
+
 def test_the_page_says_what_has_no_rule():
     """All that this JAX has without one, and nothing that has one."""
     page = (pathlib.Path(__file__).parents[1] / "docs" / "causality.md").read_text()

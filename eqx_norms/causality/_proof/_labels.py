@@ -187,11 +187,12 @@ def _through(table: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def _interned(index: np.ndarray, count: int) -> Labels:
-    """The one that there is with these numbers."""
+    """The one that there is with these numbers: a copy, for a caller may write into its own."""
     index = np.ascontiguousarray(index)
     data = index.tobytes() if index.nbytes <= 64 else hashlib.blake2b(index.data).digest()
     key = (index.shape, index.dtype.char, data)
-    return _ALL.setdefault(key, Labels(index, count))
+    found = _ALL.get(key)
+    return _ALL.setdefault(key, Labels(index.copy(), count)) if found is None else found
 
 
 class Mask(NamedTuple):

@@ -115,8 +115,8 @@ def equal(a: Reads, b: Reads) -> bool:
     """Whether these are the same, however they are held."""
     if a is None or b is None:
         return a is b
-    one, two = distinct(folded(a)), distinct(folded(b))
-    return one.labels is two.labels and np.array_equal(one.rows, two.rows)
+    mine, its = distinct(folded(a)), distinct(folded(b))
+    return mine.labels is its.labels and np.array_equal(mine.rows, its.rows)
 
 
 def distinct_rows(reads: Reads) -> set[int]:
@@ -378,8 +378,8 @@ def concatenated(
         ndim = len(shapes[0])
         blank = Term(one(ndim), nothing)
         terms = [part[k] if part is not None and k < len(part) else blank for part in parts]
-        starts = np.cumsum([0, *(len(t.rows) for t in terms)])
-        codes = [t.labels.index.astype(np.intp) + s for t, s in zip(terms, starts, strict=False)]
+        starts = np.cumsum([0, *(len(t.rows) for t in terms[:-1])])
+        codes = [t.labels.index.astype(np.intp) + s for t, s in zip(terms, starts, strict=True)]
         labels, kept = label(chained(codes, shapes, axis, stacked))
         where: Mask | bool = True
         if any(isinstance(t.where, Mask) for t in terms):
@@ -422,7 +422,7 @@ def of_dense(words: UInt64[np.ndarray, "*shape words"]) -> Reads:
 
 
 def packed(bits: np.ndarray) -> np.ndarray:
-    """Bits, along the last axis, as words of 64."""
+    """Bits, along the last axis, a multiple of 64 of them, as words of 64."""
     return np.packbits(bits, axis=-1, bitorder="little").view(np.uint64)
 
 
