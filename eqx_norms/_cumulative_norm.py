@@ -7,18 +7,22 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._checks import (
-    Param,
     check_eps,
     check_groups,
     check_param_dtype,
     check_size,
-    check_stacked,
     no_state,
-    own_params,
 )
 from ._op import CumulativeState, no_steps, normalize_so_far, normalize_step
 from ._real import Integer, Number
-from ._steps import check_channel_params, check_step_mask, check_steps, in_groups, of_channels
+from ._steps import (
+    check_channel_params,
+    check_step_mask,
+    check_steps,
+    in_groups,
+    of_channels,
+    own_channel_params,
+)
 
 
 def cumulative_norm(
@@ -169,7 +173,7 @@ class CumulativeNorm(eqx.Module):
         """
         check_steps("CumulativeNorm", x, self.channels, self.groups)
         check_step_mask("CumulativeNorm", x, where)
-        weight, bias = self._params(x.shape[1:])
+        weight, bias = own_channel_params(self, x.shape[1:])
         y = _by_group(x, weight, bias, where, self.groups, self.eps)
         return y if state is no_state else (y, state)
 
@@ -226,15 +230,8 @@ class CumulativeNorm(eqx.Module):
                 f"`norm.init_state(x.dtype)`: expected statistics of shape {(self.groups,)} and "
                 f"{wide}, got {got[0]} and {got[1]}."
             )
-        weight, bias = self._params(x.shape)
+        weight, bias = own_channel_params(self, x.shape)
         weight, bias = (of_channels(p, x, self.groups, axis=0) for p in (weight, bias))
         grouped, mask = (in_groups(a, x, self.groups, axis=0) for a in (x, where))
         y, state = normalize_step(grouped, state, weight, bias, mask, eps=self.eps)
         return y.reshape(x.shape), state
-
-    def _params(self, shape: tuple[int, ...]) -> tuple[Param, Param]:
-        affine = self.channelwise_affine
-        weight, bias = own_params(self, weight=affine, bias=affine)
-        lefts = [p.shape + (1,) * (len(shape) - p.ndim) for p in (weight, bias) if p is not None]
-        check_stacked("CumulativeNorm", shape, lefts)
-        return weight, bias

@@ -14,12 +14,17 @@ from ._checks import (
     check_groups,
     check_param_dtype,
     check_size,
-    check_stacked,
-    own_params,
 )
 from ._op import normalize
 from ._real import Integer, Number
-from ._steps import check_channel_params, check_step_mask, check_steps, in_groups, of_channels
+from ._steps import (
+    check_channel_params,
+    check_step_mask,
+    check_steps,
+    in_groups,
+    of_channels,
+    own_channel_params,
+)
 
 
 def segment_norm(
@@ -188,8 +193,5 @@ class SegmentNorm(eqx.Module):
         check_steps("SegmentNorm", x, self.channels, self.groups)
         check_step_mask("SegmentNorm", x, where)
         count = _check_segments("SegmentNorm", x, segments, num_segments)
-        affine = self.channelwise_affine
-        weight, bias = own_params(self, weight=affine, bias=affine)
-        lefts = [p.shape + (1,) * (x.ndim - 1 - p.ndim) for p in (weight, bias) if p is not None]
-        check_stacked("SegmentNorm", x.shape[1:], lefts)
+        weight, bias = own_channel_params(self, x.shape[1:])
         return _by_group(x, segments, weight, bias, where, count, self.groups, self.eps)

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._checks import check_floating, check_groups, fits
+from ._checks import Param, check_floating, check_groups, check_stacked, fits, own_params
 from ._real import Integer
 
 
@@ -41,6 +41,15 @@ def check_channel_params(name: str, x: Any, **params: Any) -> None:
                 f"`{name}(x, {param}=...)` takes one entry a channel: expected shape "
                 f"({x.shape[1]},), got {value.shape}."
             )
+
+
+def own_channel_params(layer: Any, shape: tuple[int, ...]) -> tuple[Param, Param]:
+    """The weight and bias of such a layer, which fit a step of this shape."""
+    affine = layer.channelwise_affine
+    weight, bias = own_params(layer, weight=affine, bias=affine)
+    found = [_left_aligned(p, len(shape)) for p in (weight, bias) if p is not None]
+    check_stacked(type(layer).__name__, shape, found)
+    return weight, bias
 
 
 def check_step_mask(name: str, x: Any, where: Any) -> None:
