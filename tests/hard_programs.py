@@ -605,7 +605,7 @@ def decides(rng, b, x):
         return jnp.resize(lax.dynamic_slice(x, (start, jnp.zeros_like(start)), (2, D)), (T, D))
     if kind == 10:
         which = cast(rng, b, "int32")[int(rng.integers(T)), 0]
-        return lax.switch(which, [lambda: x, lambda: jnp.zeros_like(x), lambda: x[:1] + 0 * x])
+        return lax.switch(which, [lambda: x, lambda: jnp.zeros_like(x), lambda: jnp.roll(x, 1, 0)])
     return jnp.where(cast(rng, b, "bool"), x, other(rng, lambda: x, x))
 
 
