@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from draws import normal
+from draws import normal, seed
 from slow import slow
 
 from eqx_norms.causality import (
