@@ -36,6 +36,10 @@ def is_int(x):
     return jnp.issubdtype(x.dtype, jnp.integer)
 
 
+# Where narrower integers end.
+_BORDERS = (127, 128, 255, 256, 32767, 32768, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1)
+
+
 def specials(dtype):
     """Numbers at the borders of a dtype."""
     if dtype == "bool":
@@ -43,14 +47,17 @@ def specials(dtype):
     if jnp.issubdtype(dtype, jnp.integer):
         info = jnp.iinfo(dtype)
         near = [0, 1, 2, 3, T - 1, T, info.max, info.min, info.max - 1, info.max // 2 + 1]
-        return np.array([*near, *([-1, -2, -T] if info.min else [])], dtype)
+        near += [a for a in _BORDERS if a < info.max] + [info.min + 1]
+        return np.array([*near, *([-1, -2, -T, info.min // 2] if info.min else [])], dtype)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         parts = [0, -0.0, 1, -1, 1e-40, 3e38, 0.5]
         return np.array([complex(a, b) for a in parts for b in parts], dtype)
     info = jnp.finfo(dtype)
     sizes = [0, 1, 2, 3, 0.5, 0.1, 7, 30, info.max, info.smallest_normal, info.eps]
-    sizes += [float(info.smallest_normal) / 2, np.sqrt(float(info.max))]
-    sizes += [a for a in (100.0, 1e4, 5e4, 1e9) if a < info.max]
+    normal = float(info.smallest_normal)
+    sizes += [normal / 2, float(info.smallest_subnormal), 1.5 * normal, np.sqrt(normal)]
+    sizes += [np.sqrt(float(info.max)), float(info.max) / 2, 1 + float(info.eps)]
+    sizes += [a for a in (100.0, 1e4, 5e4, 1e9, 127.5, 255.9, 2.0**31) if a < info.max]
     return np.concatenate([np.array(sizes), -np.array(sizes)]).astype(dtype)
 
 
@@ -496,9 +503,9 @@ def program(seed, dtype):
 # bound still holds. A wrong bound has no other way to be seen.
 
 
-def bounded(rng, x):
-    """One of two numbers, a range, zeros in places or a constant, of any real dtype."""
-    dtype = str(rng.choice([d for d in dtypes() if d != "complex64"]))
+def bounded(rng, x, among):
+    """One of two numbers, a range, zeros in places or a constant, of a real dtype."""
+    dtype = choose(rng, *among)
     literal = lambda: lax.full((T, D), values_of(rng).choice(specials(dtype)), dtype)
     kind = rng.integers(5)
     if kind in (0, 1):
@@ -515,11 +522,63 @@ def bounded(rng, x):
     return constant(rng, dtype)
 
 
+def whole(rng, pick):
+    """Integers on their way round: what wraps at the ends, of both kinds and of every width."""
+    x, name = pick(), choose(rng, *ROUND)
+    x = x if is_int(x) else cast(rng, x, choose(rng, *of_kind(jnp.integer)))
+    signed = jnp.issubdtype(x.dtype, jnp.signedinteger)
+    if name in ("neg", "sign", "square", "bitwise_not") or (name == "abs" and signed):
+        return getattr(lax, name)(x)
+    if name in ("abs", "cast"):
+        return cast(rng, x, choose(rng, *of_kind(jnp.integer), "float32", "float16", "bool"))
+    if name == "integer_pow":
+        return lax.integer_pow(x, int(rng.integers(2, 4)))
+    if name == "clamp":
+        ends = np.sort(values_of(rng).choice(specials(str(x.dtype)), 2))
+        low, high = (lax.full((), end, x.dtype) for end in ends)
+        return lax.clamp(low, x, high)
+    y = other(rng, pick, x)
+    return getattr(lax, name)(*((x, y) if rng.random() < 0.5 else (y, x)))
+
+
+def small(rng, pick):
+    """Floats beside zero: what underflows, is subnormal, or is flushed to zero."""
+    x, name = pick(), choose(rng, *DOWN)
+    x = x if is_float(x) else cast(rng, x, choose(rng, *of_kind(jnp.floating)))
+    x = ranged(name, x)
+    if name == "cast":
+        return cast(rng, x, choose(rng, *of_kind(jnp.floating), "int8", "uint8", "bool"))
+    if name == "reduce_precision":
+        return lax.reduce_precision(x, int(rng.integers(2, 9)), int(rng.integers(1, 11)))
+    if name in ("add", "div", "max", "min", "mul", "nextafter", "sub"):
+        least = float(jnp.finfo(x.dtype).smallest_normal)
+        sizes = least * np.array([0.0, 0.3, 0.75, 1, 1.5, 4, least**-0.5, least**-1])
+        y = lax.full((T, D), values_of(rng).choice([*sizes, *-sizes]), x.dtype)
+        y = jnp.where(mask(rng), y, jnp.ones_like(y)) if rng.random() < 0.3 else y
+        y = other(rng, pick, x) if rng.random() < 0.3 else y
+        return getattr(lax, name)(*((x, y) if rng.random() < 0.5 else (y, x)))
+    return getattr(lax, name)(x)
+
+
+ROUND = (
+    "neg abs sign square bitwise_not integer_pow cast cast clamp add sub mul mul div rem max min "
+    "shift_left shift_right_arithmetic shift_right_logical"
+).split()
+DOWN = (
+    "abs neg sign exp exp2 expm1 logistic sqrt square tanh cast cast reduce_precision add sub mul "
+    "mul mul div div max min nextafter"
+).split()
+
+
+def of_kind(kind):
+    return [d for d in dtypes() if d != "bool" and jnp.issubdtype(d, kind)]
+
+
 def decides(rng, b, x):
     """What x, or a constant, is where b is large, small, zero or in the way."""
     b = real(rng, b) if b.dtype != "bool" else b
     near = lambda: lax.full((T, D), values_of(rng).choice(specials(str(b.dtype))), b.dtype)
-    kind = rng.integers(8)
+    kind = rng.integers(11)
     if kind in (0, 1) and b.dtype != "bool":
         found = getattr(lax, choose(rng, "lt", "le", "gt", "ge", "eq", "ne"))(b, near())
         return jnp.where(found, x, other(rng, lambda: x, x))
@@ -539,6 +598,14 @@ def decides(rng, b, x):
         rivals = jnp.where(mask(rng), b, cast(rng, x, str(b.dtype)))
         name = choose(rng, "max", "min", "argmax", "argmin")
         return jnp.broadcast_to(getattr(jnp, name)(rivals, 0, keepdims=True), (T, D))
+    if kind == 8 and b.dtype != "bool":
+        return cast(rng, lax.sign(b), str(x.dtype)) * x if x.dtype != "bool" else x & (b > 0)
+    if kind == 9:
+        start = cast(rng, b, choose(rng, *of_kind(jnp.integer)))[0, 0]
+        return jnp.resize(lax.dynamic_slice(x, (start, jnp.zeros_like(start)), (2, D)), (T, D))
+    if kind == 10:
+        which = cast(rng, b, "int32")[int(rng.integers(T)), 0]
+        return lax.switch(which, [lambda: x, lambda: jnp.zeros_like(x), lambda: jnp.roll(x, 1, 0)])
     return jnp.where(cast(rng, b, "bool"), x, other(rng, lambda: x, x))
 
 
@@ -549,15 +616,21 @@ BOUNDING = [unary, unary, binary, binary, converted, clamped, times_zero, reduce
 
 
 def short(seed, dtype):
-    """As `program`: up to two steps between a bound and what it decides; one in four may loop."""
+    """As `program`: up to two steps between a bound and what it decides; one in four may loop.
+
+    A third are of integers that wrap and a third of floats beside zero, of up to three steps.
+    """
 
     def run(x):
-        rng = Split(seed // ALIKE, seed % ALIKE)
+        rng, kind = Split(seed // ALIKE, seed % ALIKE), seed // ALIKE % 3
         with jax.numpy_dtype_promotion("standard"):
-            depth, among = 2 * (seed // ALIKE % 4 == 0), BOUNDING * 6 + STEPS
+            depth = 2 * (seed // ALIKE % 4 == 0)
+            among = [BOUNDING * 6 + STEPS, [whole] * 6 + BOUNDING, [small] * 6 + BOUNDING][kind]
+            real_ones = [d for d in dtypes() if d != "complex64"]
+            of_dtypes = [real_ones, of_kind(jnp.integer), of_kind(jnp.floating)][kind]
             there = x[::-1]  # or what is lost of b is read of x
-            b = [there] * (rng.random() < 0.25) + [bounded(rng, there)]
-            values = steps(rng, b, int(rng.integers(0, 3)), depth, among)
+            b = [there] * (rng.random() < 0.25) + [bounded(rng, there, of_dtypes)]
+            values = steps(rng, b, int(rng.integers(0, 3 + (kind > 0))), depth, among)
             return [*map(full, values[1:]), full(decides(rng, values[-1], x))]
 
     return run

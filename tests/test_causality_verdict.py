@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from draws import normal
+from draws import normal, seed
 from slow import slow
 
 from eqx_norms.causality import (
@@ -416,3 +416,20 @@ def test_one_open_head_in_bfloat16_is_found(watch, getkey):
     with jax.numpy_dtype_promotion("standard"):
         assert check_causal(transformer(True, watch), x).leak
         assert check_causal(transformer(False, watch), x).status.startswith("clear")
+
+
+def test_what_overflows_in_half_precision_alone_is_undecided():
+    """There one output becomes NaN, which no number of ulps takes for rounding."""
+    x = jnp.asarray(np.random.default_rng(seed(3)).normal(size=8), jnp.float16)
+    hundred, zero = jnp.float16(100), jnp.float16(0)
+    fn = lambda x: jnp.cumsum(x).at[0].add(zero * jnp.sum(x * x * hundred))
+    report = check_causal(fn, x)
+    text = " ".join(str(report).split())
+    assert report.status == "undecided" and "noise_ulps=inf" not in text
+    assert "In float16 outputs become infinite or NaN, in float64 they do not" in text
+
+
+def test_an_overflow_in_both_precisions_beside_a_leak_is_a_leak():
+    prices = jnp.asarray(50_000 + 100 * np.random.default_rng(seed(4)).normal(size=8), jnp.float32)
+    report = check_causal(lambda s: jnp.exp((s[::-1] - 50_000.0) / 100), prices, prove=True)
+    assert report.status == "leak" and "in exact arithmetic" not in " ".join(str(report).split())

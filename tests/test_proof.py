@@ -178,19 +178,24 @@ def test_random_programs(part):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of numbers that overflow, as they are meant to
-@pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
-def test_hard_programs(pytestconfig, short):
+@pytest.mark.parametrize("kind", ["short", "wide", "long"])
+def test_hard_programs(pytestconfig, kind):
     """What no bound may be broken by. `--programs` says how many short ones are drawn, at a
-    tenth of a second each; for every 50 of them one of 6 to 12 steps is, at some seconds.
+    tenth of a second each, and a quarter as many of 64 bits; for every 50 of them one of 6 to 12
+    steps is, at some seconds.
     """
-    count, results = pytestconfig.getoption("--programs") // (1 if short else 50), 0
-    for number in range(count):
-        found = hard_oracle.check(seed(number), short)
-        assert not found.unsound, (seed(number), found)
-        results += found.results
-        if number % 400 == 399:
-            jax.clear_caches()  # compiled operations, some 4 MB a program
+    count, results = pytestconfig.getoption("--programs") // HARD[kind], 0
+    with jax.enable_x64(kind == "wide"):
+        for number in range(count):
+            found = hard_oracle.check(seed(number), kind != "long")
+            assert not found.unsound, (seed(number), found)
+            results += found.results
+            if number % 400 == 399:
+                jax.clear_caches()  # compiled operations, some 4 MB a program
     assert results > count // 2  # or else nothing was put to the test
+
+
+HARD = {"short": 1, "wide": 4, "long": 50}  # one for so many that are asked for
 
 
 def held_otherwise(closed, x, words):

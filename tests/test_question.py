@@ -22,8 +22,10 @@ from eqx_norms.causality import (
     assert_causal,
     assert_independent,
     assert_reads,
+    assert_same,
     check_causal,
     check_reads,
+    dependency_matrix,
     rules,
 )
 from eqx_norms.causality._inputs import make_problem
@@ -366,6 +368,29 @@ OF_ONE_ARGUMENT = {
 def test_functions_that_cannot_be_traced_say_what_to_type(text):
     with refused(TypeError, re.escape(text)):
         assert_causal(OF_ONE_ARGUMENT[text], floats(T, D))
+
+
+X, CUMSUM = np.ones((T, D), np.float32), lambda x: x.cumsum(0)
+
+
+@pytest.mark.parametrize(
+    "check, given, more",
+    [
+        (assert_causal, (X,), 1),
+        (check_causal, (X,), X),
+        (assert_independent, (X,), True),
+        (assert_reads, (X, np.tri(T, dtype=bool)), np.tri(T, dtype=bool)),
+        (dependency_matrix, (X,), "vjp"),
+        (assert_same, (CUMSUM, X), {"more": X}),
+    ],
+)
+def test_an_option_by_position_is_told_its_name(check, given, more):
+    """Or where another argument of the function goes."""
+    with pytest.raises(TypeError) as caught:
+        check(CUMSUM, *given, more)
+    text = str(caught.value)
+    assert text.startswith(f"{check.__name__}(") and "takes options by name alone" in text
+    assert "in front, as in axis=1" in text and "by closure, lambda x: fn(x, more)" in text
 
 
 def test_a_tuple_of_all_arguments_is_noticed():

@@ -1,10 +1,17 @@
-"""Calls the user's function while it is traced; an error comes with what to write instead."""
+"""How the checks are called, and how they call the user's function while it is traced.
 
+An error comes with what to write instead.
+"""
+
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
+
+Check = TypeVar("Check", bound=Callable)
 
 _ON_THE_HOST = """\
 fn must be made of JAX operations, so that it can be traced, got {error}.
@@ -20,6 +27,33 @@ _NNX = (
     "updated: batch statistics or random streams in train mode, got {error}. Let fn update a "
     "copy: lambda x: nnx.clone(model)(x); or ask about the model in use, after model.eval()"
 )
+
+
+def options_by_name(check: Check) -> Check:
+    """`check`, which says of an option that comes by position what to write instead."""
+    parameters = inspect.signature(check).parameters.values()
+    taken = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    @functools.wraps(check)
+    def checked(*args, **options):
+        if len(args) > len(taken):
+            raise TypeError(_by_position(check.__name__, taken, args[len(taken)]))
+        return check(*args, **options)
+
+    return checked  # pyright: ignore[reportReturnType]
+
+
+def _by_position(check: str, taken: list[str], more: Any) -> str:
+    is_array = isinstance(more, jax.Array | np.ndarray)
+    what = f"an array {more.dtype}{[*more.shape]}" if is_array else repr(more)
+    what = what if len(what) <= 60 else f"a {type(more).__name__}"
+    example = f"axis={more}" if type(more) is int else "axis=1"
+    return (
+        f"{check}({', '.join(taken)}) takes options by name alone, got one more argument: {what}. "
+        f"Write the name of the option in front, as in {example}. What the function takes beside x "
+        "goes in by closure, lambda x: fn(x, more); or within x, to be edited as well: "
+        "lambda x: fn(*x), with (x, more) for x"
+    )
 
 
 def call(fn: Callable[[Any], Any], x: Any) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from .._real import Real
+from ._call import options_by_name
 from ._edits import (
     MASK,
     Edit,
@@ -56,6 +57,7 @@ class CausalityError(AssertionError):
         super().__init__(f"{err_msg}\n{report}" if err_msg else str(report))
 
 
+@options_by_name
 def assert_causal(
     fn: Callable[[PyTree], PyTree],
     x: PyTree,
@@ -208,6 +210,7 @@ def assert_causal(
     return _assert(rule, fn, x, splits, how)
 
 
+@options_by_name
 def assert_independent(
     fn: Callable[[PyTree], PyTree],
     x: PyTree,
@@ -258,6 +261,7 @@ def assert_independent(
     return _assert(rule, fn, x, splits, how)
 
 
+@options_by_name
 def assert_reads(
     fn: Callable[[PyTree], PyTree],
     x: PyTree,
@@ -334,6 +338,7 @@ def assert_reads(
     return _assert(lambda problem: _given(problem, allowed, required), fn, x, "auto", how)
 
 
+@options_by_name
 def check_causal(fn: Callable[[PyTree], PyTree], x: PyTree, **options) -> CausalityReport:
     """The report of [`eqx_norms.causality.assert_causal`][], leak or not; the same options."""
     try:
@@ -342,6 +347,7 @@ def check_causal(fn: Callable[[PyTree], PyTree], x: PyTree, **options) -> Causal
         return error.report
 
 
+@options_by_name
 def check_independent(fn: Callable[[PyTree], PyTree], x: PyTree, **options) -> CausalityReport:
     """The report of [`eqx_norms.causality.assert_independent`][], leak or not; same options."""
     try:
@@ -350,6 +356,7 @@ def check_independent(fn: Callable[[PyTree], PyTree], x: PyTree, **options) -> C
         return error.report
 
 
+@options_by_name
 def check_reads(
     fn: Callable[[PyTree], PyTree],
     x: PyTree,
@@ -451,6 +458,8 @@ def _check(
             report = _edited(judge, rule, tried, splits == "auto", common)
             if proof is not None:
                 report = _narrowed(report, rule, proof)
+            elif splits == "auto" and not report.leak:
+                report = dataclasses.replace(report, notes=(*_untried(report), *report.notes))
         if rule.required is not None:
             report = _completed(report, judge, rule.required)
     except ValueError as error:
@@ -727,6 +736,16 @@ def _inert(rule: Rule, silent: Bool[np.ndarray, " T_out"]) -> list[str]:
         f"{silent.sum()} of {len(silent)} outputs react to no input but their own. If the model "
         "should mix positions, a zero-initialised branch may hide a leak: try perturb_params=0.02. "
         f"That outputs read what they may is asked by {option}."
+    ]
+
+
+def _untried(report: CausalityReport) -> list[str]:
+    """A remark on what more splits than were tried would show."""
+    if len(report.splits) == report.possible_splits:
+        return []
+    return [
+        "A leak that the others alone show, as at the borders of chunks of an odd length, is "
+        "missed: prove=True tries those where the structure of fn leaves one possible."
     ]
 
 

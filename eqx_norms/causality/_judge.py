@@ -153,7 +153,9 @@ class Judge:
         vague, more = none, []
         if leaks.any():
             leaks, vague, more = self._certain(edits, leaks, exact)
-        lost, why = self._lost(edits, watch & ~leaks & ~vague, changes)
+        lost, why = self._lost(edits, watch & ~leaks & ~vague & ~exact.broken, changes)
+        # Beside a leak, what else is lost is no news.
+        why = [] if leaks.any() else why
         return Findings(changes, exact, leaks, vague | lost, [*notes, *more, *why])
 
     def _certain(
@@ -219,14 +221,17 @@ class Judge:
             kept = kept & ((again.size > share * again.scale) | again.broken)
         most = float((changes.size[large] / changes.scale[large]).max())
         dtype = coarsest(self.problem.closed)
-        said = f"In {dtype} outputs change by {most:.2g} of their size, in float64 they do not"
+        what = f"change by {most:.2g} of their size" if most < np.inf else "become infinite or NaN"
+        said = f"In {dtype} outputs {what}, in float64 they do not"
         if not kept.any():
             return kept[:1] & large, [f"{said}, nor at an x beside this one: values nearly tie."]
+        cure = "Smaller scales= keep to inputs like x"
+        if most < np.inf:
+            cure += f"; noise_ulps={math.ceil(most / self.probe.eps)} takes it for rounding"
         return large, [
             f"{said}: in exact arithmetic this is no leak, in {dtype} it is one.",
             *self._blamed(edits[some[0]], float(largest[some[0]])),
-            f"Smaller scales= keep to inputs like x; noise_ulps={math.ceil(most / self.probe.eps)} "
-            "takes it for rounding.",
+            f"{cure}.",
         ]
 
     def _blamed(self, edit: Edit, error: float) -> list[str]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .._largest import largest
 from .._real import Real
+from ._call import options_by_name
 from ._edits import Edit, Editor, TokenValues, at_one, make_editor, nothing, single_edits
 from ._host import is_beside, running
 from ._inputs import Axes, Problem, make_problem
@@ -28,6 +29,7 @@ _COTANGENTS = 4
 _NOISE_ULPS = 64
 
 
+@options_by_name
 def dependency_matrix(
     fn: Callable[[PyTree], PyTree],
     x: PyTree,

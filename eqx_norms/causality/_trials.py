@@ -163,46 +163,50 @@ def spread(
     wanted = np.array([int(possible[0]) + ahead, last, *powers, *beside])
     numbers = possible + ahead
     chosen = dict.fromkeys(wanted[np.isin(wanted, numbers)].tolist())
-    chosen |= dict.fromkeys(_ends_of_chunks(numbers, [*chosen]))
+    chunks = _Chunks(last + 1, [*chosen])
+    for _ in range(_CHUNKS):
+        best = int(numbers[chunks.gain[numbers].argmax()])
+        if chunks.end_at(best):
+            chosen[best] = None
     places = np.searchsorted(numbers, [*chosen]).tolist()
-    # The rest where the gap is widest; not in its middle, or all would be ends of chunks.
+    # The rest where the gap is widest, there again the best end of chunks.
     while len(places) < _CHOSEN:
         edges = np.sort([*places, len(possible)])
         widest = np.diff(edges).argmax()
         start, gap = int(edges[widest]), int(edges[widest + 1] - edges[widest])
-        low, high = max(1, 3 * gap // 8), min(gap - 1, 5 * gap // 8)
-        places.append(start + int(rng.integers(low, high + 1)))
+        low, high = start + max(1, 3 * gap // 8), start + min(gap - 1, 5 * gap // 8)
+        gains = chunks.gain[numbers[low : high + 1]]
+        places.append(low + int(rng.choice(np.flatnonzero(gains == gains.max()))))
+        chunks.end_at(int(numbers[places[-1]]))
     return possible[np.sort(places)].tolist()
 
 
-def _ends_of_chunks(numbers: Int[np.ndarray, " splits"], chosen: Sequence[int]) -> list[int]:
-    """Up to 36 more of the numbers, that multiples of as many lengths as possible are among all.
+class _Chunks:
+    """Of each number the `gain`: what the lengths weigh of which no multiple is among the splits.
 
     A read across the border of two chunks is seen by a split at that border alone, so that a chunk
     of 77 in 1000 positions has 12 such splits of 999. One number ends chunks of every length that
-    divides it: 36 of them, each the best that is left, end those of every length up to 112.
+    divides it, so that few end those of many lengths.
     """
-    total = int(numbers[-1]) + 1
-    hidden = {
-        length: _usual(length, total)
-        for length in range(2, min(total // 4, 4096) + 1)
-        if length <= min(total // 8, 512) or _usual(length, total) > 1
-    }
-    ends = lambda number: [length for length in hidden if number % length == 0]
-    for length in {length for number in chosen for length in ends(number)}:
-        del hidden[length]
-    gain = np.zeros(total, int)
-    for length, weight in hidden.items():
-        gain[::length] += weight
-    more: list[int] = []
-    while hidden and len(more) < _CHUNKS:
-        best = int(numbers[gain[numbers].argmax()])
-        if not gain[best]:
-            break
-        more.append(best)
-        for length in ends(best):
-            gain[::length] -= hidden.pop(length)
-    return more
+
+    def __init__(self, total: int, splits: Sequence[int]):
+        self._hidden = {
+            length: _usual(length, total)
+            for length in range(2, min(total // 4, 4096) + 1)
+            if length <= min(total // 8, 512) or _usual(length, total) > 1
+        }
+        self.gain = np.zeros(total, int)
+        for length, weight in self._hidden.items():
+            self.gain[::length] += weight
+        for number in splits:
+            self.end_at(number)
+
+    def end_at(self, number: int) -> bool:
+        """Takes a split; whether it is the first that ends chunks of some length."""
+        ends = [length for length in self._hidden if number % length == 0]
+        for length in ends:
+            self.gain[::length] -= self._hidden.pop(length)
+        return bool(ends)
 
 
 def _usual(length: int, total: int) -> int:

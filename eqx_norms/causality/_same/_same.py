@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ..._real import Integer, Real
-from .._call import call
+from .._call import call, options_by_name
 from .._edits import Edit, TokenValues, make_editor
 from .._host import compiled, is_beside, learn, remarks, running
 from .._inputs import Given, named_leaves, output_leaf, split_input, traced
@@ -30,6 +30,7 @@ class DifferenceError(AssertionError):
         super().__init__(f"{err_msg}\n{report}" if err_msg else str(report))
 
 
+@options_by_name
 def assert_same(
     one: Callable[[PyTree], PyTree],
     two: Callable[[PyTree], PyTree],
@@ -143,6 +144,7 @@ def assert_same(
     return report
 
 
+@options_by_name
 def check_same(
     one: Callable[[PyTree], PyTree], two: Callable[[PyTree], PyTree], x: PyTree, **options
 ) -> SameReport:
