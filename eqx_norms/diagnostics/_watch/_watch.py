@@ -1,10 +1,12 @@
 """What goes on inside a model, over the steps of its training."""
 
+import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -19,6 +21,7 @@ from .._layer_statistics import (
     is_floating,
     layer_statistics,
 )
+from .._once import once
 from .._optimiser import next_updates
 from .._statistics import activation_stats, dead_unit_fraction
 from ._by_kind import Statistics, by_kind
@@ -30,17 +33,17 @@ class Watch:
 
     A look is one forward and one backward pass. What it returns are statistics, some hundred
     numbers a layer, of shapes that do not depend on the batch: it may stand inside a jitted step, a
-    `jax.lax.scan` or a `jax.vmap` over seeds.
+    `jax.lax.scan` or a `jax.vmap` over seeds. Outside of these it compiles itself, on CPUs with
+    little optimisation: that is sooner done than under a `jax.jit` of your own.
 
     !!! example
 
         ```python
         watch = Watch(loss_fn, where=eqx.nn.Linear, optimiser=optim)
-        measure = eqx.filter_jit(watch.measure)
         history = []
         for step, batch in enumerate(batches):
             if step % 100 == 0:
-                history.append(measure(model, batch, opt_state=opt_state))
+                history.append(watch.measure(model, batch, opt_state=opt_state))
             model, opt_state = make_step(model, opt_state, batch)
         figure = watch.plot(history, every=100)
         ```
@@ -89,6 +92,14 @@ class Watch:
                 "without one. Type `Watch(loss_fn, where=where, optimiser=optim)` and "
                 "`measure(model, batch, opt_state=opt_state)`."
             )
+        run = self._measure if _traced((model, args, opt_state)) else self._compiled
+        return run(model, args, opt_state)
+
+    @ft.cached_property
+    def _compiled(self) -> Callable[..., Look]:
+        return eqx.filter_jit(self._measure, compiler_options=once())
+
+    def _measure(self, model: PyTree, args: tuple, opt_state: PyTree) -> Look:
         program = _Program(self.loss_fn, model, args, self.where, None)
         loss, marked, grads, model_grads = program.backward(model, args)
         params = eqx.filter(model, eqx.is_inexact_array)  # as those of the gradients
@@ -152,6 +163,11 @@ def stacked(history: Look | Sequence[Look]) -> Look:
             "several runs."
         )
     return look
+
+
+def _traced(tree: PyTree) -> bool:
+    """Whether this is under a transformation, be it that of a function without arguments."""
+    return any(isinstance(x, jax.core.Tracer) for x in (*jtu.tree_leaves(tree), jnp.zeros(())))
 
 
 # ---- Statistics, traced.
