@@ -34,7 +34,8 @@ class Watch:
     A look is one forward and one backward pass. What it returns are statistics, some hundred
     numbers a layer, of shapes that do not depend on the batch: it may stand inside a jitted step, a
     `jax.lax.scan` or a `jax.vmap` over seeds. Outside of these it compiles itself, on CPUs with
-    little optimisation: that is sooner done than under a `jax.jit` of your own.
+    little optimisation: that is sooner done than under a `jax.jit` of your own, but a look takes
+    longer.
 
     !!! example
 
@@ -97,7 +98,8 @@ class Watch:
 
     @ft.cached_property
     def _compiled(self) -> Callable[..., Look]:
-        return eqx.filter_jit(self._measure, compiler_options=once())
+        options: Any = {"compiler_options": once()}  # which the annotations do not know
+        return eqx.filter_jit(self._measure, **options)
 
     def _measure(self, model: PyTree, args: tuple, opt_state: PyTree) -> Look:
         program = _Program(self.loss_fn, model, args, self.where, None)
