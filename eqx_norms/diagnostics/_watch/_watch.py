@@ -68,8 +68,8 @@ class Watch:
     def measure(self, model: PyTree, *args: Any, opt_state: PyTree = None) -> Look:
         """Looks at the model as it is, and at the step that it is about to take.
 
-        It costs some ten steps on a CPU, a forward and a backward pass and the counting of the entries: call it
-        once in a while.
+        It costs some ten steps on a CPU, a forward and a backward pass and the counting of the
+        entries: call it once in a while.
 
         **Arguments:**
 
