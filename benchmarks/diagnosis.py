@@ -153,11 +153,12 @@ def cost(key, depth):
         return eqx.apply_updates(model, updates), state, loss
 
     watch = Watch(zoo.next_token, where=lambda path, module: True, optimiser=optim)
-    measure = eqx.filter_jit(watch.measure)
+    jitted = eqx.filter_jit(watch.measure)
     runs = {
         "step": lambda: step(model, state, ids)[2],
         "diagnose": lambda: diagnose(zoo.next_token, model, ids, optimiser=(optim, state)).loss,
-        "Watch": lambda: measure(model, ids, opt_state=state),
+        "Watch": lambda: watch.measure(model, ids, opt_state=state),
+        "Watch, jitted": lambda: jitted(model, ids, opt_state=state),
     }
     for name, run in runs.items():
         for which in ("the first call", "again"):

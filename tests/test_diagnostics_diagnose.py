@@ -18,16 +18,12 @@ import optax
 import pytest
 from draws import normal
 from refused import refused
+from slow import few
 
 from eqx_norms.diagnostics import capture_grads, diagnose
 
-# One for each kind of finding that costs no second compilation of much.
-QUICK_SICK = ("an_unused_branch",)  # and one more in `test_under_debug_nans`
-QUICK_HEALTHY = ("gates_that_start_at_zero",)  # and one more in `test_nothing_found_is_one_line`
-
-
-def some(names, quick):
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+# The cheapest; one more is in `test_under_debug_nans`, another in `test_plot`.
+QUICK_SICK = ("the_sum_of_a_norm",)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +37,7 @@ def of(case):
     return diagnose(case.loss_fn, case.model, *case.args, **case.options)
 
 
-@pytest.mark.parametrize("name", some(zoo.SICK, QUICK_SICK))
+@pytest.mark.parametrize("name", few(zoo.SICK, QUICK_SICK))
 def test_sick(name, getkey):
     case = zoo.SICK[name](getkey())
     found = of(case).findings
@@ -56,11 +52,12 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("name", some(zoo.HEALTHY, QUICK_HEALTHY))
+@pytest.mark.slow  # but for the one in `test_nothing_found_is_one_line`
+@pytest.mark.parametrize("name", zoo.HEALTHY)
 def test_healthy(name, getkey):
     """Each in one state, and with the next `--draw` in the next one: all four take too long."""
     which = draws.shift + [*zoo.HEALTHY].index(name)
-    state = [*STATES][0 if name in QUICK_HEALTHY else which % len(STATES)]
+    state = [*STATES][which % len(STATES)]
     found = of(STATES[state](zoo.HEALTHY[name](getkey()))).findings
     assert found == (), state
 

@@ -4,6 +4,7 @@ Oracles: NumPy on the arrays that `capture_grads` returns, a step of gradient de
 """
 
 from collections import OrderedDict
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -79,6 +80,30 @@ def test_a_look_is_what_numpy_finds(model, getkey):
         np.testing.assert_allclose(found["rms"], norms[0] / 5, rtol=rtol)
         np.testing.assert_allclose(found["grad_rms"], norms[1] / 5, rtol=6 * rtol)
         np.testing.assert_allclose(found["update_ratio"], RATE * norms[1] / norms[0], rtol=6 * rtol)
+
+
+@pytest.mark.slow
+def test_a_look_compiles_itself(model, getkey):
+    """Where nothing is traced; else it is part of the program around, with or without arguments."""
+    traced = []
+
+    def counted(model, x):
+        traced.append(x)
+        return loss_fn(model, x)
+
+    watch = Watch(counted, where=WATCH.where)
+    x = normal(getkey(), (40, 5))
+    look = watch.measure(model, x)
+    count = len(traced)
+    watch.measure(model, 2 * x)
+    assert len(traced) == count
+    as_argument = eqx.filter_jit(watch.measure)(model, x)
+    for other in (as_argument, jax.jit(partial(watch.measure, model, x))()):
+        # Three programs, of three layers and back.
+        rtol = 6 * ulps(x.size) * EPS
+        for name in look.values:
+            for of, same in ((look.values, other.values), (look.grads, other.grads)):
+                np.testing.assert_allclose(of[name]["rms"], same[name]["rms"], rtol=rtol)
 
 
 def test_jit_keeps_the_order_of_the_calls(getkey):

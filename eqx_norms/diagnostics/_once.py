@@ -7,13 +7,16 @@ from typing import Any
 import jax
 
 
+def once() -> Any:
+    """The `compiler_options` of a program that takes longer to compile than to run."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
 def jit_once(fn: Callable, static_argnums: int | tuple[int, ...] = ()) -> Callable:
     """`jax.jit`, with little optimisation on a CPU: that is half of the time to compile."""
 
     @ft.cache
     def compiled():  # Not before it is called, for this finds the devices.
-        on_cpu = jax.default_backend() == "cpu"
-        options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
-        return jax.jit(fn, static_argnums=static_argnums, compiler_options=options)
+        return jax.jit(fn, static_argnums=static_argnums, compiler_options=once())
 
     return ft.wraps(fn)(lambda *args: compiled()(*args))

@@ -35,7 +35,6 @@ class Watching:
             where=(eqx.nn.MultiheadAttention, eqx.nn.MLP),
             optimiser=make_optimiser(settings),
         )
-        self.measure = eqx.filter_jit(self.watch.measure)
         kept = [line for line in lines(self.file) if json.loads(line)["step"] < step]
         self.file.write_text("".join(kept))
 
@@ -43,7 +42,7 @@ class Watching:
         if state.step % EVERY:
             return
         model, opt_state = on_one_device((state.model, state.opt_state), self.mesh)
-        look = jax.device_get(self.measure(model, names, opt_state=opt_state))
+        look = jax.device_get(self.watch.measure(model, names, opt_state=opt_state))
         plain = Look(look.loss, *({**statistics} for statistics in look[1:]))
         entry = {"step": state.step, **jax.tree.map(np.ndarray.tolist, plain)._asdict()}
         with self.file.open("a") as file:

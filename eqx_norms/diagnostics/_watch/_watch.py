@@ -1,10 +1,12 @@
 """What goes on inside a model, over the steps of its training."""
 
+import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -19,6 +21,7 @@ from .._layer_statistics import (
     is_floating,
     layer_statistics,
 )
+from .._once import once
 from .._optimiser import next_updates
 from .._statistics import activation_stats, dead_unit_fraction
 from ._by_kind import Statistics, by_kind
@@ -30,17 +33,18 @@ class Watch:
 
     A look is one forward and one backward pass. What it returns are statistics, some hundred
     numbers a layer, of shapes that do not depend on the batch: it may stand inside a jitted step, a
-    `jax.lax.scan` or a `jax.vmap` over seeds.
+    `jax.lax.scan` or a `jax.vmap` over seeds. Outside of these it compiles itself, on CPUs with
+    little optimisation: the first look is there sooner than under `eqx.filter_jit(watch.measure)`,
+    and later ones take longer. For hundreds of looks, jit it.
 
     !!! example
 
         ```python
         watch = Watch(loss_fn, where=eqx.nn.Linear, optimiser=optim)
-        measure = eqx.filter_jit(watch.measure)
         history = []
         for step, batch in enumerate(batches):
             if step % 100 == 0:
-                history.append(measure(model, batch, opt_state=opt_state))
+                history.append(watch.measure(model, batch, opt_state=opt_state))
             model, opt_state = make_step(model, opt_state, batch)
         figure = watch.plot(history, every=100)
         ```
@@ -64,8 +68,8 @@ class Watch:
     def measure(self, model: PyTree, *args: Any, opt_state: PyTree = None) -> Look:
         """Looks at the model as it is, and at the step that it is about to take.
 
-        It costs as much as a few steps: a forward pass, a backward pass and the statistics. Call it
-        once in a while.
+        It costs as much as a few steps under a `jax.jit` of yours, and some ten where it compiles
+        itself: a forward pass, a backward pass and the statistics. Call it once in a while.
 
         **Arguments:**
 
@@ -89,6 +93,15 @@ class Watch:
                 "without one. Type `Watch(loss_fn, where=where, optimiser=optim)` and "
                 "`measure(model, batch, opt_state=opt_state)`."
             )
+        run = self._measure if _traced((model, args, opt_state)) else self._compiled
+        return run(model, args, opt_state)
+
+    @ft.cached_property
+    def _compiled(self) -> Callable[..., Look]:
+        options: Any = {"compiler_options": once()}  # which the annotations do not know
+        return eqx.filter_jit(self._measure, **options)
+
+    def _measure(self, model: PyTree, args: tuple, opt_state: PyTree) -> Look:
         program = _Program(self.loss_fn, model, args, self.where, None)
         loss, marked, grads, model_grads = program.backward(model, args)
         params = eqx.filter(model, eqx.is_inexact_array)  # as those of the gradients
@@ -154,6 +167,11 @@ def stacked(history: Look | Sequence[Look]) -> Look:
     return look
 
 
+def _traced(tree: PyTree) -> bool:
+    """Whether this is under a transformation, be it that of a function without arguments."""
+    return any(isinstance(x, jax.core.Tracer) for x in (*jtu.tree_leaves(tree), jnp.zeros(())))
+
+
 # ---- Statistics, traced.
 
 
@@ -194,12 +212,12 @@ def _rank(x: Float[Array, "*shape"]) -> Float[Array, ""]:
 
 
 def _counts(x: Float[Array, "*shape"], largest: Float[Array, ""]) -> Int[Array, " bins"]:
-    """As `histogram`, which compiles for longer, and takes longer for so few bins."""
+    """As `histogram`, of the entries of one array up to the largest, in its last bin."""
     edges = largest * jnp.asarray(EDGES, largest.dtype)
-    # One more than the last, which is in its bin, as is all that rounding leaves above it.
-    edges = edges.at[-1].set(jnp.inf)[:, None]
-    above = jnp.sum(x.astype(largest.dtype).ravel()[None] >= edges, axis=1, dtype=jnp.int32)
-    return above[:-1] - above[1:]
+    # Above the last one, but in its bin, is what rounding leaves there.
+    edges = edges.at[-1].set(jnp.inf)
+    places = jnp.searchsorted(edges, x.astype(largest.dtype).ravel(), side="right")
+    return jnp.zeros(edges.size + 1, jnp.int32).at[places].add(1)[1:-1]
 
 
 def _of_params(params: PyTree, grads: PyTree, updates: PyTree | None) -> Statistics:
