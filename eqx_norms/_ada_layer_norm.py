@@ -24,14 +24,14 @@ from ._real import Integer, Number
 
 
 class AdaLayerNorm(eqx.Module):
-    r"""Normalises one example and scales and shifts it as a second input, the condition, says.
+    r"""Normalises one example, and scales and shifts it as a second input (the condition) says.
 
     $$y = \frac{x - \mathbb{E}[x]}{\sqrt{\text{Var}[x] + \varepsilon}} * (1 + \text{scale})
     + \text{shift}, \qquad (\text{scale}, \text{shift}) = \text{linear}(\text{cond})$$
 
-    `linear` starts at zero, so that the layer starts as a LayerNorm without weight and bias,
-    whatever the condition. This is the adaLN-Zero of DiT without its gate, which multiplies the
-    residual branch by a third output of the same kind:
+    `linear` starts at zero, so the layer starts as a LayerNorm without weight and bias, for any
+    condition. This is the adaLN-Zero of DiT without its gate. The gate multiplies the residual
+    branch by a third output of the same kind:
     ```python
     x = x + gate(cond) * attention(ada_layer_norm(x, cond))
     ```

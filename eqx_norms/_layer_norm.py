@@ -58,10 +58,9 @@ def layer_norm(
     An array of the shape and dtype of `x`. Statistics, weight and bias are taken in float32
     (float64 for float64), and the result rounded once.
 
-    **Raises:** `TypeError` if `x` is not of one of these dtypes, `weight` or `bias` no real
-    floating-point array;
-    `ValueError` if `weight` or `bias` does not broadcast to the shape of `x`, or for a bad `eps`,
-    mask or `implementation`.
+    **Raises:** `TypeError` if `x` is not of one of these dtypes, or if `weight` or `bias` is not a
+    real floating-point array. `ValueError` if `weight` or `bias` does not broadcast to the shape of
+    `x`, or for a bad `eps`, mask or `implementation`.
     """
     check_floating("layer_norm", x)
     check_broadcast("layer_norm", x, weight=weight, bias=bias)
@@ -79,11 +78,11 @@ class LayerNorm(eqx.Module):
     + \text{bias}$$
 
     The variance is the biased one, and `eps` stands inside the root. Fields and leaves are those
-    of `equinox.nn.LayerNorm`, so that its checkpoints load.
+    of `equinox.nn.LayerNorm`, so its checkpoints load.
 
-    The backward is hand-written and keeps `x` in its own dtype and 12 bytes an example. Forward
-    mode, Hessians, `jax.checkpoint`, scans and sharding work as with any JAX function;
-    `jax.experimental.jet` and `sparsify` do not, see [`eqx_norms.normalize_reference`][].
+    The backward is hand-written. It keeps `x` in its own dtype and 12 bytes for each example.
+    Forward mode, Hessians, `jax.checkpoint`, scans and sharding work as with any JAX function.
+    `jax.experimental.jet` and `sparsify` do not work: see [`eqx_norms.normalize_reference`][].
 
     !!! tip "Batches"
 

@@ -38,7 +38,7 @@ def segment_norm(
     eps: Number = 1e-5,
     where: Bool[Array | np.ndarray, "..."] | None = None,
 ) -> Float[Array, "tokens channels *spatial"]:
-    """Normalises each segment of one example over its tokens: documents, or graphs, in one array.
+    """Normalises each segment of one example, such as a document or a graph, over its tokens.
 
     **Arguments:**
 
@@ -53,10 +53,10 @@ def segment_norm(
 
     An array of the shape and dtype of `x`.
 
-    **Raises:** `TypeError` if `x`, `weight` or `bias` is no real floating-point array or
-    `segments` no array of integers; `ValueError` if `x` has fewer than two axes, if `groups` does
-    not divide the channels, if `weight`, `bias` or `segments` has another shape, if `num_segments`
-    is missing where `segments` is traced, or for a bad `eps` or mask.
+    **Raises:** `TypeError` if `x`, `weight` or `bias` is not a real floating-point array, or if
+    `segments` is not an array of integers. `ValueError` if `x` has fewer than two axes, if `groups`
+    does not divide the channels, if `weight`, `bias` or `segments` has another shape, if
+    `segments` is traced and `num_segments` is missing, or for a bad `eps` or mask.
     """
     groups = check_size("segment_norm(groups=...)", groups)
     eps = check_eps("segment_norm", eps)
@@ -103,21 +103,22 @@ class SegmentNorm(eqx.Module):
     $$y_i = \frac{x_i - \mathbb{E}[x_{s(i)}]}{\sqrt{\text{Var}[x_{s(i)}] + \varepsilon}}
     * \text{weight} + \text{bias}$$
 
-    where $x_{s(i)}$ are all tokens of the segment that token $i$ is of. The example has shape
-    `(tokens, channels, *spatial)`: documents packed into a row, the nodes of graphs batched into
-    one, sequences of any lengths one after the other. `weight` and `bias` have one entry a
-    channel. With `groups=1` the statistics run over all channels, as in torch_geometric's
-    `LayerNorm(mode="graph")`; with `groups=channels` each channel is by itself, as in its
-    `InstanceNorm`.
+    where $x_{s(i)}$ are all tokens of the segment of token $i$. The example has shape
+    `(tokens, channels, *spatial)`. Its tokens may be documents packed into a row, the nodes of
+    graphs batched into one, or sequences of any lengths one after the other. `weight` and `bias`
+    have one entry for each channel. With `groups=1` the statistics run over all channels, as in
+    torch_geometric's `LayerNorm(mode="graph")`. With `groups=channels` each channel has its own
+    statistics, as in its `InstanceNorm`.
 
-    It is exact at any offset: to 2e-6 of the largest entry with a million tokens in one segment,
-    which are added one after the other. The backward, hand-written, keeps `x` in its own dtype,
-    three numbers a token and group, the segments, and the mask.
+    It is exact at any offset. With a million tokens in one segment, which are added one after the
+    other, it is exact to 2e-6 of the largest entry. The backward is hand-written. It keeps `x` in
+    its own dtype, three numbers for each token and group, the segments, and the mask.
 
     !!! tip "Which tokens of a segment are read"
 
-        All of them, later ones included. For text that is to be read from left to right this is a
-        leak within each document; [`eqx_norms.LayerNorm`][], mapped over tokens, has none.
+        All tokens of the segment are read, including later ones. For text that is read from left to
+        right this is a leak within each document. [`eqx_norms.LayerNorm`][], mapped over tokens,
+        has none.
     """
 
     channels: int = eqx.field(static=True)
