@@ -336,7 +336,7 @@ def normalize_reference(
     """The same function in plain `jax.numpy`, differentiated by JAX: the oracle of the tests.
 
     It keeps 12 bytes an element for the backward and loses digits at large offsets. For tools that
-    cannot take a custom rule, [`eqx_norms.plain`][] gives the layers without one, as exact as usual.
+    cannot take a custom rule, [`eqx_norms.plain`][] gives the layers without one, and as exact.
 
     **Arguments:**
 

@@ -15,8 +15,8 @@ def rounded(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     An operation on bfloat16 is computed in float32 and rounded. Under `jax.jit` XLA leaves out the
     rounding if a norm or a cast to float32 reads the result. So `norm(x + y)`, which is in every
-    residual stream, differs from the same without `jax.jit`. `norm(rounded(x + y))` does not. Use it
-    for ports that are compared to the last bit. In training, more digits do no harm.
+    residual stream, differs from the same without `jax.jit`. `norm(rounded(x + y))` does not. Use
+    it for ports that are compared to the last bit. In training, more digits do no harm.
 
     **Arguments:**
 
