@@ -37,12 +37,12 @@ class CausalityReport:
     - `blind`: whether an output did not read an input that it must read.
     - `status`: a string, one of these. `assert_causal` raises on `"leak"`, `"undecided"` and
         `"blind"`.
-        `"clear"`: not a bit changed.
-        `"clear (float noise)"`: what changed is rounding.
-        `"leak"`: an output reads an input that it must not read.
-        `"undecided"`: outputs changed that must not, and nothing can tell why.
-        `"blind"`: neither of these two, but some outputs that must change did not.
-        `"proved"`: outputs cannot change, if a proof was asked for.
+        - `"clear"`: not a bit changed.
+        - `"clear (float noise)"`: what changed is rounding.
+        - `"leak"`: an output reads an input that it must not read.
+        - `"undecided"`: outputs changed that must not, and nothing can tell why.
+        - `"blind"`: neither of these two, but some outputs that must change did not.
+        - `"proved"`: outputs cannot change, if a proof was asked for.
     - `matrix`: `matrix[t, j]` is the largest absolute change of output `t` when input `j` alone
         was edited, over all edits tried. It is NaN where that was not measured. A check that finds
         nothing does not need to edit inputs one by one. Then a forbidden pair that the edits

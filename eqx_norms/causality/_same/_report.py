@@ -19,12 +19,12 @@ class SameReport:
     **Fields:**
 
     - `status`: a string, one of these. `assert_same` raises on the last three.
-        `"same bits"`: all values are equal.
-        `"rounding"`: what differs is rounding.
-        `"imprecise"`: the two are the same in exact arithmetic, and one of them is off in its own
-        precision.
-        `"different"`: the two differ by more than rounding.
-        `"undecided"`: the two differ, and nothing can tell why.
+        - `"same bits"`: all values are equal.
+        - `"rounding"`: what differs is rounding.
+        - `"imprecise"`: the two are the same in exact arithmetic, and one of them is off in its own
+            precision.
+        - `"different"`: the two differ by more than rounding.
+        - `"undecided"`: the two differ, and nothing can tell why.
     - `leaf`: the path of the output array that the next fields are about. It is the array that
         shows the status best, and `""` if the output is one array. If all bits are the same, this
         and the next fields are None.
