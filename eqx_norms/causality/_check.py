@@ -738,7 +738,7 @@ def _inert(rule: Rule, silent: Bool[np.ndarray, " T_out"]) -> list[str]:
     return [
         f"{silent.sum()} of {len(silent)} outputs react to no input but their own. If the model "
         "should mix positions, a zero-initialised branch may hide a leak: try perturb_params=0.02. "
-        f"That outputs read what they may is asked by {option}."
+        f"{option} asks whether outputs read what they may."
     ]
 
 
@@ -747,8 +747,8 @@ def _untried(report: CausalityReport) -> list[str]:
     if len(report.splits) == report.possible_splits:
         return []
     return [
-        "A leak that the others alone show, as at the borders of chunks of an odd length, is "
-        "missed: prove=True tries those where the structure of fn leaves one possible."
+        "A leak that only the others show, as at the borders of chunks of an odd length, is "
+        "missed. prove=True tries those where the structure of fn leaves a leak possible."
     ]
 
 
@@ -767,9 +767,9 @@ def _dead(rule: Rule, outputs: Positions) -> list[str]:
     if not dead.any():
         return []
     return [
-        f"Nothing may be read by {named(outputs, dead, 'output')}. Of a row that a mask hides "
-        "whole most libraries make an average of everything, others zeros or NaN. "
-        "rules.unread_rows finds such rows; rules.let_off says that nobody looks at them."
+        f"Nothing may be read by {named(outputs, dead, 'output')}. If a mask hides a whole row, "
+        "most libraries return an average of everything there, and others zeros or NaN. "
+        "rules.unread_rows finds such rows. rules.let_off says that nobody looks at them."
     ]
 
 

@@ -238,14 +238,17 @@ def _ahead(
     """How far the input lies ahead of the output."""
     length = _size("length", length)
     if isinstance(in_length, bool | np.bool_):
-        raise TypeError(f"in_length must be a number of inputs, got {in_length}; or strict=True?")
+        raise TypeError(
+            f"in_length must be a number of inputs, got {in_length}; or write strict=True"
+        )
     in_length = length if in_length is None else _size("in_length", in_length)
     if align not in (None, "start", "end"):
         raise ValueError(f'align must be "start" or "end", got {align!r}')
     if align is None and in_length != length:
         raise ValueError(
-            f"of {length} outputs and {in_length} inputs align must say which stand at one place: "
-            'align="start", the first of both, or align="end", the last, as behind a cache'
+            f"with {length} outputs and {in_length} inputs align must say which of them stand at "
+            'one place: align="start", the first of both, or align="end", the last, as behind a '
+            "cache"
         )
     last = in_length - length if align == "end" else 0
     return np.arange(in_length) - np.arange(length)[:, None] - last

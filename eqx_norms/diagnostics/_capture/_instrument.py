@@ -104,8 +104,8 @@ class Observer:
             paths = ", ".join(repr(path(keys)) for keys in equal)
             raise NotImplementedError(
                 f"`fn` calls a {type(module).__name__} in a tree that it has built anew, and which "
-                f"of {paths} this is cannot be told, for it holds no array. Call the module that "
-                "holds it, or type a `where` that leaves them out."
+                f"of {paths} this is cannot be told, because it holds no array. Call the module "
+                "that holds it, or type a `where` that leaves them out."
             )
         return Place(equal[0]) if len(equal) == 1 else None
 

@@ -162,9 +162,9 @@ def diagnose(
 def _check(model: PyTree, args: tuple, optimiser: Any, classes: int | None) -> None:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jtu.tree_leaves((model, args))):
         raise ValueError(
-            "`diagnose` must be called outside `jax.jit` and other transformations, for it returns "
-            "floats, but `model` or `args` hold traced arrays. `loss_fn` may be jitted; inside a "
-            "jitted step type `capture_grads`."
+            "`diagnose` must be called outside `jax.jit` and other transformations, because it "
+            "returns floats, but `model` or `args` hold traced arrays. `loss_fn` may be jitted. "
+            "Inside a jitted step type `capture_grads`."
         )
     if optimiser is not None:
         pair = isinstance(optimiser, tuple) and len(optimiser) == 2
