@@ -77,10 +77,10 @@ class SameReport:
 
 _SAYS = {
     "same bits": "give equal values",
-    "rounding": "are the same but for rounding",
+    "rounding": "are the same up to rounding",
     "different": "differ by more than rounding",
-    "imprecise": "are the same in exact arithmetic, different in {dtype}",
-    "undecided": "differ, and nothing tells whether by rounding",
+    "imprecise": "are the same in exact arithmetic, and different in {dtype}",
+    "undecided": "differ, and nothing tells whether that is rounding",
 }
 
 
