@@ -80,7 +80,8 @@ class AdaLayerNorm(eqx.Module):
         - `shape`: the shape of one example, without batch axes.
         - `cond_size`: the size of the condition, an array of one axis.
         - `eps`: added to the variance; a finite number, 0 or above.
-        - `dtype`: of the parameters of `linear`. Defaults to float32, or float64 in 64-bit mode.
+        - `dtype`: the dtype of the parameters of `linear`. Defaults to float32, or to float64 in
+            64-bit mode.
         - `key`: a `jax.random` key, which `eqx.nn.Linear` asks for; its draw is set to zero.
         - `implementation`: as for [`eqx_norms.GroupNorm`][].
 

@@ -131,7 +131,7 @@ class CumulativeNorm(eqx.Module):
         - `eps`: added to the variance; a finite number, 0 or above.
         - `channelwise_affine`: whether to scale and shift each channel by a learned `weight`, from
             ones, and `bias`, from zeros.
-        - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `dtype`: the dtype of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
 
         **Raises:** `ValueError` if `groups` does not divide `channels`, if either is below 1, or
         for a bad `eps`; `TypeError` for a `dtype` that is none of float16, bfloat16, float32 and

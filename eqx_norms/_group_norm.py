@@ -177,7 +177,7 @@ class GroupNorm(eqx.Module):
         - `eps`: added to the variance; a finite number, 0 or above.
         - `channelwise_affine`: whether to scale and shift each channel by a learned `weight`, from
             ones, and `bias`, from zeros.
-        - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `dtype`: the dtype of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
         - `implementation`: `"xla"`, or `"kernel"` for kernels on CPUs, with numba
             (`pip install "eqx-norms[cpu]"`); see [Kernels](../kernels.md) for when they run.
 
@@ -227,7 +227,7 @@ class GroupNorm(eqx.Module):
         - `where`: a boolean mask with as many axes as `x`, each of its size or of size 1, as
             `(1, time)` for padding that all channels share. Entries where it is `False`, NaN or
             not, take no part in mean and variance, come out as zero and receive a zero gradient.
-            It is kept for the backward as it came, a byte an entry.
+            It is kept unchanged for the backward, with a byte for each entry.
 
         **Returns:**
 

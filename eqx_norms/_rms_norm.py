@@ -135,10 +135,10 @@ class RMSNorm(eqx.Module):
         - `eps`: added to the mean square; a finite number, 0 or above.
         - `use_weight`: whether to scale by a learned `weight` of shape `shape`, from ones.
         - `use_bias`: whether to shift by a learned `bias` of shape `shape`, from zeros.
-        - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
-        - `unit_offset`: scale by `1 + weight` instead, `weight` starting at zero, as Gemma does.
-            The sum is taken in float32, so that a bfloat16 weight keeps its digits.
-        - `axis_name`: of a mapped axis (`jax.shard_map`, or `jax.vmap` with that name) along
+        - `dtype`: the dtype of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `unit_offset`: scale by `1 + weight` instead, as Gemma does. `weight` then starts at zero.
+            The sum is taken in float32, so a bfloat16 weight keeps its digits.
+        - `axis_name`: the name of a mapped axis (of `jax.shard_map`, or of `jax.vmap`) along
             which one example is split evenly. `shape` is then that of one part, and the
             mean square is taken over all parts. Along a `jax.vmap` JAX differentiates the
             forward by itself, and keeps more for it.

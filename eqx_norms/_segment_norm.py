@@ -144,7 +144,7 @@ class SegmentNorm(eqx.Module):
         - `eps`: added to the variance; a finite number, 0 or above.
         - `channelwise_affine`: whether to scale and shift each channel by a learned `weight`, from
             ones, and `bias`, from zeros.
-        - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `dtype`: the dtype of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
 
         **Raises:** `ValueError` if `groups` does not divide `channels`, if either is below 1, or
         for a bad `eps`; `TypeError` for a `dtype` that is none of float16, bfloat16, float32 and
@@ -172,11 +172,11 @@ class SegmentNorm(eqx.Module):
 
         - `x`: one example, of shape `(tokens, channels, *spatial)` and dtype float16, bfloat16,
             float32 or float64.
-        - `segments`: the segment of each token, integers of shape `(tokens,)` in any order; not
-            all need occur. Tokens with one that is negative, or `num_segments` or more, are of no
-            segment: as if masked. -1 is a common choice for padding.
-        - `num_segments`: how many segments there may be. May be left out, for `max(segments) + 1`,
-            where `segments` is not traced.
+        - `segments`: the segment of each token, integers of shape `(tokens,)` in any order. Not all
+            numbers need occur. A token whose number is negative, or `num_segments` or more, is in
+            no segment, as if masked. -1 is a common choice for padding.
+        - `num_segments`: how many segments there may be. The default is `max(segments) + 1`, if
+            `segments` is not traced.
         - `where`: a boolean mask of shape `(tokens,)`, or with as many axes as `x`, each of its
             size or of size 1. Entries where it is `False`, NaN or not, take no part in any mean
             and variance, come out as zero and receive a zero gradient.
@@ -189,7 +189,7 @@ class SegmentNorm(eqx.Module):
         **Raises:** `ValueError` if the second axis of `x` is not `channels`, if `segments` has
         another shape, if `num_segments` is missing under `jax.jit` or `jax.vmap` of `segments`,
         for a bad mask, or if weight or bias, with `channelwise_affine`, is missing or does not
-        fit; `TypeError` if `x` is not of such a dtype, or `segments` no array of integers.
+        fit; `TypeError` if `x` is not of such a dtype, or `segments` not an array of integers.
         """
         check_steps("SegmentNorm", x, self.channels, self.groups)
         check_step_mask("SegmentNorm", x, where)
