@@ -121,7 +121,7 @@ def _not_finite(measured: Measured, args_bad: bool, unseen: Collection[str]) -> 
         return  # An infinity that masks something, say.
     bad = [p for p in measured.parameters if p.statistics["non_finite"] > 0]
     for p in bad:
-        advice = "A parameter is NaN or infinite before the step: look at the steps before."
+        advice = "A parameter is NaN or infinite before this step: look at the steps before it."
         yield Finding("non-finite", p.path, p.statistics["non_finite"], 0, advice)
     if bad:
         return
