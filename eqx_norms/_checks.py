@@ -92,7 +92,7 @@ def _as_jax(dtype: Any) -> Any:
 
 
 def check_axis_name(axis_name: Any) -> Hashable | None:
-    """A list of names as a tuple, for it is kept in static fields."""
+    """A list of names as a tuple, because it is kept in static fields."""
     return tuple(axis_name) if isinstance(axis_name, list) else axis_name
 
 

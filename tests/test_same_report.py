@@ -170,8 +170,9 @@ def test_squares_that_overflow_in_float16(getkey):
         assert_same(by_formula, norm, h, inputs=0)
     report = caught.value.report
     assert report.status == "imprecise" and 0 in report.values
-    assert f"It is the first function that is off. The precision is lost at `mul` in {__file__}" in (
-        words(report)
+    assert (
+        f"It is the first function that is off. The precision is lost at `mul` in {__file__}"
+        in (words(report))
     )
     assert "(by_formula): overflow: " in words(report)
 

@@ -762,7 +762,7 @@ def _untestable(rule: Rule) -> list[str]:
 
 
 def _dead(rule: Rule, outputs: Positions) -> list[str]:
-    """A remark on outputs that may read nothing, for many a mask means something else by that."""
+    """A remark on outputs that may read nothing, because many masks mean something else by that."""
     dead = unread_rows(rule.allowed)
     if not dead.any():
         return []

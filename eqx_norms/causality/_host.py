@@ -222,7 +222,7 @@ def in_precision(eqn: jex.JaxprEqn, to: Any = None) -> Callable | None:
 
 
 def is_beside(closed: jex.ClosedJaxpr) -> bool:
-    """Whether to run it eagerly, for XLA's threads slow torch; not what JAX repeats or compiles."""
+    """Whether to run it eagerly: XLA's threads slow torch. Not what JAX repeats or compiles."""
     here = sum(_call_of(eqn) is not None for eqn in opened(closed).eqns)
     return 0 < here == len([*_calls(opened(closed))])
 

@@ -1,7 +1,7 @@
 """At which operation a function loses its precision: where float64 would keep it.
 
-The traced function is run in float64 but for one operation, which is done in its own precision. The
-operation after which the output is as far off as it was seen to be is the one to blame.
+The traced function is run in float64 except for one operation, which is done in its own precision.
+The operation after which the output is as far off as it was seen to be is the one to blame.
 """
 
 import functools

@@ -312,7 +312,7 @@ class Judge:
 
 
 def _is_zero(own: Runs, exact: Runs) -> tuple[Bool[np.ndarray, "K L"], Float[np.ndarray, "K 1"]]:
-    """Which leaves are 0 in float64, but for its rounding, and the largest entry of all leaves."""
+    """Which leaves are 0 in float64 up to its rounding, and the largest entry of all leaves."""
     size = np.array(
         [
             [max(map(_largest, leaves)) for leaves in zip(*row, strict=True)]

@@ -84,8 +84,8 @@ def find(
 
     **Arguments:**
 
-    - `args_bad`: whether there is NaN or inf, but for -inf, in what the function was given.
-    - `unseen`: the paths of the submodules of which the calls were not looked at.
+    - `args_bad`: whether there is NaN or inf, except -inf, in what the function was given.
+    - `unseen`: the paths of the submodules whose calls were not looked at.
     """
     found = [
         *_not_finite(measured, args_bad, unseen),

@@ -1,4 +1,4 @@
-"""What goes on inside a model, over the steps of its training."""
+"""What happens inside a model, over the steps of its training."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
