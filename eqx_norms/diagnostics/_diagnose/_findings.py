@@ -567,8 +567,9 @@ def _out_of_range(measured: Measured) -> Iterator[Finding]:
     for p in measured.parameters:
         if limit < p.statistics["outlier"] < math.inf:
             advice = (
-                "This is the rms of the largest row, divided by that of the median row. That row "
-                "drowns the others wherever it is read. Look at how it was initialised or loaded."
+                "This is the rms of the largest row, divided by that of the row at the upper "
+                "quartile. The largest row drowns the others wherever it is read. Look at how it "
+                "was initialised or loaded."
             )
             yield Finding("range", p.path, p.statistics["outlier"], limit, advice)
 
