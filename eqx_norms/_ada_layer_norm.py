@@ -24,14 +24,14 @@ from ._real import Integer, Number
 
 
 class AdaLayerNorm(eqx.Module):
-    r"""Normalises one example and scales and shifts it as a second input, the condition, says.
+    r"""Normalises one example, and scales and shifts it as a second input (the condition) says.
 
     $$y = \frac{x - \mathbb{E}[x]}{\sqrt{\text{Var}[x] + \varepsilon}} * (1 + \text{scale})
     + \text{shift}, \qquad (\text{scale}, \text{shift}) = \text{linear}(\text{cond})$$
 
-    `linear` starts at zero, so that the layer starts as a LayerNorm without weight and bias,
-    whatever the condition. This is the adaLN-Zero of DiT without its gate, which multiplies the
-    residual branch by a third output of the same kind:
+    `linear` starts at zero, so the layer starts as a LayerNorm without weight and bias, for any
+    condition. This is the adaLN-Zero of DiT without its gate. The gate multiplies the residual
+    branch by a third output of the same kind:
     ```python
     x = x + gate(cond) * attention(ada_layer_norm(x, cond))
     ```
@@ -80,7 +80,8 @@ class AdaLayerNorm(eqx.Module):
         - `shape`: the shape of one example, without batch axes.
         - `cond_size`: the size of the condition, an array of one axis.
         - `eps`: added to the variance; a finite number, 0 or above.
-        - `dtype`: of the parameters of `linear`. Defaults to float32, or float64 in 64-bit mode.
+        - `dtype`: the dtype of the parameters of `linear`. Defaults to float32, or to float64 in
+            64-bit mode.
         - `key`: a `jax.random` key, which `eqx.nn.Linear` asks for; its draw is set to zero.
         - `implementation`: as for [`eqx_norms.GroupNorm`][].
 

@@ -47,9 +47,9 @@ def check_size(call: str, size: Integer, least: int = 1) -> int:
 
 # Inside of `jax.jit` even `jnp.float32(1e-3)` is traced, and no value can be had of it.
 _TRACED_EPS = (
-    " It is traced, and its value must be known before: type a number, as in `eps=1e-3`, or "
-    "NumPy's `np.float32(1e-3)`, for `jnp.float32(1e-3)`; `float(jnp.finfo(x.dtype).eps)` for one "
-    "of a dtype. If it is an argument of a jitted function, name it in its `static_argnames`."
+    " It is traced, and its value must be known before. Type a number, as in `eps=1e-3` or "
+    "`np.float32(1e-3)`, instead of `jnp.float32(1e-3)`, and `float(jnp.finfo(x.dtype).eps)` for "
+    "that of a dtype. If it is an argument of a jitted function, name it in its `static_argnames`."
 )
 
 
@@ -92,7 +92,7 @@ def _as_jax(dtype: Any) -> Any:
 
 
 def check_axis_name(axis_name: Any) -> Hashable | None:
-    """A list of names as a tuple, for it is kept in static fields."""
+    """A list of names as a tuple, because it is kept in static fields."""
     return tuple(axis_name) if isinstance(axis_name, list) else axis_name
 
 

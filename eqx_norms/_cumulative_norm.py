@@ -34,7 +34,7 @@ def cumulative_norm(
     eps: Number = 1e-5,
     where: Bool[Array | np.ndarray, "..."] | None = None,
 ) -> Float[Array, "time channels *spatial"]:
-    """Normalises each step of one example by mean and variance of that step and all before it.
+    """Normalises each step of one example by the mean and variance of all steps up to it.
 
     **Arguments:**
 
@@ -42,15 +42,16 @@ def cumulative_norm(
         `jax.vmap` this function.
     - `weight`, `bias`: floating-point arrays of shape `(channels,)`, or that broadcast to
         `(channels, *spatial)` from the left; or `None`.
-    - `groups`, `eps`: as for [`eqx_norms.CumulativeNorm`][]; `where`: as for its call.
+    - `groups`, `eps`: as for [`eqx_norms.CumulativeNorm`][].
+    - `where`: as for the call of that layer.
 
     **Returns:**
 
     An array of the shape and dtype of `x`.
 
-    **Raises:** `TypeError` if `x`, `weight` or `bias` is no real floating-point array; `ValueError`
-    if `x` has fewer than two axes, if `groups` does not divide the channels, if `weight` or `bias`
-    has another shape, or for a bad `eps` or mask.
+    **Raises:** `TypeError` if `x`, `weight` or `bias` is not a real floating-point array.
+    `ValueError` if `x` has fewer than two axes, if `groups` does not divide the channels, if
+    `weight` or `bias` has another shape, or for a bad `eps` or mask.
     """
     groups = check_size("cumulative_norm(groups=...)", groups)
     eps = check_eps("cumulative_norm", eps)
@@ -67,24 +68,24 @@ def _by_group(x, weight, bias, where, groups: int, eps: float) -> Array:
 
 
 class CumulativeNorm(eqx.Module):
-    r"""Normalises each step by the mean and variance of that step and all before it: causal.
+    r"""Normalises each step by the mean and variance of all steps up to it, so it is causal.
 
     $$y_t = \frac{x_t - \mathbb{E}[x_{0..t}]}{\sqrt{\text{Var}[x_{0..t}] + \varepsilon}}
     * \text{weight} + \text{bias}$$
 
-    The example has shape `(time, channels, *spatial)`; `weight` and `bias` have one entry a
+    The example has shape `(time, channels, *spatial)`. `weight` and `bias` have one entry for each
     channel. With `groups=1` this is the cumulative layer normalisation (cLN) of Conv-TasNet, over
-    all features of all steps so far; with `groups=channels` each channel is by itself, a
-    cumulative InstanceNorm; between them lies the cumulative GroupNorm.
+    all features of all steps so far. With `groups=channels` each channel has its own statistics,
+    as in a cumulative InstanceNorm. Other numbers of groups give a cumulative GroupNorm.
 
-    It is exact at any offset and for any number of steps: no two large sums are subtracted. The
-    backward is hand-written, takes time and memory in proportion to the number of steps, and keeps
-    `x` in its own dtype and three numbers a step and group
+    It is exact at any offset and for any number of steps, because no two large sums are
+    subtracted. The backward is hand-written. It takes time and memory in proportion to the number
+    of steps, and keeps `x` in its own dtype and three numbers for each step and group
     ([how](../backward.md#over-what-has-come-so-far)).
 
     !!! tip "Streaming"
 
-        The same layer, one step at a time, by a state of five numbers a group:
+        The same layer runs one step at a time, with a state of five numbers for each group:
         ```python
         state = norm.init_state()
         y_t, state = norm.step(x_t, state)  # x_t of shape (channels, *spatial)
@@ -130,7 +131,7 @@ class CumulativeNorm(eqx.Module):
         - `eps`: added to the variance; a finite number, 0 or above.
         - `channelwise_affine`: whether to scale and shift each channel by a learned `weight`, from
             ones, and `bias`, from zeros.
-        - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `dtype`: the dtype of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
 
         **Raises:** `ValueError` if `groups` does not divide `channels`, if either is below 1, or
         for a bad `eps`; `TypeError` for a `dtype` that is none of float16, bfloat16, float32 and
@@ -187,8 +188,8 @@ class CumulativeNorm(eqx.Module):
         **Returns:**
 
         A tuple of five arrays of shape `(groups,)`: the number of entries, as int32, their mean
-        and the sum of squares about it, each in two parts. Above 2^31 - 1 entries a group, the
-        oldest are forgotten as fast as new ones come.
+        and the sum of squares about it, each in two parts. From 2^31 - 1 entries in a group on,
+        the oldest are forgotten as fast as new ones come.
         """
         check_param_dtype("CumulativeNorm.init_state", dtype)
         wide = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
@@ -202,7 +203,7 @@ class CumulativeNorm(eqx.Module):
         *,
         where: Bool[Array | np.ndarray, "..."] | None = None,
     ) -> tuple[Float[Array, "channels *spatial"], CumulativeState]:
-        """One step of a stream: as the layer does it to the whole, in constant time and memory.
+        """Normalises one step of a stream as the layer would, in constant time and memory.
 
         **Arguments:**
 
@@ -215,8 +216,8 @@ class CumulativeNorm(eqx.Module):
 
         A tuple of the normalised step, of the shape and dtype of `x`, and the new state.
 
-        **Raises:** as the call of the layer does; `ValueError` also for a state of another dtype
-        or number of groups.
+        **Raises:** the errors of the layer's call, and `ValueError` for a state of another dtype or
+        number of groups.
         """
         check_steps("CumulativeNorm.step", x, self.channels, self.groups, steps=0)
         if where is not None:

@@ -49,8 +49,8 @@ def group_norm(
     - `x`: one example, channels first, of dtype float16, bfloat16, float32 or float64. For a
         batch, `jax.vmap` this function.
     - `groups`: how many groups the channels are split into; must divide their number.
-    - `weight`, `bias`: floating-point arrays of shape `(channels,)`, or of one that broadcasts to
-        that of `x` with channels first, such as `(channels, 1)`; or `None`.
+    - `weight`, `bias`: floating-point arrays of shape `(channels,)`, or of a shape that broadcasts
+        to that of `x` with channels first, such as `(channels, 1)`; or `None`.
     - `eps`: added to the variance; a finite number, 0 or above.
     - `implementation`, `where`: as for [`eqx_norms.GroupNorm`][].
 
@@ -59,9 +59,9 @@ def group_norm(
     An array of the shape and dtype of `x`. Statistics, weight and bias are taken in float32
     (float64 for float64), and the result rounded once.
 
-    **Raises:** `TypeError` if `x` is not of one of these dtypes, `weight` or `bias` no real
-    floating-point array; `ValueError` if `groups` does not divide the channels, if `weight` or
-    `bias` has another shape, or for a bad `eps`, `implementation` or mask.
+    **Raises:** `TypeError` if `x` is not of one of these dtypes, or if `weight` or `bias` is not a
+    real floating-point array. `ValueError` if `groups` does not divide the channels, if `weight`
+    or `bias` has another shape, or for a bad `eps`, `implementation` or mask.
     """
     _check_example("group_norm", x, groups)
     check_implementation("group_norm", implementation)
@@ -122,19 +122,20 @@ class GroupNorm(eqx.Module):
     $$y_g = \frac{x_g - \mathbb{E}[x_g]}{\sqrt{\text{Var}[x_g] + \varepsilon}} * \text{weight}
     + \text{bias}$$
 
-    The example has shape `(channels, *spatial)`; `weight` and `bias` have one entry a channel.
-    With `groups=channels` this is InstanceNorm, with `groups=1` LayerNorm over the whole example.
-    Fields and leaves are those of `equinox.nn.GroupNorm`, so that its checkpoints load.
+    The example has shape `(channels, *spatial)`. `weight` and `bias` have one entry for each
+    channel. With `groups=channels` this is InstanceNorm. With `groups=1` it is LayerNorm over the
+    whole example. Fields and leaves are those of `equinox.nn.GroupNorm`, so its checkpoints load.
 
-    The backward is hand-written and keeps `x` in its own dtype and 12 bytes a group. Forward
-    mode, Hessians, `jax.checkpoint`, scans and sharding work as with any JAX function;
-    `jax.experimental.jet` and `sparsify` do not, see [`eqx_norms.normalize_reference`][].
+    The backward is hand-written. It keeps `x` in its own dtype and 12 bytes for each group.
+    Forward mode, Hessians, `jax.checkpoint`, scans and sharding work as with any JAX function.
+    `jax.experimental.jet` and `sparsify` do not work: see [`eqx_norms.normalize_reference`][].
 
     !!! warning "Over (channels, time) it mixes time"
 
-        Mean and variance are taken over all spatial axes, and time is one of them: each output
-        reads the whole sequence, future included. `eqx_norms.assert_causal` says so. In a causal
-        model map the layer over time instead, `jax.vmap(group_norm, in_axes=1, out_axes=1)(x)`.
+        Mean and variance are taken over all spatial axes, and time is one of them. So each output
+        reads the whole sequence, including the future. `eqx_norms.assert_causal` shows it. In a
+        causal model map the layer over time instead:
+        `jax.vmap(group_norm, in_axes=1, out_axes=1)(x)`.
 
     ??? cite
         [Group Normalization](https://arxiv.org/abs/1803.08494)
@@ -176,7 +177,7 @@ class GroupNorm(eqx.Module):
         - `eps`: added to the variance; a finite number, 0 or above.
         - `channelwise_affine`: whether to scale and shift each channel by a learned `weight`, from
             ones, and `bias`, from zeros.
-        - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `dtype`: the dtype of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
         - `implementation`: `"xla"`, or `"kernel"` for kernels on CPUs, with numba
             (`pip install "eqx-norms[cpu]"`); see [Kernels](../kernels.md) for when they run.
 
@@ -226,7 +227,7 @@ class GroupNorm(eqx.Module):
         - `where`: a boolean mask with as many axes as `x`, each of its size or of size 1, as
             `(1, time)` for padding that all channels share. Entries where it is `False`, NaN or
             not, take no part in mean and variance, come out as zero and receive a zero gradient.
-            It is kept for the backward as it came, a byte an entry.
+            It is kept unchanged for the backward, with a byte for each entry.
 
         **Returns:**
 

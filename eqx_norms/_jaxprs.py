@@ -33,7 +33,7 @@ def is_ref(value: Any) -> bool:
 
 
 def first_ref(closed: Any) -> jex.JaxprEqn | None:
-    """The first equation that makes or uses a Ref, but for those inside of kernels."""
+    """The first equation that makes or uses a Ref, except for those inside kernels."""
     for eqn in opened(closed).eqns:
         if is_foreign(eqn):
             continue
@@ -68,7 +68,7 @@ def scan_counts(eqn: jex.JaxprEqn) -> tuple[int, int]:
     """The numbers of constants and of carried arrays of a `scan`.
 
     A carry has the same rank inside the loop and outside, what is scanned over has one axis less
-    inside: counted so, for each JAX version keeps the numbers in another parameter.
+    inside: counted so, because each JAX version keeps the numbers in another parameter.
     """
     body = opened(eqn.params["jaxpr"])
     carried = _count_equal_rank(eqn.outvars, body.outvars)

@@ -58,10 +58,9 @@ def layer_norm(
     An array of the shape and dtype of `x`. Statistics, weight and bias are taken in float32
     (float64 for float64), and the result rounded once.
 
-    **Raises:** `TypeError` if `x` is not of one of these dtypes, `weight` or `bias` no real
-    floating-point array;
-    `ValueError` if `weight` or `bias` does not broadcast to the shape of `x`, or for a bad `eps`,
-    mask or `implementation`.
+    **Raises:** `TypeError` if `x` is not of one of these dtypes, or if `weight` or `bias` is not a
+    real floating-point array. `ValueError` if `weight` or `bias` does not broadcast to the shape of
+    `x`, or for a bad `eps`, mask or `implementation`.
     """
     check_floating("layer_norm", x)
     check_broadcast("layer_norm", x, weight=weight, bias=bias)
@@ -79,11 +78,11 @@ class LayerNorm(eqx.Module):
     + \text{bias}$$
 
     The variance is the biased one, and `eps` stands inside the root. Fields and leaves are those
-    of `equinox.nn.LayerNorm`, so that its checkpoints load.
+    of `equinox.nn.LayerNorm`, so its checkpoints load.
 
-    The backward is hand-written and keeps `x` in its own dtype and 12 bytes an example. Forward
-    mode, Hessians, `jax.checkpoint`, scans and sharding work as with any JAX function;
-    `jax.experimental.jet` and `sparsify` do not, see [`eqx_norms.normalize_reference`][].
+    The backward is hand-written. It keeps `x` in its own dtype and 12 bytes for each example.
+    Forward mode, Hessians, `jax.checkpoint`, scans and sharding work as with any JAX function.
+    `jax.experimental.jet` and `sparsify` do not work: see [`eqx_norms.normalize_reference`][].
 
     !!! tip "Batches"
 
@@ -138,10 +137,10 @@ class LayerNorm(eqx.Module):
         - `eps`: added to the variance; a finite number, 0 or above.
         - `use_weight`: whether to scale by a learned `weight` of shape `shape`, from ones.
         - `use_bias`: whether to shift by a learned `bias` of shape `shape`, from zeros.
-        - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
-        - `unit_offset`: scale by `1 + weight` instead, `weight` starting at zero, as Gemma does.
-            The sum is taken in float32, so that a bfloat16 weight keeps its digits.
-        - `axis_name`: of a mapped axis (`jax.shard_map`, or `jax.vmap` with that name) along
+        - `dtype`: the dtype of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `unit_offset`: scale by `1 + weight` instead, as Gemma does. `weight` then starts at zero.
+            The sum is taken in float32, so a bfloat16 weight keeps its digits.
+        - `axis_name`: the name of a mapped axis (of `jax.shard_map`, or of `jax.vmap`) along
             which one example is split evenly. `shape` is then that of one part, and mean and
             variance are taken over all parts. Along a `jax.vmap` JAX differentiates the
             forward by itself, and keeps more for it.
@@ -152,7 +151,7 @@ class LayerNorm(eqx.Module):
             operation, as DeBERTa and Chameleon do, and return the dtype that `x`, weight and bias
             promote to. With `unit_offset`, `1 + weight` is rounded to the dtype of the weight. No
             kernel does this. See [Published norms](../published_norms.md).
-        - `elementwise_affine`: deprecated, as in `equinox.nn`: for `use_weight` and `use_bias`.
+        - `elementwise_affine`: deprecated, as in `equinox.nn`. It sets `use_weight` and `use_bias`.
 
         **Raises:** `ValueError` for a negative size, a bad `eps` or `implementation`; `TypeError`
         for a `dtype` that is none of float16, bfloat16, float32 and float64.

@@ -25,12 +25,12 @@ def replace_norms(
 ) -> PyTree:
     """Exchanges every `equinox.nn.LayerNorm`, `RMSNorm` and `GroupNorm` in a model for ours.
 
-    Shape, `eps` and parameters stay as they are, leading axes of an ensemble included, and the
-    number and order of the leaves too: checkpoints load as they did. A layer object that stands at
-    several places is exchanged for one object.
+    Shape, `eps` and parameters stay as they are, including the leading axes of an ensemble. The
+    number and order of the leaves do not change either, so checkpoints still load. A layer object
+    that stands at several places is exchanged for one object.
 
-    What was made of the model before, such as an optimiser's state, has the old classes in its
-    structure, and JAX compares these. Exchange them there as well, in the middle of a run:
+    What was made from the model before, such as an optimiser's state, has the old classes in its
+    structure, and JAX compares these. In the middle of a run exchange them there as well:
     ```python
     model, opt_state = replace_norms((model, opt_state))
     ```
@@ -38,16 +38,17 @@ def replace_norms(
     **Arguments:**
 
     - `model`: any pytree with `equinox.Module`s in it. It is not changed.
-    - `where`: a function of `(path, norm)` that says whether to exchange it, where path is as in
-        `blocks[0].norm`; for all, `None`.
-    - `implementation`: of the new layers, as for [`eqx_norms.LayerNorm`][].
-    - `round_before_weight`: of the LayerNorms and RMSNorms, as there.
-    - `at_least`: how many norms must be exchanged. None need be by default: a state of plain SGD
-        has no norms, and a model whose norms were exchanged has no more.
+    - `where`: a function of `(path, norm)` that says whether to exchange a norm. A path looks like
+        `blocks[0].norm`. `None` exchanges all.
+    - `implementation`: that of the new layers, as for [`eqx_norms.LayerNorm`][].
+    - `round_before_weight`: that of the LayerNorms and RMSNorms, as for the same class.
+    - `at_least`: how many norms must be exchanged. The default is 0, because a state of plain SGD
+        has no norms, and a model whose norms were exchanged has none left.
 
     **Returns:**
 
-    The new model. Subclasses of the Equinox layers are left alone: what they changed is not known.
+    The new model. Subclasses of the Equinox layers are left alone, because nobody knows what they
+    have changed.
 
     **Raises:** `ValueError` if fewer than `at_least` norms are exchanged, or for a bad
     `implementation`.

@@ -36,7 +36,7 @@ def rms_norm(
     axis_name: Hashable | Sequence[Hashable] | None = None,
     implementation: str = "xla",
 ) -> Float[Array, "*shape"]:
-    r"""Divides one example by the root mean square of all its entries; scales and shifts.
+    r"""Divides one example by the root mean square of its entries, then scales and shifts it.
 
     $$y = \frac{x}{\sqrt{\mathbb{E}[x^2] + \varepsilon}} * \text{weight} + \text{bias}$$
 
@@ -55,10 +55,9 @@ def rms_norm(
     An array of the shape and dtype of `x`. Statistics, weight and bias are taken in float32
     (float64 for float64), and the result rounded once.
 
-    **Raises:** `TypeError` if `x` is not of one of these dtypes, `weight` or `bias` no real
-    floating-point array;
-    `ValueError` if `weight` or `bias` does not broadcast to the shape of `x`, or for a bad `eps`,
-    mask or `implementation`.
+    **Raises:** `TypeError` if `x` is not of one of these dtypes, or if `weight` or `bias` is not a
+    real floating-point array. `ValueError` if `weight` or `bias` does not broadcast to the shape of
+    `x`, or for a bad `eps`, mask or `implementation`.
     """
     check_floating("rms_norm", x)
     check_broadcast("rms_norm", x, weight=weight, bias=bias)
@@ -76,12 +75,13 @@ class RMSNorm(eqx.Module):
 
     $$y = \frac{x}{\sqrt{\mathbb{E}[x^2] + \varepsilon}} * \text{weight} + \text{bias}$$
 
-    As LayerNorm, without the mean. Fields and leaves are those of `equinox.nn.RMSNorm`, so that
-    its checkpoints load. The square is taken in float32: float16 above 256 does not overflow.
+    It is a LayerNorm that does not subtract the mean. Fields and leaves are those of
+    `equinox.nn.RMSNorm`, so its checkpoints load. The square is taken in float32, so float16 above
+    256 does not overflow.
 
-    The backward is hand-written and keeps `x` in its own dtype and 4 bytes an example. Forward
-    mode, Hessians, `jax.checkpoint`, scans and sharding work as with any JAX function;
-    `jax.experimental.jet` and `sparsify` do not, see [`eqx_norms.normalize_reference`][].
+    The backward is hand-written. It keeps `x` in its own dtype and 4 bytes for each example.
+    Forward mode, Hessians, `jax.checkpoint`, scans and sharding work as with any JAX function.
+    `jax.experimental.jet` and `sparsify` do not work: see [`eqx_norms.normalize_reference`][].
 
     !!! tip "Batches"
 
@@ -135,10 +135,10 @@ class RMSNorm(eqx.Module):
         - `eps`: added to the mean square; a finite number, 0 or above.
         - `use_weight`: whether to scale by a learned `weight` of shape `shape`, from ones.
         - `use_bias`: whether to shift by a learned `bias` of shape `shape`, from zeros.
-        - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
-        - `unit_offset`: scale by `1 + weight` instead, `weight` starting at zero, as Gemma does.
-            The sum is taken in float32, so that a bfloat16 weight keeps its digits.
-        - `axis_name`: of a mapped axis (`jax.shard_map`, or `jax.vmap` with that name) along
+        - `dtype`: the dtype of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `unit_offset`: scale by `1 + weight` instead, as Gemma does. `weight` then starts at zero.
+            The sum is taken in float32, so a bfloat16 weight keeps its digits.
+        - `axis_name`: the name of a mapped axis (of `jax.shard_map`, or of `jax.vmap`) along
             which one example is split evenly. `shape` is then that of one part, and the
             mean square is taken over all parts. Along a `jax.vmap` JAX differentiates the
             forward by itself, and keeps more for it.

@@ -38,7 +38,7 @@ def segment_norm(
     eps: Number = 1e-5,
     where: Bool[Array | np.ndarray, "..."] | None = None,
 ) -> Float[Array, "tokens channels *spatial"]:
-    """Normalises each segment of one example over its tokens: documents, or graphs, in one array.
+    """Normalises each segment of one example, such as a document or a graph, over its tokens.
 
     **Arguments:**
 
@@ -53,10 +53,10 @@ def segment_norm(
 
     An array of the shape and dtype of `x`.
 
-    **Raises:** `TypeError` if `x`, `weight` or `bias` is no real floating-point array or
-    `segments` no array of integers; `ValueError` if `x` has fewer than two axes, if `groups` does
-    not divide the channels, if `weight`, `bias` or `segments` has another shape, if `num_segments`
-    is missing where `segments` is traced, or for a bad `eps` or mask.
+    **Raises:** `TypeError` if `x`, `weight` or `bias` is not a real floating-point array, or if
+    `segments` is not an array of integers. `ValueError` if `x` has fewer than two axes, if `groups`
+    does not divide the channels, if `weight`, `bias` or `segments` has another shape, if
+    `segments` is traced and `num_segments` is missing, or for a bad `eps` or mask.
     """
     groups = check_size("segment_norm(groups=...)", groups)
     eps = check_eps("segment_norm", eps)
@@ -103,21 +103,22 @@ class SegmentNorm(eqx.Module):
     $$y_i = \frac{x_i - \mathbb{E}[x_{s(i)}]}{\sqrt{\text{Var}[x_{s(i)}] + \varepsilon}}
     * \text{weight} + \text{bias}$$
 
-    where $x_{s(i)}$ are all tokens of the segment that token $i$ is of. The example has shape
-    `(tokens, channels, *spatial)`: documents packed into a row, the nodes of graphs batched into
-    one, sequences of any lengths one after the other. `weight` and `bias` have one entry a
-    channel. With `groups=1` the statistics run over all channels, as in torch_geometric's
-    `LayerNorm(mode="graph")`; with `groups=channels` each channel is by itself, as in its
-    `InstanceNorm`.
+    where $x_{s(i)}$ are all tokens of the segment of token $i$. The example has shape
+    `(tokens, channels, *spatial)`. Its tokens may be documents packed into a row, the nodes of
+    graphs batched into one, or sequences of any lengths one after the other. `weight` and `bias`
+    have one entry for each channel. With `groups=1` the statistics run over all channels, as in
+    torch_geometric's `LayerNorm(mode="graph")`. With `groups=channels` each channel has its own
+    statistics, as in its `InstanceNorm`.
 
-    It is exact at any offset: to 2e-6 of the largest entry with a million tokens in one segment,
-    which are added one after the other. The backward, hand-written, keeps `x` in its own dtype,
-    three numbers a token and group, the segments, and the mask.
+    It is exact at any offset. With a million tokens in one segment, which are added one after the
+    other, it is exact to 2e-6 of the largest entry. The backward is hand-written. It keeps `x` in
+    its own dtype, three numbers for each token and group, the segments, and the mask.
 
     !!! tip "Which tokens of a segment are read"
 
-        All of them, later ones included. For text that is to be read from left to right this is a
-        leak within each document; [`eqx_norms.LayerNorm`][], mapped over tokens, has none.
+        All tokens of the segment are read, including later ones. For text that is read from left to
+        right this is a leak within each document. [`eqx_norms.LayerNorm`][], mapped over tokens,
+        has none.
     """
 
     channels: int = eqx.field(static=True)
@@ -143,7 +144,7 @@ class SegmentNorm(eqx.Module):
         - `eps`: added to the variance; a finite number, 0 or above.
         - `channelwise_affine`: whether to scale and shift each channel by a learned `weight`, from
             ones, and `bias`, from zeros.
-        - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `dtype`: the dtype of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
 
         **Raises:** `ValueError` if `groups` does not divide `channels`, if either is below 1, or
         for a bad `eps`; `TypeError` for a `dtype` that is none of float16, bfloat16, float32 and
@@ -171,11 +172,11 @@ class SegmentNorm(eqx.Module):
 
         - `x`: one example, of shape `(tokens, channels, *spatial)` and dtype float16, bfloat16,
             float32 or float64.
-        - `segments`: the segment of each token, integers of shape `(tokens,)` in any order; not
-            all need occur. Tokens with one that is negative, or `num_segments` or more, are of no
-            segment: as if masked. -1 is a common choice for padding.
-        - `num_segments`: how many segments there may be. May be left out, for `max(segments) + 1`,
-            where `segments` is not traced.
+        - `segments`: the segment of each token, integers of shape `(tokens,)` in any order. Not all
+            numbers need occur. A token whose number is negative, or `num_segments` or more, is in
+            no segment, as if masked. -1 is a common choice for padding.
+        - `num_segments`: how many segments there may be. The default is `max(segments) + 1`, if
+            `segments` is not traced.
         - `where`: a boolean mask of shape `(tokens,)`, or with as many axes as `x`, each of its
             size or of size 1. Entries where it is `False`, NaN or not, take no part in any mean
             and variance, come out as zero and receive a zero gradient.
@@ -188,7 +189,7 @@ class SegmentNorm(eqx.Module):
         **Raises:** `ValueError` if the second axis of `x` is not `channels`, if `segments` has
         another shape, if `num_segments` is missing under `jax.jit` or `jax.vmap` of `segments`,
         for a bad mask, or if weight or bias, with `channelwise_affine`, is missing or does not
-        fit; `TypeError` if `x` is not of such a dtype, or `segments` no array of integers.
+        fit; `TypeError` if `x` is not of such a dtype, or `segments` not an array of integers.
         """
         check_steps("SegmentNorm", x, self.channels, self.groups)
         check_step_mask("SegmentNorm", x, where)

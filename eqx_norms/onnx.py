@@ -1,7 +1,8 @@
 """Norms for jax2onnx: with this imported, `jax2onnx.to_onnx` exports them and their derivatives.
 
-It has a rule for each operation of JAX, and refuses those that it does not know. To ours it gives
-the operations that they are evaluated by: most are identities, and leave nothing behind.
+jax2onnx has a rule for each operation of JAX, and refuses operations that it does not know. This
+module adds rules for ours, which replace them by the operations that they are evaluated by. Most
+of ours are identities, and leave nothing behind.
 """
 
 import functools as ft

@@ -1,4 +1,4 @@
-"""Pairs of functions with a known answer: the same but for rounding, or not the same.
+"""Pairs of functions with a known answer: the same up to rounding, or not the same.
 
 `SAME` and `DIFFERENT` map names to functions of `draw`, which give both functions and their input.
 `draw(*shape)` gives new normal numbers of the dtype in question, half as large as usual.

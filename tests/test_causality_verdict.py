@@ -426,7 +426,7 @@ def test_what_overflows_in_half_precision_alone_is_undecided():
     report = check_causal(fn, x)
     text = " ".join(str(report).split())
     assert report.status == "undecided" and "noise_ulps=inf" not in text
-    assert "In float16 outputs become infinite or NaN, in float64 they do not" in text
+    assert "In float16 outputs become infinite or NaN, and in float64 they do not" in text
 
 
 def test_an_overflow_in_both_precisions_beside_a_leak_is_a_leak():

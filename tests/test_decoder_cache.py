@@ -110,5 +110,5 @@ def test_names_are_those_written_without_a_cache(getkey):
 def test_rates_are_printed(capsys):
     assert cache.main(["--context", "4", "--names", "2", "--width", "8", "--layers", "1"]) == 0
     out = capsys.readouterr().out
-    assert "the same but for rounding" in out or "give equal values" in out
+    assert "the same up to rounding" in out or "give equal values" in out
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["full", "cached"]

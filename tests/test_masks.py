@@ -52,7 +52,7 @@ def test_left_padding_is_let_off(x):
     report = check_reads(padded, x, CAUSAL & rules.unpadded(LEFT))
     assert report.leaking().sum() == 18 and (~report.allowed).sum() == 43
     text = " ".join(str(report).split())
-    assert "All leaks are of outputs 0 to 2, each of which reads every input" in text
+    assert "All leaks are of outputs 0 to 2. Each reads every input" in text
     assert "if all of these outputs are padding" in text and "rules.let_off(rule, mask)" in text
     rule = rules.let_off(CAUSAL & LEFT, LEFT)
     must = CAUSAL & LEFT & LEFT[:, None]

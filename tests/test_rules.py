@@ -171,9 +171,11 @@ BAD = {
     "length must be an integer, got 2.5": lambda: rules.independent(2.5),
     "size must be at least 1, got 0": lambda: rules.window(T, 0),
     "size must be at least 1, got -1": lambda: rules.prefix(T, -1),
-    r"of 3 outputs and 5 inputs align must say .*, as behind a cache": lambda: rules.causal(3, 5),
-    r"of 9 outputs and 5 inputs align must say": lambda: rules.window(T, 2, in_length=5),
-    "in_length must be a number of inputs, got True; or strict=True": lambda: rules.causal(T, True),
+    r"with 3 outputs and 5 inputs align must say .*, as behind a cache": lambda: rules.causal(3, 5),
+    r"with 9 outputs and 5 inputs align must say": lambda: rules.window(T, 2, in_length=5),
+    "in_length must be a number of inputs, got True; or write strict=True": lambda: rules.causal(
+        T, True
+    ),
     "in_length must be at least 1, got 0": lambda: rules.causal(T, 0, align="end"),
     'align must be "start" or "end", got \'left\'': lambda: rules.causal(3, 5, align="left"),
     r"size must be one number or a pair \(left, right\), got \(1, 2, 3\)": (

@@ -140,7 +140,7 @@ def test_nan_where_the_other_has_none(getkey):
     report = check_same(lambda x: jax.nn.softmax(60 * x), naive, x, inputs=0)
     assert report.status == "imprecise" and report.index[0] <= 2
     assert np.isnan(report.values[1]) and np.isfinite(report.values[0])
-    assert "It is the second function that is off. The precision goes at `exp`" in words(report)
+    assert "It is the second function that is off. The precision is lost at `exp`" in words(report)
     assert "overflow: " in words(report) and "float32 ends at 3.4e+38" in words(report)
     both = lambda x: jnp.log(x - 100)
     assert assert_same(both, lambda x: both(x) * 1, x).status == "same bits"
@@ -170,8 +170,9 @@ def test_squares_that_overflow_in_float16(getkey):
         assert_same(by_formula, norm, h, inputs=0)
     report = caught.value.report
     assert report.status == "imprecise" and 0 in report.values
-    assert f"It is the first function that is off. The precision goes at `mul` in {__file__}" in (
-        words(report)
+    assert (
+        f"It is the first function that is off. The precision is lost at `mul` in {__file__}"
+        in (words(report))
     )
     assert "(by_formula): overflow: " in words(report)
 
@@ -200,7 +201,7 @@ def test_a_variance_that_cancels(offset, getkey):
     # The squares round by offset**2 * 6e-8 / 2, and that is in the variance of 1: thousands of eps.
     report = check_same(two_passes, one_pass, rows(getkey) + offset, inputs=0)
     assert report.status == "imprecise"
-    assert "It is the second function that is off. The precision goes at `sub`" in words(report)
+    assert "It is the second function that is off. The precision is lost at `sub`" in words(report)
     assert "(one_pass): cancellation" in words(report)
 
 

@@ -62,7 +62,7 @@ def _define(primitive: Primitive) -> None:
 
 
 def _barrier_around(a: Array, *, dtype) -> Array:
-    """In `dtype`, but for float16, which is cast up once, before the first.
+    """In `dtype`, except for float16, which is cast up once, before the first.
 
     XLA for CPU takes a cast from bfloat16 into the sum behind it, and one from float16 it stores,
     for each sum anew. (4096 x 768, forward and backward: .36 of eqx.nn's time, else .75.)
@@ -186,7 +186,7 @@ def in_one_pass(
     for 1.00, and with weights of each example's own, as of groups, 1.13 for 1.00. Where no
     `dweight` is asked for, a kernel of rows makes all of dx (two bfloat16 layers: 1.05 for 1.00).
 
-    A constant row has var = 0 exactly, for the origin is an entry. Elsewhere var is rounded as a
+    A constant row has var = 0 exactly: the origin is an entry of it. Elsewhere var is rounded as a
     number 1 + (d / sigma)^2 times its size: hence the middle of three, as one may be an outlier. If
     two of them are, digits are lost (`docs/precision.md` has how many).
     """

@@ -335,16 +335,16 @@ def normalize_reference(
 ) -> Example:
     """The same function in plain `jax.numpy`, differentiated by JAX: the oracle of the tests.
 
-    It keeps 12 bytes an element for the backward and loses digits at large offsets. Where a custom
-    rule cannot go, [`eqx_norms.plain`][] has the layers without one, and with their digits.
+    It keeps 12 bytes an element for the backward and loses digits at large offsets. For tools that
+    cannot take a custom rule, [`eqx_norms.plain`][] gives the layers without one, and as exact.
 
     **Arguments:**
 
-    - `x`: one example of any shape and of dtype float16, bfloat16, float32 or float64; normalised
-        over all its entries.
+    - `x`: one example of any shape and of dtype float16, bfloat16, float32 or float64. It is
+        normalised over all its entries.
     - `weight`, `bias`: arrays that broadcast to the shape of `x`, or `None`.
     - `eps`: added to the variance, inside the root.
-    - `centre`: whether to subtract the mean; without, this is RMSNorm.
+    - `centre`: whether to subtract the mean. If not, this is RMSNorm.
 
     **Returns:**
 

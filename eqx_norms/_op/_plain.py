@@ -14,8 +14,9 @@ def is_plain() -> bool:
 def plain() -> AbstractContextManager[None]:
     """A context in which the layers are functions of plain `jax.numpy`.
 
-    For what knows the operations of JAX alone: a Pallas kernel of your own, `jax.experimental.jet`
-    and `sparsify`, exporters and interpreters of jaxprs ([Export](../export.md) has a list):
+    Use it for tools that know only the operations of JAX, such as a Pallas kernel of your own,
+    `jax.experimental.jet` and `sparsify`, and exporters and interpreters of jaxprs
+    ([Export](../export.md) has a list):
     ```python
     from jax.experimental.jet import jet
 
@@ -23,10 +24,10 @@ def plain() -> AbstractContextManager[None]:
         y, [dy] = jet(layer_norm, (x,), ([v],))
     ```
 
-    Values are the same. There is no custom derivative, as JAX differentiates the layers like any
-    function, and none of the primitives that tell a compiler what not to store; so that the
-    backward keeps 12 bytes an element or more. It holds for what is traced in it, in this thread,
-    and in `jax.jit` too, which traces anew.
+    Values are the same. There is no custom derivative, because JAX differentiates the layers like
+    any function. There are also none of the primitives that tell a compiler what not to store, so
+    the backward keeps 12 bytes an element or more. The context acts on what is traced in it, in
+    this thread. `jax.jit` traces anew in it.
 
     **Returns:**
 

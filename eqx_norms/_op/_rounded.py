@@ -11,12 +11,12 @@ from ._plain import is_plain
 
 
 def rounded(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The same array, rounded to its dtype also where XLA would go on with more digits.
+    """The same array, rounded to its dtype even where XLA would keep more digits.
 
     An operation on bfloat16 is computed in float32 and rounded. Under `jax.jit` XLA leaves out the
-    rounding where a norm or a cast to float32 reads the result: `norm(x + y)`, which is every
-    residual stream, differs from the same without `jax.jit`. `norm(rounded(x + y))` does not. This
-    is for ports that are compared to the last bit; in training more digits do no harm.
+    rounding if a norm or a cast to float32 reads the result. So `norm(x + y)`, which is in every
+    residual stream, differs from the same without `jax.jit`. `norm(rounded(x + y))` does not. Use
+    it for ports that are compared to the last bit. In training, more digits do no harm.
 
     **Arguments:**
 
@@ -24,8 +24,8 @@ def rounded(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     **Returns:**
 
-    `x`. In float32 and float64 that is all, and in [`eqx_norms.plain`][]. The derivative is the
-    identity.
+    `x`, rounded to its dtype. In float32, in float64 and in [`eqx_norms.plain`][] it is `x` itself.
+    The derivative is the identity.
 
     **Raises:** `TypeError` if `x` is not of one of these dtypes.
     """

@@ -15,7 +15,7 @@ Check = TypeVar("Check", bound=Callable)
 
 _ON_THE_HOST = """\
 fn must be made of JAX operations, so that it can be traced, got {error}.
-Write it with jax.numpy instead of numpy. What cannot be runs beside JAX, as it stands:
+Write it with jax.numpy instead of numpy. What cannot be written so runs beside JAX, unchanged:
 
     from eqx_norms.causality import from_torch, host
 

@@ -89,14 +89,14 @@ def assert_causal(
 
     For every split `s` the inputs from `s` on are replaced, each position at its own scale, and
     the outputs before `s` are compared bit for bit with those of the unedited input. Further edits
-    have one scale and one sign throughout, or are 0, until there are 144 edits; above 128 positions
-    4 of the splits have these. Values are compared, not gradients, so rounding, argmax, routing,
-    masks and stopped gradients hide nothing.
+    have one scale and one sign throughout, or are 0, until there are 144 edits. If there are more
+    than 128 positions, 4 of the splits have these. Values are compared, not gradients, so rounding,
+    argmax, routing, masks and stopped gradients hide nothing.
 
-    What changes is run again with the whole function in float64 (in float32 if it is one of
-    float64): rounding shrinks with the precision, a leak does not. Only casts to float8 and
+    Every change is run again with the whole function in float64 (in float32 if the function is one
+    of float64). Rounding shrinks with the precision, and a leak does not. Only casts to float8 and
     float4 stay, as quantisation. A callback or a kernel between input and output has no float64
-    form. There the size of the change decides: the limit is `noise_ulps * eps * scale`, and a
+    form. There the size of the change decides. The limit is `noise_ulps * eps * scale`, and a
     hundred times that for edits a hundred times as large. What lies below is undecided and refused.
 
     If nothing changed, that is no proof. The check cannot see a branch whose parameters are zero
@@ -120,61 +120,62 @@ def assert_causal(
         over a Flax or Haiku one. Keys and other arguments go in by closure.
     - `x`: its input, an array or a pytree of arrays that share `axis`: floats of any dtype,
         complex numbers, integer tokens, bools. Its values should be typical ones. An array that
-        holds only 0 and 1, such as a mask, is edited within them; but not if it is all of `x`
+        holds only 0 and 1, such as a mask, is edited within 0 and 1, unless it is all of `x`
         and constant.
-    - `axis`: the axis of the positions in every array of `x`; at least 2 long. Or a tuple of axes:
-        the positions are then all index tuples, in C order, as the pixels of an image are.
-    - `out_axis`: that in every array of the output, by default `axis`. It must be as long, unless
-        `align` is given.
-    - `strict`: output `t` must not read input `t` either, as where inputs are not yet shifted.
-    - `align`: for an output of another length, `"start"` if the first output stands at the first
-        input, `"end"` if the last stands at the last, as behind a cache. The check is then that of
-        [`eqx_norms.causality.assert_reads`][] for `rules.causal(T_out, T_in, align=align)`.
+    - `axis`: the axis of the positions in every array of `x`; at least 2 long. It may be a tuple of
+        axes. The positions are then all index tuples in C order, like the pixels of an image.
+    - `out_axis`: the axis of the positions in every array of the output, by default `axis`. It must
+        be as long, unless `align` is given.
+    - `strict`: output `t` must not read input `t` either, because inputs are not yet shifted.
+    - `align`: for an output of another length. It is `"start"` if the first output stands at the
+        first input, and `"end"` if the last stands at the last, as behind a cache. The check is
+        then [`eqx_norms.causality.assert_reads`][] of `rules.causal(T_out, T_in, align=align)`.
     - `complete`: whether output `t` must also read every input that it may; see `required` of
         [`eqx_norms.causality.assert_reads`][].
     - `pointwise`: says that no output is meant to read another position, as in a norm of each
-        token. Otherwise a `CausalityWarning` is given if none does, because along a batch axis
-        every model is causal. [`eqx_norms.causality.assert_independent`][] tests that outputs read
-        no other.
-    - `labels`: what to call the inputs in reports and plots beside their numbers, as in the text
-        `"anna"`; of several axes nested as they are, or in C order.
-    - `out_labels`: what to call the outputs, by default the same if they are as many.
-    - `splits`: `"auto"`, which is every split of up to 128 positions and 68 of more: at powers of
-        two, at the ends of chunks of as many lengths as possible, and where that leaves the widest
-        gaps. What `prove` leaves open narrows them down. Or the splits to try.
+        token. Without it, a `CausalityWarning` is given if no output does, because along a batch
+        axis every model is causal. [`eqx_norms.causality.assert_independent`][] tests that outputs
+        read no other position.
+    - `labels`: what to call the inputs in reports and plots beside their numbers, such as the text
+        `"anna"`. For several axes the labels are nested like the axes, or in C order.
+    - `out_labels`: what to call the outputs. The default is `labels`, if there are as many.
+    - `splits`: the splits to try, or `"auto"`. That is every split of up to 128 positions, and 68
+        splits if there are more: at powers of two, at the ends of chunks of as many lengths as
+        possible, and where that leaves the widest gaps. `prove` narrows them down to what it
+        leaves open.
     - `scales`: how large the replaced floats are, in units of the root mean square of `x`.
     - `token_values`: ids that mean something special, such as padding or the end of the text,
         and the largest id if `x` does not contain it. The ids that edits draw run to the
-        largest of `x` and `token_values`. For every array of integers that holds more than 0
-        and 1; or for some by name, as in `{"ids": (0, 49), "text.segment": (3,)}`.
-    - `allowed_values`: the ids that edits may put in. All others are left out, such as padding or
-        the place of an image: `range(4, 32000)`, or by name as above. By default those from 0 to
+        largest of `x` and `token_values`. They hold for every array of integers with more than 0
+        and 1 in it, or for some by name, as in `{"ids": (0, 49), "text.segment": (3,)}`.
+    - `allowed_values`: the ids that edits may use, such as `range(4, 32000)`, or by name as above.
+        Use it to leave out padding or the place of an image. By default these are the ids from 0 to
         the largest.
     - `fixed`: the names of what is left alone, as in `"mask"` or `("mask", "text.segment")`. It is
-        given to `fn` as it is, so that it need not have positions, nor be an array.
-    - `noise_ulps`: how many eps of the output's magnitude count as rounding: eps of float64 where
-        changes are re-run in it, else of the least precise dtype in the function.
+        given to `fn` as it is, so it need not have positions, nor be an array.
+    - `noise_ulps`: how many eps of the output's magnitude count as rounding. It is the eps of
+        float64 if changes are re-run in it, else that of the least precise dtype in the function.
     - `confirm_x64`: whether to re-run changes in a second precision. If not, those below the
         noise level pass as rounding. In bfloat16 that level is half the output.
     - `batch_size`: how many edited inputs are sent to the device at a time. One forward pass
-        runs at a time, so that this costs memory for inputs and outputs only.
+        runs at a time, so this costs memory for inputs and outputs only.
     - `key`: a JAX PRNG key for the edits; by default the same edits at each call.
     - `perturb_params`: the size of normal noise to add to the parameters of `fn`, which must then
         be a pytree such as an Equinox module. Shows what zero-initialised branches hide.
-    - `trainable`: which arrays these are, a filter spec as in `equinox.partition`. By default
-        every float array but those of zeros and ones, which are masks, and what an
-        `equinox.nn.State` or `StateIndex` holds. A mask of other numbers or running statistics
-        elsewhere, which noise would make wrong, are left out by hand.
-    - `prove`: whether to ask the structure of the traced function first. Where no chain of
-        operations leads from an input to an output that must not read it, that holds for every
-        finite input of this shape and any finite values of the floating-point parameters, as long
-        as no intermediate value becomes infinite or NaN, what the program makes of its own
-        constants aside; the status is `"proved"`. Else the edits decide, and a report without a
-        leak names the operations in the way. `"required"` raises unless proved.
-    - `assume_bounded`: whether the proof may take scores that meet a mask of a large negative
-        number, on the way to an exponential, to be below a tenth of its size. They are looked at on
-        `x` and on every edit: where one is larger there is no proof. `report.assumptions` says
-        where it did.
+    - `trainable`: which arrays get this noise, a filter spec as in `equinox.partition`. By default
+        these are all float arrays except arrays of zeros and ones, which are masks, and what an
+        `equinox.nn.State` or `StateIndex` holds. Leave out by hand what noise would make wrong,
+        such as a mask of other numbers or running statistics elsewhere.
+    - `prove`: whether to ask the structure of the traced function first. The status is `"proved"`
+        if no chain of operations leads from an input to an output that must not read it. That
+        holds for every finite input of this shape and any finite values of the floating-point
+        parameters, as long as no intermediate value becomes infinite or NaN (what the program
+        makes of its own constants aside). Otherwise the edits decide, and a report without a leak
+        names the operations in the way. `"required"` raises unless the rule is proved.
+    - `assume_bounded`: whether the proof may assume that scores are below a tenth of a mask of a
+        large negative number that they meet on the way to an exponential. The scores are looked at
+        on `x` and on every edit. If one is larger, there is no proof. `report.assumptions` says
+        where the proof assumed it.
     - `err_msg`: a line to begin the error message with.
 
     **Returns:**
@@ -189,8 +190,8 @@ def assert_causal(
 
     - `CausalityError`, an `AssertionError`, if a leak is found or the status is `"undecided"`; it
         carries `.report`. The message says what to do.
-    - `ValueError` or `TypeError` if the question cannot be answered: `fn` differs from itself or
-        is not finite on `x`, or the shapes, the axes or an option are wrong.
+    - `ValueError` or `TypeError` if the question cannot be answered, because `fn` differs from
+        itself or is not finite on `x`, or because the shapes, the axes or an option are wrong.
     """
     kind = "strictly causal" if strict else "causal"
     how = _how(locals())
@@ -236,13 +237,13 @@ def assert_independent(
 ) -> CausalityReport:
     """Raises `CausalityError` if output `b` of `fn(x)` reads an input other than `b`.
 
-    This is the check for a batch axis: every example but one is replaced, and the output of
+    This is the check for a batch axis. All examples except one are replaced, and the output of
     that one must not change. It finds batch statistics and routing over a flattened batch.
 
     **Arguments:**
 
-    As for [`eqx_norms.causality.assert_causal`][], where `axis` is now that of the examples and
-    `splits` names the examples to keep, by default each of up to 128, else 68 of them.
+    They are those of [`eqx_norms.causality.assert_causal`][]. `axis` is now the axis of the
+    examples. `splits` names the examples to keep, by default each of up to 128, else 68 of them.
 
     **Returns:**
 
@@ -288,15 +289,16 @@ def assert_reads(
 ) -> CausalityReport:
     """Raises `CausalityError` if an output of `fn(x)` reads an input that `allowed` forbids it.
 
-    For every distinct row of `allowed` all that it forbids is replaced, and the outputs that may
-    read none of that must not change. Of more than 128 distinct rows 68 are tried, and the report
-    says so. A row that forbids nothing cannot be tested. How it is decided what is a leak, and what
-    cannot be seen, is said at [`eqx_norms.causality.assert_causal`][], which is this check for one
-    rule.
+    For every distinct row of `allowed`, all that it forbids is replaced, and the outputs that may
+    read none of that must not change. If there are more than 128 distinct rows, 68 are tried, and
+    the report says so. A row that forbids nothing cannot be tested.
+    [`eqx_norms.causality.assert_causal`][] is this check for one rule. It says how a leak is told
+    from rounding, and what the check cannot see.
 
-    With `required`, outputs must also read what they are meant to. Each input is edited alone, of
-    more than 128 that many, and has to move the outputs that must read it by more than rounding, in
-    the function's own precision or in float64. If it does not, the status is `"blind"`.
+    With `required`, outputs must also read what they are meant to. Each input is edited alone, or
+    128 of them if there are more. It has to move the outputs that must read it by more than
+    rounding, in the function's own precision or in float64. If it does not, the status is
+    `"blind"`.
 
     ```python
     import jax
@@ -315,10 +317,11 @@ def assert_reads(
 
     - `fn`, `x`: a function and its input, as for [`eqx_norms.causality.assert_causal`][].
     - `allowed`: `allowed[t, j]` says whether output `t` may read input `j`. Any boolean array of
-        shape `(T_out, T_in)`; [`eqx_norms.causality.rules`][] makes the usual ones. Where positions
-        lie along several axes it may keep them apart, as `(heads, T_out, T_in)` of
+        shape `(T_out, T_in)` will do; [`eqx_norms.causality.rules`][] makes the usual ones. If
+        positions lie along several axes, it may keep them apart, as `(heads, T_out, T_in)` does for
         `out_axis=(0, 1)`.
-    - `required`: `required[t, j]` says whether output `t` must read input `j`; within `allowed`.
+    - `required`: `required[t, j]` says whether output `t` must read input `j`. It must be within
+        `allowed`.
     - the other options: as for [`eqx_norms.causality.assert_causal`][]. The output may have any
         number of positions, along any axes.
 
@@ -735,7 +738,7 @@ def _inert(rule: Rule, silent: Bool[np.ndarray, " T_out"]) -> list[str]:
     return [
         f"{silent.sum()} of {len(silent)} outputs react to no input but their own. If the model "
         "should mix positions, a zero-initialised branch may hide a leak: try perturb_params=0.02. "
-        f"That outputs read what they may is asked by {option}."
+        f"{option} asks whether outputs read what they may."
     ]
 
 
@@ -744,8 +747,8 @@ def _untried(report: CausalityReport) -> list[str]:
     if len(report.splits) == report.possible_splits:
         return []
     return [
-        "A leak that the others alone show, as at the borders of chunks of an odd length, is "
-        "missed: prove=True tries those where the structure of fn leaves one possible."
+        "A leak that only the others show, as at the borders of chunks of an odd length, is "
+        "missed. prove=True tries those where the structure of fn leaves a leak possible."
     ]
 
 
@@ -759,14 +762,14 @@ def _untestable(rule: Rule) -> list[str]:
 
 
 def _dead(rule: Rule, outputs: Positions) -> list[str]:
-    """A remark on outputs that may read nothing, for many a mask means something else by that."""
+    """A remark on outputs that may read nothing, because many masks mean something else by that."""
     dead = unread_rows(rule.allowed)
     if not dead.any():
         return []
     return [
-        f"Nothing may be read by {named(outputs, dead, 'output')}. Of a row that a mask hides "
-        "whole most libraries make an average of everything, others zeros or NaN. "
-        "rules.unread_rows finds such rows; rules.let_off says that nobody looks at them."
+        f"Nothing may be read by {named(outputs, dead, 'output')}. If a mask hides a whole row, "
+        "most libraries return an average of everything there, and others zeros or NaN. "
+        "rules.unread_rows finds such rows. rules.let_off says that nobody looks at them."
     ]
 
 

@@ -41,27 +41,27 @@ def host(
     assert_causal(host(lambda x: np.cumsum(x, axis=0)), x)
     ```
 
-    It runs as it stands, eagerly, once for each edit, on arrays of the dtypes of `x`, those of 64
-    bits included. So sessions of ONNX Runtime and functions of Keras and TensorFlow can be checked,
-    given NumPy arrays and returning them. For torch see [`eqx_norms.causality.from_torch`][].
+    It runs unchanged, eagerly, once for each edit, on arrays of the dtypes of `x`, including those
+    of 64 bits. So sessions of ONNX Runtime and functions of Keras and TensorFlow can be checked, if
+    they take and return NumPy arrays. For torch see [`eqx_norms.causality.from_torch`][].
 
     Rounding is told from a leak as in JAX: what changes runs again in float64 (in float32 if all
-    is float64), here by a call with floats of that dtype. Where that is refused, or float32 comes
-    back, or numbers that float32 could hold, there is no second precision: what is no larger than
-    rounding is `"undecided"`. A rounding to float32 inside, with float64 after it, is
+    is float64), here by a call with floats of that dtype. There is no second precision if the
+    function refuses that, or returns float32 or numbers that float32 could hold. Then what is no
+    larger than rounding is `"undecided"`. A rounding to float32 inside, with float64 after it, is
     not noticed, and may be called a leak.
 
-    There is no proof for such a function, and no gradient: `prove=True` names it as an obstacle.
+    There is no proof for such a function, and no gradient. `prove=True` names it as an obstacle.
 
-    Random numbers of the global generators of NumPy, Python and torch start from the same seed in
-    each call, and the report says so; generators that `fn` holds are its own.
+    The global random generators of NumPy, Python and torch start from the same seed in each call,
+    and the report says so. Generators that `fn` holds are left alone.
 
     **Arguments:**
 
     - `fn`: takes NumPy arrays, one or a pytree of them, and returns the same, or anything that
-        `numpy.asarray` takes. The first call is made with `x` itself, and says what shapes come;
-        inside of a function of JAX's it is made with zeros, as there are no values yet.
-    - `in_float64`: what to call in the second precision in the place of `fn`.
+        `numpy.asarray` takes. The first call is made with `x` itself, and shows which shapes it
+        returns. Inside a function of JAX it is made with zeros, because there are no values yet.
+    - `in_float64`: what to call in place of `fn` in the second precision.
 
     **Returns:**
 
@@ -70,8 +70,8 @@ def host(
 
     **Raises:**
 
-    What `fn` raises, as it is. `TypeError` if it returns what is no array, and `ValueError` if it
-    returns another shape or dtype for another `x` of one shape.
+    What `fn` raises, unchanged. `TypeError` if it returns something that is not an array, and
+    `ValueError` if it returns another shape or dtype for another `x` of the same shape.
     """
     if not callable(fn):
         raise TypeError(f"fn must be a function of arrays, got {type(fn).__name__}")
@@ -222,7 +222,7 @@ def in_precision(eqn: jex.JaxprEqn, to: Any = None) -> Callable | None:
 
 
 def is_beside(closed: jex.ClosedJaxpr) -> bool:
-    """Whether to run it eagerly, for XLA's threads slow torch; not what JAX repeats or compiles."""
+    """Whether to run it eagerly: XLA's threads slow torch. Not what JAX repeats or compiles."""
     here = sum(_call_of(eqn) is not None for eqn in opened(closed).eqns)
     return 0 < here == len([*_calls(opened(closed))])
 

@@ -259,7 +259,7 @@ def perturbed(
 
 
 def _trainable(fn: Callable) -> PyTree:
-    """Every float array, but for masks and for what an Equinox layer keeps as its state."""
+    """Every float array except masks and what an Equinox layer keeps as its state."""
     chosen = lambda leaf: eqx.is_inexact_array(leaf) and not is_mask(np.asarray(leaf), alone=True)
     return jax.tree.map(lambda node: not _is_state(node) and chosen(node), fn, is_leaf=_is_state)
 

@@ -222,14 +222,14 @@ class Judge:
         most = float((changes.size[large] / changes.scale[large]).max())
         dtype = coarsest(self.problem.closed)
         what = f"change by {most:.2g} of their size" if most < np.inf else "become infinite or NaN"
-        said = f"In {dtype} outputs {what}, in float64 they do not"
+        said = f"In {dtype} outputs {what}, and in float64 they do not"
         if not kept.any():
             return kept[:1] & large, [f"{said}, nor at an x beside this one: values nearly tie."]
         cure = "Smaller scales= keep to inputs like x"
         if most < np.inf:
             cure += f"; noise_ulps={math.ceil(most / self.probe.eps)} takes it for rounding"
         return large, [
-            f"{said}: in exact arithmetic this is no leak, in {dtype} it is one.",
+            f"{said}. In exact arithmetic this is no leak, and in {dtype} it is one.",
             *self._blamed(edits[some[0]], float(largest[some[0]])),
             f"{cure}.",
         ]
@@ -407,6 +407,6 @@ def _dtype_notes(problem: Problem) -> list[str]:
         return []
     return [
         f"The function casts inside: it computes in {' and '.join(names)}. The noise level is "
-        "that of the least precise but for float8 and float4, whose casts are taken for "
-        "quantisation and kept; a float64 re-run replaces the others."
+        "that of the least precise. float8 and float4 do not count: their casts are taken for "
+        "quantisation and kept, and a float64 re-run replaces the others."
     ]

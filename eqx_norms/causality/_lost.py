@@ -1,7 +1,7 @@
 """At which operation a function loses its precision: where float64 would keep it.
 
-The traced function is run in float64 but for one operation, which is done in its own precision. The
-operation after which the output is as far off as it was seen to be is the one to blame.
+The traced function is run in float64 except for one operation, which is done in its own precision.
+The operation after which the output is as far off as it was seen to be is the one to blame.
 """
 
 import functools
@@ -122,9 +122,9 @@ def _sentence(step: _Step) -> str:
         why = f"underflow: numbers that are not 0 in float64 are 0 in {dtype}"
     elif eqn.primitive.name in _SUMS and step.operands > 8 * step.size:
         why = (
-            f"cancellation: of numbers of size {step.operands:.2g} that are rounded to {dtype} "
+            f"cancellation: numbers of size {step.operands:.2g} are rounded to {dtype}, and "
             f"{step.size:.2g} is left"
         )
     else:
         why = f"rounding to {dtype}, by {step.error:.2g} of the largest entry there"
-    return f"The precision goes at `{eqn.primitive.name}` in {step.line}: {why}."
+    return f"The precision is lost at `{eqn.primitive.name}` in {step.line}: {why}."

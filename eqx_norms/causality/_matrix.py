@@ -48,16 +48,16 @@ def dependency_matrix(
 
     With `method="perturb"`, entry `(t, j)` is the largest absolute change of output `t` when
     input `j` alone is edited, over several edits. 0 means that not a bit changed, or that the
-    change is rounding, because it shrinks in float64. Where there is no telling, as behind a
-    callback, the change stays. It does not see what takes two edits at once, such as a capacity
+    change is rounding, because it shrinks in float64. If nothing can tell, as behind a callback,
+    the change stays. This method does not see what takes two edits at once, such as a capacity
     that is just full.
 
     With `method="vjp"` it is the largest absolute gradient of input `j`, over four random
-    projections of output `t`. A gradient is local and has no size of rounding to compare with:
-    this method does not see what rounding, argmax, routing or a stopped gradient pass on, nor
-    what a saturated or dead unit would pass on elsewhere, and a `custom_vjp` may tell it
-    anything. It is NaN where such a gradient is. Never project with ones: a norm's outputs have a
-    fixed sum, so that the gradient of their sum is 0 however much they read.
+    projections of output `t`. A gradient is local and has no size of rounding to compare with.
+    This method does not see what rounding, argmax, routing or a stopped gradient pass on, nor
+    what a saturated or dead unit would pass on elsewhere. A `custom_vjp` may tell it anything. An
+    entry is NaN if such a gradient is. Never project with ones: the outputs of a norm have a
+    fixed sum, so the gradient of their sum is 0 however much they read.
 
     **Arguments:**
 
@@ -72,8 +72,9 @@ def dependency_matrix(
 
     **Raises:**
 
-    `ValueError` for an unknown method, a wrong axis, or a function that is not finite on `x` or
-    not the same again; `TypeError` for `method="vjp"` of an `x` or an output that has no floats.
+    - `ValueError` for an unknown method, a wrong axis, or a function that is not finite on `x` or
+        gives two answers for it.
+    - `TypeError` for `method="vjp"` if `x` or the output has no floats.
     """
     if method not in ("perturb", "vjp"):
         raise ValueError(f'method must be "perturb" or "vjp", got {method!r}')

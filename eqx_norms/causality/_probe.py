@@ -177,7 +177,7 @@ def _cast(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def placed(values: np.ndarray, sharding: Any, *lead: None) -> np.ndarray | Array:
-    """`values` laid over devices as an input of that `sharding` is, for `fn` may rely on it.
+    """`values` laid over devices as an input of that `sharding` is: `fn` may rely on it.
 
     `lead` are further axes in front. What was on one device is left to JAX: put there, it could not
     meet what `fn` itself lays over a mesh.

@@ -19,7 +19,7 @@ _SHOWN = 5
 class Pair(NamedTuple):
     """`output` changed by `change` when `input` was edited.
 
-    Positions are numbers, along several axes tuples of them.
+    Positions are numbers, or tuples of numbers along several axes.
     """
 
     output: int | tuple[int, ...]
@@ -35,34 +35,36 @@ class CausalityReport:
 
     - `leak`: whether an output was seen to read an input that it must not read.
     - `blind`: whether an output did not read an input that it must read.
-    - `status`: `"clear"`, not a bit changed; `"clear (float noise)"`, what changed is rounding;
-        `"leak"`; `"undecided"`, outputs changed that must not, and nothing tells by what;
-        `"blind"`, none of these two, but some that must change did not; or `"proved"`, where that
-        was asked for: they cannot change. `assert_causal` raises on `"leak"`, `"undecided"` and
+    - `status`: a string, one of these. `assert_causal` raises on `"leak"`, `"undecided"` and
         `"blind"`.
+        - `"clear"`: not a bit changed.
+        - `"clear (float noise)"`: what changed is rounding.
+        - `"leak"`: an output reads an input that it must not read.
+        - `"undecided"`: outputs changed that must not, and nothing can tell why.
+        - `"blind"`: neither of these two, but some outputs that must change did not.
+        - `"proved"`: outputs cannot change, if a proof was asked for.
     - `matrix`: `matrix[t, j]` is the largest absolute change of output `t` when input `j` alone
-        was edited, over all edits tried; NaN where that was not measured. A check that finds
-        nothing has no need to edit inputs one by one: then a forbidden pair that the edits
-        covered has 0, and the rest NaN, as have outputs that are undecided.
-        A pair that a proof found unconnected has 0 too. `dependency_matrix` measures every pair. A
-        change that was taken for rounding is 0 in a forbidden cell, and in a required one if it was
-        too small in float64 as well.
+        was edited, over all edits tried. It is NaN where that was not measured. A check that finds
+        nothing does not need to edit inputs one by one. Then a forbidden pair that the edits
+        covered has 0, and the rest has NaN, like outputs that are undecided. A pair that a proof
+        found unconnected has 0 too. `dependency_matrix` measures every pair. A change that was
+        taken for rounding is 0 in a forbidden cell, and in a required cell if it was too small in
+        float64 as well.
     - `allowed`: `allowed[t, j]` says whether output `t` may read input `j`.
-    - `required`: `required[t, j]` says whether it must; None if that was not asked.
-    - `worst`: the largest change of an output that should not have changed, relative to its
-        noise level, as an absolute number. 0 where there was none.
+    - `required`: `required[t, j]` says whether it must. It is None if that was not asked.
+    - `worst`: the change, as an absolute number, of an output that should not have changed, where
+        it is largest relative to its noise level. 0 if there was none.
     - `scale`: the largest magnitude of the output during the edit that gave `worst`.
     - `noise`: the noise level there, `noise_ulps * eps * scale`, with the eps of the least
-        precise dtype found in the function, float8 and float4 aside. Where float64 can be
-        asked, it decides on either side of that.
-    - `splits`: the splits (or the examples kept) that were tried; for another rule the first output
-        of every distinct row of `allowed` that was tried.
-    - `possible_splits`: how many there are; after a proof was tried, where it leaves a leak
-        possible.
+        precise dtype found in the function, except float8 and float4. If the function can run in
+        float64, that decides both above and below this level.
+    - `splits`: the splits (or the examples kept) that were tried. For another rule, the first
+        output of every distinct row of `allowed` that was tried.
+    - `possible_splits`: how many there are. After a proof was tried, how many it leaves open.
     - `edits`: how many edited inputs were run to find out.
-    - `joint`: the leak shows only where several inputs are edited together. Then `matrix` holds,
-        for every such output, one entry: in the first forbidden column of the smallest edit that
-        still changes it.
+    - `joint`: the leak shows only if several inputs are edited together. Then `matrix` holds one
+        entry for every such output, in the first forbidden column of the smallest edit that still
+        changes it.
     - `notes`: remarks, in sentences.
     - `kind`: `"causal"`, `"strictly causal"`, `"independent"`, or `"reads"` for any other rule.
     - `outputs`, `inputs`: what the positions are called: `lengths` along the axes, and `labels`.
@@ -70,10 +72,10 @@ class CausalityReport:
         says of scores was so on x and on every edit.
     - `obstacles`: what stood in the way of a proof that was asked for: each operation, the line
         that traced to it, and the outputs that it connects.
-    - `pointwise`: no output was found to read another position, so that a causal test shows nothing
-        about a model that does. Always `False` for a rule that is not causal.
-    - `names`: what the arrays of `x` are called, where edits replaced some.
-    - `arrays`: of several arrays in `x` those that leak when they alone are edited, each with its
+    - `pointwise`: no output was found to read another position, so a causal test shows nothing
+        about a model that should. It is always `False` for a rule that is not causal.
+    - `names`: the names of the arrays of `x` in which edits replaced something.
+    - `arrays`: if `x` has several arrays, those that leak when they alone are edited, each with its
         part of `matrix`, for up to 32 of the inputs that leak.
     """
 

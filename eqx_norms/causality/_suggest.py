@@ -131,9 +131,9 @@ def _at_padding(report, leaking) -> list[str]:
     if not whole or report.allowed[~outputs][:, outputs].any():
         return []
     return [
-        f"All leaks are of {named(report.outputs, outputs, 'output')}, each of which reads every "
-        "input, and no other output may read what stands there: if all of these outputs are "
-        "padding, which is thrown away, let them off by rules.let_off(rule, mask)."
+        f"All leaks are of {named(report.outputs, outputs, 'output')}. Each reads every input, and "
+        "no other output may read what stands there: if all of these outputs are padding, which "
+        "is thrown away, let them off by rules.let_off(rule, mask)."
     ]
 
 

@@ -23,8 +23,8 @@ _CACHES = ("past_key_values", "cache_params", "state", "mems")
 def from_torch(model: Any, call: Callable[[Any, PyTree], PyTree] | None = None) -> "TorchFunction":
     """A `torch.nn.Module` as a function of arrays, for all the checks of this module.
 
-    `x` is what the module is called with, as an array or a torch tensor, its batch axis included:
-    the axis of time is then `axis=1`.
+    `x` is what the module is called with, as an array or a torch tensor, including its batch axis.
+    The axis of time is then `axis=1`.
 
     ```python
     import torch
@@ -37,30 +37,30 @@ def from_torch(model: Any, call: Callable[[Any, PyTree], PyTree] | None = None) 
 
     It runs eagerly, without gradients, on the device of its parameters, in the mode that it is
     in, `model.eval()` or `model.train()`. In train mode dropout draws the same numbers in each
-    call (the report says so), and buffers, as the statistics of batch norm, are put back behind it.
+    call (the report says so), and buffers, such as the statistics of batch norm, are restored.
 
-    The second precision is a copy of the module in float64, in which what its code casts to
-    float32, or makes in it, is float64 as well; parameters and tables keep the values that they
-    were rounded to. Where that cannot run, as with a kernel of its own, the report says why, and
-    what is no larger than rounding is `"undecided"`. Experts of Hugging Face's models run one by
-    one there, as grouped products refuse float64.
+    The second precision is a copy of the module in float64. What its code casts to float32, or
+    makes in float32, is float64 as well. Parameters and tables keep the values that they were
+    rounded to. If the copy cannot run, for example because of a kernel of its own, the report says
+    why, and what is no larger than rounding is `"undecided"`. Experts of Hugging Face's models run
+    one by one there, because grouped products refuse float64.
 
     **Arguments:**
 
     - `model`: the module. `perturb_params` adds noise to a copy of its parameters.
     - `call`: `call(model, x)` is what to run, with tensors in `x`, and returns tensors. It must use
-        the `model` that it is given, which may be the copy. By default `model(x)`, and `model(**x)`
-        of a dict, with `use_cache=False` where there is such an argument; of its output the
-        `logits` or the `last_hidden_state`, if it has one of these, else the whole.
+        the `model` that it is given, which may be the copy. The default is `model(x)`, or
+        `model(**x)` for a dict, with `use_cache=False` if there is such an argument. It returns the
+        `logits` or the `last_hidden_state` of the output if it has one of these, else the whole.
 
     **Returns:**
 
-    A function of `x`. Integers of 32 bits, which are JAX's, reach the model as 64 bits, which are
-    torch's.
+    A function of `x`. Integers of 32 bits, as JAX has them, reach the model with 64 bits, as torch
+    has them.
 
     **Raises:**
 
-    What torch raises, as it is.
+    What torch raises, unchanged.
     """
     torch = the_torch()
     if not isinstance(model, torch.nn.Module):
@@ -84,22 +84,22 @@ def stepped(
     call: Callable[[Any, PyTree, Any], tuple[Any, Any]] | None = None,
     beside: PyTree | None = None,
 ) -> "TorchFunction":
-    """A torch model with a cache as one function of all tokens, which come in pieces.
+    """A torch model with a cache, as one function that feeds it all tokens in pieces.
 
-    `assert_same(from_torch(model), stepped(model), tokens, axis=1)` is the test of a cache.
+    `assert_same(from_torch(model), stepped(model), tokens, axis=1)` tests the cache.
 
     **Arguments:**
 
     - `model`: a `torch.nn.Module`.
     - `cuts`: how many tokens come at a time, by default one; or where to cut, as in `(5, 12)`.
-    - `axis`: that of the positions, in all inputs and in the output.
-    - `call`: `call(model, x, cache)` runs one piece and returns its output and the new cache; the
-        first cache is None. By default as Hugging Face has it: `past_key_values=`, or
-        `cache_params=`, `state=`, `mems=`, with `use_cache=True`, and of the output the `logits`.
-        In a dict an `attention_mask` reaches from the first position to the end of the piece, as
-        is asked there; all else is cut.
-    - `beside`: the input of a second request, as long as the first, whose pieces run in between
-        with a cache of their own. It must not matter.
+    - `axis`: the axis of the positions, in all inputs and in the output.
+    - `call`: `call(model, x, cache)` runs one piece and returns its output and the new cache. The
+        first cache is None. The default is that of Hugging Face: `past_key_values=`, or
+        `cache_params=`, `state=`, `mems=`, with `use_cache=True`. It returns the `logits` of the
+        output. In a dict an `attention_mask` reaches from the first position to the end of the
+        piece, as these models require, and all else is cut.
+    - `beside`: the input of a second request, as long as the first. Its pieces run in between, with
+        a cache of their own. That must not change the result.
 
     **Returns:**
 

@@ -24,7 +24,7 @@ class Rule:
     """`allowed[t, j]`: whether output `t` may read input `j`; `required[t, j]`: whether it must.
 
     Every distinct row that forbids anything can be tested by an edit of all that it forbids. A
-    split is the number of such a row: of the first output with it, but for the causal rule of the
+    split is the number of such a row: of the first output with it, or for the causal rule of the
     first input that it forbids, which is one more. What differs by `kind` beside that are words.
     """
 

@@ -1,13 +1,13 @@
 """Rules: who may read whom, as boolean arrays.
 
 `allowed[t, j]` says whether output `t` may read input `j`. Rules are NumPy arrays and combine as
-such: `causal(T) & segments(ids)` is what both allow, `a | b` what one of them does, `~a` what `a`
-forbids, and `a & mask` also hides the inputs where a row `mask` of bools is False. Any other
-boolean array will do as well. Where positions are those of several axes, they are numbered in C
-order.
+such. `causal(T) & segments(ids)` is what both allow, `a | b` is what at least one of them allows,
+and `~a` is what `a` forbids. `a & mask` also hides the inputs where a row `mask` of bools is False.
+Any other boolean array will do as well. If positions lie along several axes, they are numbered in
+C order.
 
-A rule is also the mask of a model that follows it, for whatever takes True to mean "may attend":
-pass `jnp.asarray(rule)`, or `additive(rule)` where a mask is added to the scores.
+A rule is also the mask of a model that follows it, if True means "may attend" there: pass
+`jnp.asarray(rule)`, or `additive(rule)` if the mask is added to the scores.
 """
 
 import operator
@@ -31,11 +31,11 @@ def causal(
     strict: bool = False,
     align: Align | None = None,
 ) -> Bool[np.ndarray, "T_out T_in"]:
-    """Every output reads its own input and those before it; `strict`: those before it alone.
+    """Every output reads its own input and those before it, or with `strict` only those before it.
 
     `causal(3, 5, align="end")` has 3 outputs and 5 inputs. With `"start"` the first output stands
-    at the first input, as in torch; with `"end"` the last output at the last input, as behind a
-    cache. Where the lengths differ, `align` must say which is meant.
+    at the first input, as in torch. With `"end"` the last output stands at the last input, as
+    behind a cache. If the lengths differ, `align` must say which is meant.
     """
     ahead = _ahead(length, in_length, align)
     return ahead < 0 if strict else ahead <= 0
@@ -50,10 +50,10 @@ def segments(
     ids: Int[np.ndarray | Array, " T_in"] | Sequence[Integer],
     out_ids: Int[np.ndarray | Array, " T_out"] | Sequence[Integer] | None = None,
 ) -> Bool[np.ndarray, "T_out T_in"]:
-    """Every output reads the inputs of its own segment: packed documents, groups.
+    """Every output reads the inputs of its own segment, such as a packed document or a group.
 
-    `ids[j]` is the number of the segment of input `j`; `out_ids[t]` that of output `t`, by default
-    the same. Padding with an id of its own is one more segment.
+    `ids[j]` is the number of the segment of input `j`, and `out_ids[t]` that of output `t`, by
+    default the same. Padding with an id of its own is one more segment.
     """
     ids = _row("ids", ids)
     out_ids = ids if out_ids is None else _row("out_ids", out_ids)
@@ -71,11 +71,11 @@ def window(
 
     - A `size` counts its own input: `causal(T) & window(T, 4)` is 4 inputs, itself and the 3
         before. `window(T, 4)` alone looks as far to the other side.
-    - A pair `(left, right)` does not: `window(T, (4, 0))` is 5 inputs, itself and the 4 before.
-        `None` is no bound on that side.
+    - A pair `(left, right)` does not count it: `window(T, (4, 0))` is 5 inputs, itself and the 4
+        before. `None` is no bound on that side.
 
-    Libraries count in either way. With `in_length` and `align` as in `causal`, there are more or
-    fewer inputs than outputs.
+    Libraries count in either way. `in_length` and `align` are as in `causal`, for more or fewer
+    inputs than outputs.
     """
     ahead = _ahead(length, in_length, align)
     left, right = _sides(size)
@@ -91,11 +91,11 @@ def prefix(length: Integer, size: Integer) -> Bool[np.ndarray, "T T"]:
 def blocks(
     shape: Integer | Sequence[Integer], size: Integer | Sequence[Integer], *, strict: bool = False
 ) -> Bool[np.ndarray, "T T"]:
-    """Every output reads its own block and those before it; `strict`: those before it alone.
+    """Every output reads its own block and those before it, or with `strict` only those before it.
 
     `blocks(12, 4)` is block-autoregressive, with 3 blocks of 4 positions. With `shape` and `size`
-    of several axes, as in `blocks((8, 8), (4, 4))`, the blocks are patches, row by row, and the
-    positions those of `axis=(0, 1)`.
+    of several axes, as in `blocks((8, 8), (4, 4))`, the blocks are patches, row by row. The
+    positions are then those of `axis=(0, 1)`.
     """
     shape, size = _sizes("shape", shape), _sizes("size", size)
     if len(shape) != len(size):
@@ -130,10 +130,10 @@ def dilated(length: Integer, step: Integer) -> Bool[np.ndarray, "T T"]:
 def ordered(
     order: Int[np.ndarray | Array, " T"] | Sequence[Integer], *, strict: bool = False
 ) -> Bool[np.ndarray, "T T"]:
-    """Causal in another order than that of the positions: MADE, PixelCNN.
+    """Causal in another order than that of the positions, as in MADE and PixelCNN.
 
-    `order` lists the positions from first to last: with `(2, 0, 1)`, output 0 reads inputs 2 and 0.
-    `strict`: not its own, as in MADE.
+    `order` lists the positions from first to last. With `(2, 0, 1)`, output 0 reads inputs 2 and 0.
+    With `strict` an output does not read its own input, as in MADE.
     """
     order = _row("order", order)
     if not np.array_equal(np.sort(order), np.arange(len(order))):
@@ -148,13 +148,14 @@ def unpadded(
     mask: Bool[np.ndarray | Array, " T_in"] | Sequence[bool],
     out_mask: Bool[np.ndarray | Array, " T_out"] | Sequence[bool] | None = None,
 ) -> Bool[np.ndarray, "T_out T_in"]:
-    """Nobody reads padding, which is where `mask` is False; outputs there may read anything.
+    """No output reads padding, where `mask` is False. Outputs at padding may read anything.
 
     What stands at padding is thrown away, and usually reads itself. `out_mask` says which outputs
-    count, by default as `mask` does: `np.ones(T_out, bool)` is all of them.
+    count. The default is `mask`, and `np.ones(T_out, bool)` counts all of them.
 
-    Beside another rule that is no longer so: `causal(T) & unpadded(mask)` holds the outputs at
-    padding to `causal(T)` still. [`eqx_norms.causality.rules.let_off`][] is to come last.
+    Together with another rule, outputs at padding are held to that rule: `causal(T) &
+    unpadded(mask)` still holds them to `causal(T)`. Use [`eqx_norms.causality.rules.let_off`][]
+    instead, as the last step.
     """
     mask = _mask("mask", mask)
     out_mask = mask if out_mask is None else _mask("out_mask", out_mask)
@@ -165,10 +166,10 @@ def let_off(
     rule: Bool[np.ndarray | Array, "*heads T_out T_in"],
     mask: Bool[np.ndarray | Array, " T_out"] | Sequence[bool],
 ) -> Bool[np.ndarray, "*heads T_out T_in"]:
-    """`rule`, but that the outputs where `mask` is False may read anything.
+    """`rule`, except that the outputs where `mask` is False may read anything.
 
-    `let_off(causal(T) & mask, mask)` is the rule of a padded text: nobody reads padding, and what
-    stands at padding, which many models make an average of everything, is thrown away.
+    `let_off(causal(T) & mask, mask)` is the rule of a padded text. No output reads padding. What
+    stands at padding is thrown away, and is an average of everything in many models.
     """
     rule, mask = _rule(rule), _mask("mask", mask)
     if len(mask) != rule.shape[-2]:
@@ -185,9 +186,9 @@ def each(
     | Bool[np.ndarray | Array, "B T_out T_in"]
     | None = None,
 ) -> Bool[np.ndarray, "rows columns"]:
-    """`rule` within every example of a batch, and nothing across: for `axis=(0, 1)`.
+    """`rule` within every example of a batch, and nothing across examples, for `axis=(0, 1)`.
 
-    `each(stack)`, of one rule for each example, `(B, T_out, T_in)`, has them in that order.
+    `each(stack)` takes a rule for each example, `(B, T_out, T_in)`, in that order.
     """
     if rule is None:
         stack = _rule(batch, "batch, where rule is left out,", ndim=3)
@@ -209,10 +210,10 @@ def each(
 def additive(
     rule: Bool[np.ndarray | Array, "*heads T_out T_in"], dtype: DTypeLike = np.float32
 ) -> Float[np.ndarray, "*heads T_out T_in"]:
-    """What is added to scores that should follow `rule`: 0 where it allows, minus infinity else.
+    """What to add to scores that should follow `rule`: 0 where it allows, minus infinity elsewhere.
 
-    For what adds its mask, such as a float mask of torch or the `bias=` of `jax.nn`. A softmax over
-    a row that may read nothing (see `unread_rows`) is then NaN.
+    Use it for functions that add their mask, such as torch with a float mask, or `jax.nn` with
+    `bias=`. A softmax over a row that may read nothing (see `unread_rows`) is then NaN.
     """
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating) or not np.isneginf(np.asarray(-np.inf, dtype)):
@@ -223,11 +224,11 @@ def additive(
 def unread_rows(
     rule: Bool[np.ndarray | Array, "*heads T_out T_in"],
 ) -> Bool[np.ndarray, "*heads T_out"]:
-    """Which outputs may read nothing: dead rows, of which one library makes an average of
-    everything, another zeros, a third NaN.
+    """Which outputs may read nothing. These are dead rows.
 
+    One library returns an average of everything for them, another zeros, a third NaN.
     `let_off(rule, ~unread_rows(rule))` says that nobody looks at these outputs. As a mask,
-    `rule | independent(T)` has none: each output reads itself.
+    `rule | independent(T)` has no dead rows, because each output reads itself.
     """
     return np.logical_not(_rule(rule).any(-1))
 
@@ -238,14 +239,17 @@ def _ahead(
     """How far the input lies ahead of the output."""
     length = _size("length", length)
     if isinstance(in_length, bool | np.bool_):
-        raise TypeError(f"in_length must be a number of inputs, got {in_length}; or strict=True?")
+        raise TypeError(
+            f"in_length must be a number of inputs, got {in_length}; or write strict=True"
+        )
     in_length = length if in_length is None else _size("in_length", in_length)
     if align not in (None, "start", "end"):
         raise ValueError(f'align must be "start" or "end", got {align!r}')
     if align is None and in_length != length:
         raise ValueError(
-            f"of {length} outputs and {in_length} inputs align must say which stand at one place: "
-            'align="start", the first of both, or align="end", the last, as behind a cache'
+            f"with {length} outputs and {in_length} inputs align must say which of them stand at "
+            'one place: align="start", the first of both, or align="end", the last, as behind a '
+            "cache"
         )
     last = in_length - length if align == "end" else 0
     return np.arange(in_length) - np.arange(length)[:, None] - last

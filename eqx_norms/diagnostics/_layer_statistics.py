@@ -96,8 +96,10 @@ def _rank(examples: Float[Array, "examples units"]) -> Float[Array, ""]:
 
 
 def sample(rows: Float[Array, "rows *rest"], size: int) -> Float[Array, "sample *rest"]:
-    """So many rows at most, always the same, of whatever layout: drawn, for a stride may meet the
-    length of an axis that was flattened, and see one position of all examples.
+    """So many rows at most, always the same, of any layout.
+
+    They are drawn, because a stride may meet the length of an axis that was flattened, and see one
+    position of all examples.
     """
     if len(rows) <= size:
         return rows

@@ -35,7 +35,7 @@ def compiled_updates(
     loss: Float[Array, ""],
     value_fn: Callable[[PyTree], Float[Array, ""]],
 ) -> PyTree:
-    """As `next_updates`, compiled: for most optimisers once, for `value_fn` is not part of it."""
+    """As `next_updates`, compiled. For most optimisers that is once, without `value_fn`."""
     try:
         return _updates(optim, grads, opt_state, params)
     except TypeError:

@@ -1,8 +1,8 @@
 """Statistics of activations, gradients, weights and updates.
 
 All take floating-point arrays, compute in float32 (float64 for float64 input) and work under
-`jax.jit` and `jax.vmap`; `jax.vmap` also gives a statistic for each unit, or for each step. Entries
-below the smallest normal number, 1.2e-38 in float32, count as zero where XLA has it so, as on CPUs.
+`jax.jit` and `jax.vmap`. `jax.vmap` also gives a statistic for each unit, or for each step. Entries
+below the smallest normal number, 1.2e-38 in float32, count as zero if XLA flushes them, as on CPUs.
 """
 
 from collections.abc import Callable
@@ -42,14 +42,14 @@ def activation_stats(
     $$\text{rms} = \sqrt{\frac{1}{n} \sum_i x_i^2}, \quad
     \text{absmax} = \max_i \lvert x_i \rvert.$$
 
-    Neither a large offset nor large entries spoil them: the array is scaled by a power of two
-    before it is squared, and the error of its mean is taken out of its variance.
+    Neither a large offset nor large entries spoil them. The array is scaled by a power of two
+    before it is squared, and the error of its mean is removed from its variance.
 
     **Arguments:**
 
     - `x`: activations, gradients or weights, in any unit; the statistics are in the same.
-    - `percentiles`: from 0 to 100, such as `(16, 50, 84)`: one standard deviation to either side
-        of the median, if `x` is normal. Linear interpolation, as in `numpy.percentile`.
+    - `percentiles`: numbers from 0 to 100. `(16, 50, 84)` is the median and one standard deviation
+        to either side, if `x` is normal. They are interpolated linearly, as in `numpy.percentile`.
 
     **Returns:**
 
@@ -59,8 +59,8 @@ def activation_stats(
     **Raises:**
 
     - `TypeError` if `x` is not a floating-point array, `ValueError` if it is empty.
-    - `ValueError` for percentiles of a traced array: XLA sorts for them, which can cost far more
-        than the step that is looked at. Take them outside `jax.jit`.
+    - `ValueError` for percentiles of a traced array, because XLA sorts for them, which can cost far
+        more than the step itself. Take them outside `jax.jit`.
     """
     if percentiles and isinstance(x, jax.core.Tracer):
         raise ValueError(
@@ -203,7 +203,7 @@ def update_ratio(updates: PyTree, params: PyTree) -> PyTree:
 
     $$\frac{\lVert \text{update} \rVert_2}{\lVert \text{parameter} \rVert_2},$$
 
-    of which people plot the base-10 logarithm; about -3 is a common rule of thumb.
+    People plot its base-10 logarithm, and about -3 is a common rule of thumb.
 
     ??? cite
 
@@ -213,8 +213,8 @@ def update_ratio(updates: PyTree, params: PyTree) -> PyTree:
 
     **Arguments:**
 
-    - `updates`: what an optax optimiser returns, the learning rate in it. `None` leaves are those
-        that do not move.
+    - `updates`: what an optax optimiser returns, including the learning rate. `None` leaves are
+        those that do not move.
     - `params`: the parameters before the step, or the whole model.
 
     **Returns:**
@@ -248,8 +248,8 @@ def singular_value_ratio(x: Float[ArrayLike, "rows columns"]) -> Float[Array, ""
 
     $$\frac{\sigma_1}{\sum_i \sigma_i}.$$
 
-    One if the rows of `x` are multiples of one another, `1 / min(rows, columns)` if all directions
-    weigh the same: how far a layer's outputs collapse onto one direction.
+    It says how far a layer's outputs collapse onto one direction. It is 1 if the rows of `x` are
+    multiples of one another, and `1 / min(rows, columns)` if all directions weigh the same.
 
     ??? cite
 

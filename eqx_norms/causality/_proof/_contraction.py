@@ -18,7 +18,7 @@ _MANY = 2**24
 
 @rule("dot_general")
 def _dot_general(context, eqn, a, b):
-    """Row and column, but for products of what is finite with zero.
+    """Row and column, except for products of what is finite with zero.
 
     Both operands are laid out over the axes of the result and, behind these, what is summed.
     """

@@ -31,7 +31,7 @@ class Bounds:
 
     @property
     def constant(self) -> np.ndarray:
-        """Which are constants, but for the sign of a zero."""
+        """Which are constants, except for the sign of a zero."""
         return np.asarray(self.low == self.high)
 
     @property

@@ -187,7 +187,7 @@ def _through(table: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def _interned(index: np.ndarray, count: int) -> Labels:
-    """The one that there is with these numbers: a copy, for a caller may write into its own."""
+    """The one that there is with these numbers: a copy, because a caller may write into its own."""
     index = np.ascontiguousarray(index)
     data = index.tobytes() if index.nbytes <= 64 else hashlib.blake2b(index.data).digest()
     key = (index.shape, index.dtype.char, data)

@@ -63,7 +63,7 @@ class Context:
     - `looking`: whether to look for what may be to blame: `merging` are then the equations that
         bring inputs together, `moving` the others, by path, each with its line.
     - `calls`: the equations that the present one is inside of.
-    - `computed`: what was computed of constants, for it is the same in every pass.
+    - `computed`: what was computed of constants, because it is the same in every pass.
     """
 
     assume_bounded: bool
@@ -239,7 +239,7 @@ def _shape(var: Any) -> tuple[int, ...]:
 
 
 def _name(x: Known) -> Any:
-    """What tells a constant from others: a number by its value, for there may be many of it."""
+    """What tells a constant from others: a number by its value, because there may be many of it."""
     if x.shape or not is_real(x.dtype):
         return id(x)
     return str(x.dtype), np.asarray(x.value).tobytes()

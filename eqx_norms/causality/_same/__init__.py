@@ -1,4 +1,4 @@
-"""Are two functions the same but for rounding?"""
+"""Are two functions the same up to rounding?"""
 
 from ._report import SameReport as SameReport
 from ._same import (

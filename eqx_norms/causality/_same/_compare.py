@@ -211,8 +211,8 @@ class Judge:
         if hidden.any():
             notes += [
                 "In float64 the two are further apart than in their own precision, which would "
-                "show as much: as where one computes a table that the other was given, with the "
-                "rounding of its own precision in it. Compute it in both, or in none."
+                "show such a difference too. One may compute a table that the other was given, "
+                "rounded. Compute it in both, or in neither."
             ]
         return blurred | behind | hidden, notes
 
@@ -257,8 +257,8 @@ class Judge:
 
     def _sensitive(self, shares: Float[np.ndarray, " far"]) -> str:
         return (
-            f"They differ by {shares.max():.2g} of their size, and would about as much if inputs "
-            "and constants moved by an ulp of their own: no precision of these numbers says more."
+            f"They differ by {shares.max():.2g} of their size, and would differ about as much if "
+            "inputs and constants moved by an ulp. These numbers are not precise enough to tell."
         )
 
     def _where_lost(
@@ -312,7 +312,7 @@ class Judge:
 
 
 def _is_zero(own: Runs, exact: Runs) -> tuple[Bool[np.ndarray, "K L"], Float[np.ndarray, "K 1"]]:
-    """Which leaves are 0 in float64, but for its rounding, and the largest entry of all leaves."""
+    """Which leaves are 0 in float64 up to its rounding, and the largest entry of all leaves."""
     size = np.array(
         [
             [max(map(_largest, leaves)) for leaves in zip(*row, strict=True)]

@@ -18,27 +18,30 @@ class SameReport:
 
     **Fields:**
 
-    - `status`: `"same bits"`, all values are equal; `"rounding"`, what differs is rounding;
-        `"imprecise"`, they are the same in exact arithmetic, and one of them is off in its own
-        precision; `"different"`; or `"undecided"`, they differ, and nothing tells by what.
-        `assert_same` raises on the last three.
-    - `leaf`: the path of the output array that the next fields are about, `""` where the output is
-        one array. It is the one in which most speaks for the status. None if all bits are the same,
-        as are the next.
-    - `index`: of the entry of it that differs most.
-    - `values`: those of the first and the second function there, in their own precision.
-    - `exact`: the same in float64; None where it was not asked.
-    - `position`: the first along `axis` at which entries of `leaf` differ, by more than rounding
-        if that is the status. None if `leaf` has no such axis.
+    - `status`: a string, one of these. `assert_same` raises on the last three.
+        - `"same bits"`: all values are equal.
+        - `"rounding"`: what differs is rounding.
+        - `"imprecise"`: the two are the same in exact arithmetic, and one of them is off in its own
+            precision.
+        - `"different"`: the two differ by more than rounding.
+        - `"undecided"`: the two differ, and nothing can tell why.
+    - `leaf`: the path of the output array that the next fields are about. It is the array that
+        shows the status best, and `""` if the output is one array. If all bits are the same, this
+        and the next fields are None.
+    - `index`: where in that array the two differ most.
+    - `values`: the values of the first and the second function there, in their own precision.
+    - `exact`: the same values in float64, or None if they were not computed.
+    - `position`: the first position along `axis` at which entries of `leaf` differ, by more than
+        rounding if that is the status. None if `leaf` has no such axis.
     - `difference`: how far apart the two are at `index`, in float64 if that decided.
     - `limit`: how far rounding may take them there, as far as it was measured.
-    - `x`: the input at which this is so.
+    - `x`: the input at which they differ so.
     - `seen`: the numbers of all inputs at which the status shows, 0 for the `x` that was given.
     - `inputs`: how many inputs were run.
     - `ulps`: the largest difference of floats in their own precision, over all inputs and arrays,
         in eps of `dtype` times the largest magnitude that differs.
-    - `ulps64`: the same in float64, in eps of float64; None where it was not asked.
-    - `dtype`: the name of the least precise float in the two functions, float8 and float4 aside.
+    - `ulps64`: the same in float64, in eps of float64, or None if it was not computed.
+    - `dtype`: the name of the least precise float in the two functions, except float8 and float4.
     - `axis`: as it was given.
     - `notes`: remarks, in sentences.
     """
@@ -74,10 +77,10 @@ class SameReport:
 
 _SAYS = {
     "same bits": "give equal values",
-    "rounding": "are the same but for rounding",
+    "rounding": "are the same up to rounding",
     "different": "differ by more than rounding",
-    "imprecise": "are the same in exact arithmetic, different in {dtype}",
-    "undecided": "differ, and nothing tells whether by rounding",
+    "imprecise": "are the same in exact arithmetic, and different in {dtype}",
+    "undecided": "differ, and nothing tells whether that is rounding",
 }
 
 

@@ -50,14 +50,14 @@ def assert_same(
 ) -> SameReport:
     """Raises `DifferenceError` if the two functions differ by more than rounding.
 
-    Both run on `x` and on edits of it. Where all values are equal, they are the same. Otherwise
-    both run again with every float in float64, parameters in closures and casts inside included:
-    rounding shrinks there, a difference does not. No tolerance is to be guessed; what rounding
-    can be in float64 is measured. It is for caches, refactorings, `replace_norms`, fused forms.
+    Both run on `x` and on edits of it. If all values are equal, they are the same. Otherwise both
+    run again with every float in float64, including parameters in closures and casts inside.
+    Rounding shrinks there, and a difference does not. You need not guess a tolerance: what rounding
+    can be in float64 is measured. Use it for caches, refactorings, `replace_norms` and fused forms.
 
-    Two functions that are the same there may still give other numbers in their own precision, as
-    where one overflows or cancels. What is beyond what rounding can be is no success: see
-    `allow_imprecise`.
+    Two functions that are the same in float64 may still give other numbers in their own precision,
+    for example if one overflows or cancels. If that is more than rounding can be, it is an error:
+    see `allow_imprecise`.
 
     ```python
     import jax
@@ -67,8 +67,8 @@ def assert_same(
     print(assert_same(lambda x: (x @ x.T) @ x, lambda x: x @ (x.T @ x), x))
     ```
 
-    What it cannot see: a difference at inputs of other values or shapes, one below the last bit of
-    outputs that are equal otherwise, and what is below the `limit` in the report.
+    It cannot see a difference at inputs of other values or shapes, a difference below the last bit
+    of outputs that are equal otherwise, or one below the `limit` in the report.
 
     **Arguments:**
 
@@ -76,37 +76,40 @@ def assert_same(
         by closure.
     - `x`: their input, an array or a pytree of arrays: floats of any dtype, complex numbers,
         integer tokens, bools. Its values should be typical ones.
-    - `axis`: that of the positions in the outputs. Only for the report, which says from which
+    - `axis`: the axis of the positions in the outputs. Only the report uses it, to say from which
         position on they differ.
-    - `inputs`: how many edits of `x` are tried beside it, each of which replaces all of it. 0 is
+    - `inputs`: how many edits of `x` are tried beside it. Each edit replaces all of `x`. 0 tries
         `x` alone.
     - `scales`: how large the replaced floats are, in units of the root mean square of `x`. Small
-        ones show what is added under a square root, large ones a mask that is too weak.
+        ones show what is added under a square root. Large ones show a mask that is too weak.
     - `token_values`, `allowed_values`, `fixed`, `key`: as for
         [`eqx_norms.causality.assert_causal`][].
-    - `noise_ulps`: how many eps of float64, times the size of the outputs, count as rounding in
-        any case, and how many times as far as outputs move when inputs and constants do by an eps.
-    - `confirm_x64`: whether to ask float64. If not, size decides: what is below `noise_ulps` eps
-        of the least precise dtype in the functions is rounding, what is above a difference.
-    - `allow_imprecise`: whether it will do that the two are the same in exact arithmetic. If not,
-        it is an error that one of them loses so much in its own precision that the two differ by
+    - `noise_ulps`: how many eps of float64, times the size of the outputs, always count as
+        rounding. Also how many times the outputs may move as far as they do when inputs and
+        constants move by an eps.
+    - `confirm_x64`: whether to run in float64. If not, size decides: what is below `noise_ulps` eps
+        of the least precise dtype in the functions is rounding, and what is above is a difference.
+    - `allow_imprecise`: whether it is enough that the two are the same in exact arithmetic. If not,
+        it is an error if one of them loses so much in its own precision that the two differ by
         more than 1024 eps of the outputs (or a quarter of them, in half precision; or
         `noise_ulps`, if that is more), and by more than 8 times what half an ulp in inputs and
-        constants does to them. The report says which of the two, and at which operation if one is
-        to blame. Not asked for functions of float64, nor with `confirm_x64=False`.
+        constants does to them. The report says which of the two it is, and names the operation if
+        there is one to blame. This is not checked for functions of float64, nor with
+        `confirm_x64=False`.
     - `err_msg`: a line to begin the error message with.
 
     **Returns:**
 
-    The [`eqx_norms.causality.SameReport`][]. Floats may be of different dtypes, and integers:
-    values are compared.
+    The [`eqx_norms.causality.SameReport`][]. Floats may be of different dtypes, and so may
+    integers, because values are compared.
 
     **Raises:**
 
     - `DifferenceError`, an `AssertionError`, if the status is `"different"`, `"undecided"` or,
         unless allowed, `"imprecise"`; it carries `.report`.
-    - `ValueError` or `TypeError` if the question cannot be answered: outputs of other structures,
-        shapes or kinds of numbers, a function that differs from itself, or a wrong option.
+    - `ValueError` or `TypeError` if the question cannot be answered, because the outputs have other
+        structures, shapes or kinds of numbers, a function differs from itself, or an option is
+        wrong.
     """
     if inputs < 0 or not noise_ulps >= 0:
         raise ValueError(

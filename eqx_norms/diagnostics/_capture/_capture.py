@@ -26,12 +26,11 @@ def capture(
     """Evaluates `fn(model, *args)` and hands out what the submodules of `model` returned.
 
     `fn` is traced, as by `jax.jit`. Meanwhile, and in this thread only, the matched submodules mark
-    their outputs, and what was marked is collected as the traced program runs. So it works under
-    any transformation that `fn` applies, and `capture` may itself stand under `jax.jit`,
-    `jax.vmap`, `jax.grad` or another `capture`. Python side effects of `fn` happen once, while it
-    is traced.
+    their outputs. What was marked is collected as the traced program runs. So it works under any
+    transformation that `fn` applies, and `capture` may itself run under `jax.jit`, `jax.vmap`,
+    `jax.grad` or another `capture`. Python side effects of `fn` happen once, while it is traced.
 
-    The model and the structure of its tree stay as they are: `fn` may partition and combine it,
+    The model and the structure of its tree do not change, so `fn` may partition and combine it,
     map over it together with a tree of the same structure, or take a training step.
 
     !!! example
@@ -52,16 +51,16 @@ def capture(
     - `fn`: a function of the model and `args`. It may return anything.
     - `model`: any pytree with `equinox.Module`s in it.
     - `args`: anything; arrays are traced.
-    - `where`: which submodules: a type, a tuple of types, or a function of `(path, module)`, or of
-        the module alone, as [`eqx_norms.is_norm`][], that says whether to capture it. It is asked
-        about every `equinox.Module` that can be called, the model itself included, of which the
-        path is `""`. `()` for those alone that are replaced.
-    - `replace`: what `fn` goes on with in place of the output of a submodule, by the key that the
-        value has below; each call has its own. Either what it is to return, as the value below:
-        the same structure, shapes and dtypes. Or a function of what it returned, `fn(value)`, of
-        which the axes of `jax.vmap` are in front, as below. In a `jax.lax.scan` or `jax.lax.map`
-        the function is called with the value of one step, and with the number of that step as
-        the value counts it, one for each loop around, the outermost first:
+    - `where`: which submodules to capture. It is a type, a tuple of types, or a function of
+        `(path, module)`, or of the module alone such as [`eqx_norms.is_norm`][], that says whether
+        to capture it. It is asked about every `equinox.Module` that can be called, including the
+        model itself, whose path is `""`. `()` captures only what is replaced.
+    - `replace`: what `fn` uses in place of the output of a submodule, by the key that the value has
+        below. Each call has its own key. The replacement is either a value of the same structure,
+        shapes and dtypes as the value below, or a function of what the submodule returned,
+        `fn(value)`. The value has the axes of `jax.vmap` in front, as below. In a `jax.lax.scan` or
+        `jax.lax.map` the function is called with the value of one step and with the number of that
+        step. It gets one number for each loop around, the outermost first:
         `lambda value, step: jnp.where(step == 2, 0 * value, value)`.
 
     **Returns:**
@@ -71,7 +70,7 @@ def capture(
 
     The key is the path of the submodule, such as `layers[0].norm` or `blocks['a']`. Further calls
     of the same submodule have `#1`, `#2` and so on at the end. An object that stands at two paths
-    has the path through which it is called; in an `equinox.nn.Shared` that is the path from which
+    has the path through which it is called. In an `equinox.nn.Shared` that is the path from which
     it is taken. A submodule that is never called has no entry, nor has a module that `fn` makes.
 
     A submodule that `fn` has built anew, as `jax.jit` and `equinox.combine` do, has the path of
@@ -90,28 +89,28 @@ def capture(
     3. those that the submodule returned.
 
     An output that does not depend on what is mapped has no axis for it. Nor has one that is the
-    same in every step of a loop, if `fn` itself differentiates the loop. To have the batch ahead
-    of time, put the `jax.vmap` around `capture`, not inside `fn`.
+    same in every step of a loop, if `fn` itself differentiates the loop. To have the axis of the
+    batch before the axis of time, put the `jax.vmap` around `capture`, not inside `fn`.
 
-    What is replaced is captured as well, as `fn` goes on with it.
+    What is replaced is captured as well, with the value that `fn` uses.
 
-    In a `jax.lax.cond` or `switch`, what the branch not taken would have returned is NaN; it is
-    zero for integers, and where `jax_debug_nans` is set, which would stop at a NaN. Under
-    `jax.vmap` with a mapped predicate, JAX computes all branches for all examples, and these
-    values are captured.
+    In a `jax.lax.cond` or `switch`, what the branch not taken would have returned is NaN. It is
+    zero for integers, and if `jax_debug_nans` is set, which would stop at a NaN. Under `jax.vmap`
+    with a mapped predicate, JAX computes all branches for all examples, and these values are
+    captured.
 
     **Raises:**
 
-    - `ValueError` if `where` matches nothing, or if nothing that it matches is called; if
-        `replace` names no call, or something of another structure or shape.
+    - `ValueError` if `where` matches nothing, or if nothing that it matches is called. Also if
+        `replace` names no call, or a replacement has another structure or shape.
     - `TypeError` if `model` or `args` hold a `jax.ShapeDtypeStruct`, or if a replacement is of
         another dtype.
     - `NotImplementedError`, naming the submodule and the place, if it is called where no value can
-        be handed out: in a while loop, in a function with a custom derivative rule, in
+        be handed out. That is in a while loop, in a function with a custom derivative rule, in
         `jax.shard_map`, and in any other primitive that this function does not know.
-    - `NotImplementedError` if it cannot be told which submodule is called: it has no arrays and
-        several equals, or `fn` has stacked several into one. To scan over layers, stack them before
-        (`equinox.filter_vmap` over their keys), not in `fn`.
+    - `NotImplementedError` if it cannot be told which submodule is called, because it has no arrays
+        and several equals, or because `fn` has stacked several into one. To scan over layers, stack
+        them before (`equinox.filter_vmap` over their keys), not in `fn`.
     - `NotImplementedError` if `fn` itself differentiates what is replaced. Differentiate `capture`,
         or use [`eqx_norms.diagnostics.capture_grads`][].
     """
@@ -130,11 +129,11 @@ def capture_grads(
     """Differentiates `loss_fn(model, *args)` with respect to the model and to what its submodules
     returned.
 
-    One forward and one backward pass: zero is added to each output of a matched submodule, and the
-    loss is differentiated with respect to these zeros and the model together. Custom derivative
-    rules stay in force.
+    It runs one forward and one backward pass. Zero is added to each output of a matched submodule,
+    and the loss is differentiated with respect to these zeros and the model together. Custom
+    derivative rules stay in force.
 
-    Each call traces `loss_fn` anew. Where it is called often, put it under `equinox.filter_jit`.
+    Each call traces `loss_fn` anew. If you call it often, put it under `equinox.filter_jit`.
 
     **Arguments:**
 
@@ -148,18 +147,18 @@ def capture_grads(
     - the loss;
     - the values, as [`eqx_norms.diagnostics.capture`][] returns them;
     - the derivatives of the loss with respect to the values, under the same keys, each of the
-        structure, shapes and dtypes of its value. Integers have `None`, what the loss does not
+        structure, shapes and dtypes of its value. Integers have `None`, and what the loss does not
         depend on has zero. A value that is shared by several examples, steps or shards has the
-        sum. Where a value is replaced, it is the derivative with respect to what stands there;
+        sum. If a value is replaced, it is the derivative with respect to the replacement;
     - the derivatives with respect to the model, as `equinox.filter_grad` gives them.
 
     **Raises:**
 
-    As [`eqx_norms.diagnostics.capture`][], and
+    The errors of [`eqx_norms.diagnostics.capture`][], and
 
     - `TypeError` if `loss_fn` does not return a floating-point scalar.
     - `NotImplementedError` if `loss_fn` itself differentiates a `jax.checkpoint` in which a
-        matched submodule is called: it is computed anew in there, out of reach of the added zero.
+        matched submodule is called. It is computed anew in there, out of reach of the added zero.
     """
     program = _Program(loss_fn, model, args, where, replace)
     loss, marked, grads, model_grads = program.backward(model, args)

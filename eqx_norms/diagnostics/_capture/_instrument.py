@@ -104,8 +104,8 @@ class Observer:
             paths = ", ".join(repr(path(keys)) for keys in equal)
             raise NotImplementedError(
                 f"`fn` calls a {type(module).__name__} in a tree that it has built anew, and which "
-                f"of {paths} this is cannot be told, for it holds no array. Call the module that "
-                "holds it, or type a `where` that leaves them out."
+                f"of {paths} this is cannot be told, because it holds no array. Call the module "
+                "that holds it, or type a `where` that leaves them out."
             )
         return Place(equal[0]) if len(equal) == 1 else None
 
@@ -140,7 +140,7 @@ _traces = jax.make_user_context()
 
 
 class _Key:
-    """A value whose hash is computed once, for JAX asks for it at each look-up."""
+    """A value whose hash is computed once, because JAX asks for it at each look-up."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -294,7 +294,7 @@ def _listed(modules: dict[tuple, eqx.Module]) -> str:
 
 
 def _full_name(cls: type) -> str:
-    """With the module that it is imported from, for many libraries have a LayerNorm."""
+    """With the module that it is imported from, because many libraries have a LayerNorm."""
     public = re.sub(r"\._.*", "", cls.__module__)
     return f"{public}.{cls.__qualname__}"
 

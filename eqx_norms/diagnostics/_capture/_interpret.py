@@ -23,7 +23,7 @@ Marked = list[list[Any]]
 
 
 class Edit(eqx.Module):
-    """What becomes of the arrays that a tag marks, before the program goes on with them.
+    """What becomes of the arrays that a tag marks, before the program continues with them.
 
     **Arguments:**
 

@@ -30,7 +30,7 @@ class Place(NamedTuple):
 class Call:
     """What a tag knows of the call it marks: its place and all of its output that is no array.
 
-    Compared by identity, for the static part may hold anything.
+    Compared by identity, because the static part may hold anything.
 
     **Arguments:**
 

@@ -27,9 +27,9 @@ class Diagnosis:
     - `findings`: a tuple of [`eqx_norms.diagnostics.Finding`][], the worst first.
     - `calls`: a row for each call of a submodule or of an activation function, and for each step
         of a scan, in the order in which they begin. A row has `path`, `type`, `shape`, `dtype`,
-        `name`, which tells it from all others, and `statistics`, a dictionary of floats.
-    - `parameters`: likewise, for each array that the loss is differentiated with respect to.
-    - `not_looked_at`: for each path at which nothing was measured the reason.
+        a `name` that no other row has, and `statistics`, a dictionary of floats.
+    - `parameters`: such a row for each array that the loss is differentiated with respect to.
+    - `not_looked_at`: for each path at which nothing was measured, the reason.
     """
 
     loss: float
@@ -72,8 +72,8 @@ def diagnose(
 ) -> Diagnosis:
     """Looks at everything that a model computes for one batch, and says what is wrong with it.
 
-    One forward and one backward pass, of which statistics are kept. Only figures are judged, by
-    the thresholds below: no finding says that a model will learn, and each names what to look at.
+    It runs one forward and one backward pass, and keeps statistics of them. It judges these figures
+    by the thresholds below. No finding says that a model will learn. Each names what to look at.
 
     !!! example
 
@@ -85,64 +85,67 @@ def diagnose(
 
     Kinds of findings, the worst first, and their thresholds:
 
-    - `"non-finite"`: the first call, forward or else backward, of which what goes in is finite and
-        what comes out is not, or a parameter, `args`, `"optimiser"`, whose update or moments are
-        not, or `"loss_fn"`. Only where the loss, a gradient or an update is not finite: infinities
-        that mask are none.
+    - `"non-finite"`: the first call, forward or else backward, whose inputs are finite and whose
+        outputs are not. It may also be a parameter, `args`, `"loss_fn"`, or `"optimiser"` if its
+        update or moments are not finite. It is found only if the loss, a gradient or an update is
+        not finite. Infinities that mask are no finding.
     - `"identical examples"`: 8 examples or more are the same at the input of every submodule.
     - `"dead"`: more than half of the units of a hidden layer are 0 behind their activation
-        function, at all positions of the whole batch: of 16 examples or more that differ, where
-        the others fire in a tenth of them or more. Of each member of an ensemble.
+        function, at all positions of the whole batch. There must be 16 examples or more that
+        differ, and the other units must fire in a tenth of them or more. Each member of an
+        ensemble is judged by itself.
     - `"cancelled gradient"`: the derivative at the output of a LayerNorm or GroupNorm is the same
-        for all entries of an example, to 1e-5: the sum of its outputs is constant.
-    - `"no gradient"`: parameters of which the whole gradient is 0, also where all that have one
-        have moved. Not if nothing has one and the loss is below 1e-6, nor a bias that shifts all
-        outputs.
+        for all entries of an example, to 1e-5. It cancels, because the sum of the outputs is
+        constant.
+    - `"no gradient"`: the whole gradient of a parameter is 0, even after all parameters that have a
+        gradient have moved. It is not found if no parameter has a gradient and the loss is below
+        1e-6, nor for a bias that shifts all outputs.
     - `"identical units"`: all rows of a weight are the same, and so are those of its gradient.
-    - `"no activation"`: a `Linear` of which the output goes into another one of the same module, as
-        it is, and nowhere else; but no bottleneck between wider ones.
-    - `"saturated"`: more than three quarters of the inputs of a hidden layer's function that is
-        flat at both ends, such as tanh, are where its slope is below a tenth of its largest. No
-        gates, and nothing in a loop over time.
+    - `"no activation"`: the output of a `Linear` goes unchanged into another `Linear` of the same
+        module, and nowhere else. A bottleneck between wider layers is no finding.
+    - `"saturated"`: a hidden layer has a function that is flat at both ends, such as tanh, and more
+        than three quarters of its inputs are where its slope is below a tenth of its largest.
+        Gates, and layers in a loop over time, are not judged.
     - `"exploding gradient"`, `"vanishing gradient"`: going back through 4 layers or more, each
-        computed from the one before, its rms changes 1000-fold, by the slope of its logarithm.
-        Update ratios that train span less. Layers are those of one path up to a number, or of a
-        scan that has parameters for each step; in time no trend is taken.
-    - `"rank collapse"`: an effective rank below 1.1, of 8 examples and 8 units or more, in a hidden
-        layer and all that follow, where it was 2 before.
+        computed from the one before, the rms of the gradient changes 1000-fold, by the slope of its
+        logarithm. Update ratios that train span less. The layers have the same path except for a
+        number, or are steps of a scan that has parameters for each step. Steps in time have no
+        trend.
+    - `"rank collapse"`: the effective rank of 8 examples and 8 units or more is below 1.1 in a
+        hidden layer and in all that follow, and was 2 before.
     - `"growing activations"`: over 4 layers or more, their rms grows 100-fold, by the slope of its
-        logarithm, where a sum of 100 blocks of equal size grows 10-fold; or in one call 1e6-fold.
-    - `"range"`: in float16, an entry beyond a quarter of the largest number; in float16 and
-        bfloat16, a quarter of a derivative below the smallest normal number; in bfloat16, outputs
-        with a spread of less than 1/512 of their mean. Of a parameter, a row 100 times one at the
-        upper quartile.
-    - `"update ratio"`: the rms of a step over that of the weight, of the median weight: 1e-3 is
-        usual. Above 0.2; or below 1e-5 wherever a schedule may stand, if a step of the usual size
-        lowers the loss as much more. Rounding to 16 bits loses half of a parameter's updates. Two
-        parameters hold the same random numbers.
+        logarithm, or in one call 1e6-fold. A sum of 100 blocks of equal size grows 10-fold.
+    - `"range"`: in float16, an entry is beyond a quarter of the largest number. In float16 and
+        bfloat16, a quarter of a derivative is below the smallest normal number. In bfloat16,
+        outputs have a spread of less than 1/512 of their mean. In a parameter, a row is 100 times
+        one at the upper quartile.
+    - `"update ratio"`: the rms of a step, divided by that of the weight, is above 0.2 for the
+        median weight; 1e-3 is usual. Or it is below 1e-5 wherever a schedule may stand, and a step
+        of the usual size lowers the loss as much more. Or rounding to 16 bits loses half of a
+        parameter's updates. Or two parameters hold the same random numbers.
     - `"initial loss"`: the loss is more than 1 above log(`classes`), which takes logits of standard
-        deviation 1.4; without `classes`, where it is a cross-entropy and the model is sure of one
-        class, and wrong, in most examples.
+        deviation 1.4. Without `classes`, it is a cross-entropy, and in most examples the model is
+        sure of one class, and wrong.
 
     **Arguments:**
 
     - `loss_fn`: a function of the model and `args` that returns a floating-point scalar.
     - `model`, `args`: as for [`eqx_norms.diagnostics.capture`][].
-    - `where`: likewise; by default everything that can be called.
+    - `where`: as for [`eqx_norms.diagnostics.capture`][]. By default everything that can be called.
     - `optimiser`: a pair of an optax optimiser and its state, for the update that comes next.
-    - `classes`: of how many a classifier chooses one.
+    - `classes`: the number of classes of a classifier.
 
     **Returns:**
 
-    A [`eqx_norms.diagnostics.Diagnosis`][]. What `capture_grads` refuses is in its
-    `not_looked_at`, and the rest is there.
+    A [`eqx_norms.diagnostics.Diagnosis`][]. Its `not_looked_at` has what `capture_grads` refuses.
+    Everything else is measured.
 
     **Raises:**
 
     - `TypeError` if `loss_fn` does not return a floating-point scalar, or if `optimiser` is no such
         pair.
     - `ValueError` if `where` matches nothing, if `classes` is not above 1, or under `jax.jit` and
-        other transformations: it returns floats.
+        other transformations, because it returns floats.
     """
     _check(model, args, optimiser, classes)
     survey = Survey(loss_fn, model, args, where or (lambda path, module: True))
@@ -159,9 +162,9 @@ def diagnose(
 def _check(model: PyTree, args: tuple, optimiser: Any, classes: int | None) -> None:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jtu.tree_leaves((model, args))):
         raise ValueError(
-            "`diagnose` must be called outside `jax.jit` and other transformations, for it returns "
-            "floats, but `model` or `args` hold traced arrays. `loss_fn` may be jitted; inside a "
-            "jitted step type `capture_grads`."
+            "`diagnose` must be called outside `jax.jit` and other transformations, because it "
+            "returns floats, but `model` or `args` hold traced arrays. `loss_fn` may be jitted. "
+            "Inside a jitted step type `capture_grads`."
         )
     if optimiser is not None:
         pair = isinstance(optimiser, tuple) and len(optimiser) == 2

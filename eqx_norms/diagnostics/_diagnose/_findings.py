@@ -84,8 +84,8 @@ def find(
 
     **Arguments:**
 
-    - `args_bad`: whether there is NaN or inf, but for -inf, in what the function was given.
-    - `unseen`: the paths of the submodules of which the calls were not looked at.
+    - `args_bad`: whether there is NaN or inf, except -inf, in what the function was given.
+    - `unseen`: the paths of the submodules whose calls were not looked at.
     """
     found = [
         *_not_finite(measured, args_bad, unseen),
@@ -121,7 +121,7 @@ def _not_finite(measured: Measured, args_bad: bool, unseen: Collection[str]) -> 
         return  # An infinity that masks something, say.
     bad = [p for p in measured.parameters if p.statistics["non_finite"] > 0]
     for p in bad:
-        advice = "A parameter is NaN or infinite before the step: look at the steps before."
+        advice = "A parameter is NaN or infinite before this step: look at the steps before it."
         yield Finding("non-finite", p.path, p.statistics["non_finite"], 0, advice)
     if bad:
         return
@@ -183,8 +183,8 @@ def _birth(measured: Measured, args_bad: bool) -> Finding | None:
     if born is None or (args_bad and _of(born, "input_inf")):
         return None
     advice = (
-        f"The first output that is not finite, of finite inputs, is that of this {born.type}. "
-        "Look for a division by zero, a logarithm or root of it, or an overflow."
+        f"This {born.type} is the first whose inputs are finite and whose output is not. Look for "
+        "a division by zero, a logarithm or root of zero, or an overflow."
     )
     if _of(born, "input_non_finite"):
         advice = (
@@ -207,9 +207,9 @@ _LINEAR = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 
 def _birth_in_the_backward(measured: Measured, unseen: Collection[str]) -> Finding:
     advice = (
-        "Its output and the derivative there are finite, what it passes back is not. Look for a "
-        "root or a norm of zero, a power, or a `jnp.where` whose unused branch is not finite: put "
-        "a second `where` around the argument."
+        "Its output and the derivative there are finite, but what it passes back is not. Look for "
+        "a root or a norm of zero, a power, or a `jnp.where` whose unused branch is not finite. "
+        "For the last, put a second `where` around the argument."
     )
     # From the last call to the first; a submodule begins after the one it stands in.
     rows = [row for row in measured.rows[::-1] if "grad_non_finite" in row.statistics]
@@ -249,8 +249,8 @@ def _identical_examples(rows: Sequence[Row]) -> Iterator[Finding]:
     known = [r.statistics["inputs_alike"] for r in rows if "inputs_alike" in r.statistics]
     if known and min(known) == 1:
         advice = (
-            f"All examples of the batch are the same, {ALIKE} or more, at the input of every "
-            "submodule. Look at how batches are drawn, and at broadcasting."
+            f"At the input of every submodule all examples of the batch, {ALIKE} or more, are the "
+            "same. Look at how batches are drawn, and at broadcasting."
         )
         yield Finding("identical examples", "args", 1, 1, advice)
 
@@ -268,8 +268,8 @@ def _identical_units(parameters: Sequence[Parameter]) -> Iterator[Finding]:
 def _no_activation(pairs: Sequence[tuple[str, str]]) -> Iterator[Finding]:
     for one, two in pairs:
         advice = (
-            f"Its output goes into {two} as it is, and nowhere else: the two are one linear layer. "
-            "Look for a forgotten activation function."
+            f"Its output goes unchanged into {two}, and nowhere else, so the two are one linear "
+            "layer. Look for a forgotten activation function."
         )
         yield Finding("no activation", one, 2, 1, advice)
 
@@ -341,8 +341,8 @@ def _dead(rows: Sequence[Row]) -> Iterator[Finding]:
     judged = [row for row in rows if row.examples >= _EXAMPLES and _could_fire(row.statistics)]
     for where, dead in _largest(judged, "dead", limit).items():
         advice = (
-            "So many units are silent in the whole batch, and get no gradient to wake up by. Look "
-            "at the learning rate, the bias and the scale of what comes before."
+            "This share of the units is silent in the whole batch, and gets no gradient to wake "
+            "up by. Look at the learning rate, the bias and the scale of what comes before."
         )
         yield Finding("dead", where, dead, limit, advice)
 
@@ -368,8 +368,9 @@ def _saturated(rows: Sequence[Row]) -> Iterator[Finding]:
     judged = [row for row in rows if not (row.seen.gate or "time" in row.seen.kinds)]
     for where, share in _largest(judged, "saturated", limit).items():
         advice = (
-            "So many entries are where the activation function is flat: less than a tenth of its "
-            "largest slope. Look at the gain of the weights and the scale of the inputs."
+            "This share of the entries is where the activation function is flat: its slope is "
+            "below a tenth of its largest. Look at the gain of the weights and the scale of the "
+            "inputs."
         )
         yield Finding("saturated", where, share, limit, advice)
 
@@ -440,14 +441,14 @@ def _gradient_trend(family: Sequence[Row]) -> Finding | None:
     run = f"from {rows[-1].name} back to {rows[0].name}" if rows else ""
     if change < low:
         advice = (
-            f"Its factor {run}, by the slope of its logarithm: no learning rate suits both. Look "
-            "at the gain of the weights, saturated functions, and for skips and norms."
+            f"This is its factor {run}, by the slope of its logarithm. No learning rate suits "
+            "both. Look at the gain of the weights, saturated functions, and for skips and norms."
         )
         return Finding("vanishing gradient", rows[0].path, change, low, advice)
     if change > high:
         advice = (
-            f"Its factor {run}, by the slope of its logarithm: no learning rate suits both. Look "
-            "at the gain of the weights, and whether there are norms."
+            f"This is its factor {run}, by the slope of its logarithm. No learning rate suits "
+            "both. Look at the gain of the weights, and whether there are norms."
         )
         return Finding("exploding gradient", rows[0].path, change, high, advice)
     return None
@@ -460,8 +461,9 @@ def _growth(family: Sequence[Row]) -> Finding | None:
     if not change > limit:
         return None
     advice = (
-        f"The factor of the rms from {rows[0].name} to {rows[-1].name}, by the slope of its "
-        "logarithm; sums of L blocks grow by √L. Look at the gain of the weights, and for a norm."
+        f"This is the factor of the rms from {rows[0].name} to {rows[-1].name}, by the slope of "
+        "its logarithm. Sums of L blocks grow by √L. Look at the gain of the weights, and for a "
+        "norm."
     )
     return Finding("growing activations", rows[-1].path, change, limit, advice)
 
@@ -473,8 +475,8 @@ def _growth_in_one_call(rows: Sequence[Row]) -> Finding | None:
         size = row.statistics["rms"] / max(1.0, row.statistics.get("input_rms", math.inf))
         if limit < size < math.inf:
             advice = (
-                "The rms of what it returns, over that of what it is given. Look at what is "
-                "multiplied many times over, as in a recurrence."
+                "This is the rms of what it returns, divided by that of what it is given. Look at "
+                "what is multiplied many times, as in a recurrence."
             )
             return Finding("growing activations", row.path, size, limit, advice)
     return None
@@ -541,28 +543,33 @@ def _out_of_range(measured: Measured) -> Iterator[Finding]:
         if row.dtype == "float16" and limit < numbers["largest"] / 65504 < math.inf:
             done.add(row.path)
             value = numbers["largest"] / 65504
-            advice = "The largest entry, over the largest float16: a little more is infinite."
+            advice = (
+                "This is the largest entry, divided by the largest float16. A little more is "
+                "infinite."
+            )
             yield Finding("range", row.path, value, limit, advice)
         elif row.dtype in ("float16", "bfloat16") and numbers.get("tiny", 0) > limit:
             done.add(row.path)
             advice = (
-                f"So many entries of the derivative are below the smallest normal {row.dtype}, and "
-                "lose digits or vanish. Multiply the loss, and divide the gradient again."
+                f"This share of the derivative is below the smallest normal {row.dtype}. These "
+                "entries lose digits or vanish. Multiply the loss, and divide the gradient again."
             )
             yield Finding("range", row.path, numbers["tiny"], limit, advice)
         elif _is_one_number(row):
             done.add(row.path)
             value = numbers["std"] / abs(numbers["mean"])
             advice = (
-                "The spread over the mean: bfloat16 has 8 bits, in which such numbers are all one."
+                "This is the spread, divided by the mean. bfloat16 has 8 bits, in which such "
+                "numbers are all the same."
             )
             yield Finding("range", row.path, value, 2**-9, advice)
     limit = THRESHOLDS["outlier"]
     for p in measured.parameters:
         if limit < p.statistics["outlier"] < math.inf:
             advice = (
-                "The rms of the largest row, over that of the median row: one row drowns the "
-                "others wherever it is read. Look at how it was initialised or loaded."
+                "This is the rms of the largest row, divided by that of the row at the upper "
+                "quartile. The largest row drowns the others wherever it is read. Look at how it "
+                "was initialised or loaded."
             )
             yield Finding("range", p.path, p.statistics["outlier"], limit, advice)
 
@@ -582,8 +589,8 @@ def _updates(measured: Measured) -> Iterator[Finding]:
     for p in parameters:
         if p.dtype in ("float16", "bfloat16") and p.statistics.get("lost", 0) > lost:
             advice = (
-                f"So many entries stay as they are, for their update is lost in rounding to "
-                f"{p.dtype}. Keep the parameters in float32, and compute in {p.dtype}."
+                f"This share of the entries does not change, because their update is lost in "
+                f"rounding to {p.dtype}. Keep the parameters in float32, and compute in {p.dtype}."
             )
             yield Finding("update ratio", p.path, p.statistics["lost"], lost, advice)
     middle = typical_ratio(parameters)
@@ -595,15 +602,15 @@ def _updates(measured: Measured) -> Iterator[Finding]:
         why = "Lower the learning rate."
     elif middle < small and trial.get("longer", 0) > 0.5:
         limit, pick = small, min
-        why = "A step of that size lowers the loss as much more: raise the learning rate."
+        why = "A step of the usual size lowers the loss as much more: raise the learning rate."
     else:
         return
     weights = [p for p in parameters if len(p.shape) > 1 and "update_ratio" in p.statistics]
     ratios = {p.path: p.statistics["update_ratio"] for p in weights}
     worst = pick((r, path) for path, r in ratios.items() if 0 < r < math.inf)
     advice = (
-        f"The rms of a step over that of the weight, of the median weight; here it is "
-        f"{worst[0]:.2g}. About 1e-3 is usual. {why}"
+        f"This is the rms of a step, divided by that of the weight, for the median weight. For "
+        f"this one it is {worst[0]:.2g}. About 1e-3 is usual. {why}"
     )
     yield Finding("update ratio", worst[1], middle, limit, advice)
 
@@ -613,9 +620,9 @@ def _tied(parameters: Sequence[Parameter]) -> Iterator[Finding]:
     for p in parameters:
         if p.same_as is not None and {p.path, p.same_as} <= trained:
             advice = (
-                f"It holds the numbers of {p.same_as}: drawn with the same key, or tied. Two tied "
-                "arrays are two parameters, each with a step of its own, and part: type "
-                "`equinox.nn.Shared`."
+                f"It holds the numbers of {p.same_as}. They were drawn with the same key, or are "
+                "meant to be tied. Two tied arrays are two parameters, which take different steps "
+                "and drift apart: type `equinox.nn.Shared`."
             )
             yield Finding("update ratio", p.path, 2, THRESHOLDS["tied"], advice)
 
@@ -627,8 +634,8 @@ def _initial_loss(measured: Measured, classes: int | None) -> Iterator[Finding]:
     if classes is None or not limit < measured.loss - math.log(classes) < math.inf:
         return
     advice = (
-        f"The loss above log({classes}), that of a uniform guess. Look at the scale of the "
-        "logits, and whether the loss is a sum where it should be a mean."
+        f"This is how far the loss is above log({classes}), that of a uniform guess. Look at the "
+        "scale of the logits, and whether the loss is a sum where it should be a mean."
     )
     yield Finding("initial loss", "loss_fn", measured.loss - math.log(classes), limit, advice)
 

@@ -1,4 +1,4 @@
-"""What goes on inside a model while it trains."""
+"""What happens inside a model while it trains."""
 
 from ._look import Look as Look
 from ._watch import Watch as Watch

@@ -1,4 +1,4 @@
-"""What goes on inside a model, over the steps of its training."""
+"""What happens inside a model, over the steps of its training."""
 
 import functools as ft
 from collections.abc import Callable, Sequence
@@ -31,8 +31,8 @@ from ._look import EDGES, Look
 class Watch:
     """Measures a model while it trains, and draws the course of what was measured.
 
-    A look is one forward and one backward pass. What it returns are statistics, some hundred
-    numbers a layer, of shapes that do not depend on the batch: it may stand inside a jitted step, a
+    A look is one forward and one backward pass. It returns statistics, some hundred numbers for
+    each layer, whose shapes do not depend on the batch. So it may be inside a jitted step, a
     `jax.lax.scan` or a `jax.vmap` over seeds. Outside of these it compiles itself, on CPUs with
     little optimisation: the first look is there sooner than under `eqx.filter_jit(watch.measure)`,
     and later ones take longer. For hundreds of looks, jit it.
@@ -49,14 +49,14 @@ class Watch:
         figure = watch.plot(history, every=100)
         ```
 
-    A run that is stopped has in `history` what was measured until then.
+    If a run is stopped, `history` has what was measured until then.
 
     **Arguments:**
 
     - `loss_fn`: a function of a model and more, as for
         [`eqx_norms.diagnostics.capture_grads`][].
-    - `where`: which submodules, as there. Dead units are looked for in all of them; they mean
-        something for activation functions only, as `equinox.nn.Lambda`.
+    - `where`: which submodules, as for that function. Dead units are counted in all of them, but
+        they only mean something for activation functions, such as an `equinox.nn.Lambda`.
     - `optimiser`: the optax optimiser that trains the model, for the size of its updates.
     """
 
@@ -69,22 +69,23 @@ class Watch:
         """Looks at the model as it is, and at the step that it is about to take.
 
         It costs as much as a few steps under a `jax.jit` of yours, and some ten where it compiles
-        itself: a forward pass, a backward pass and the statistics. Call it once in a while.
+        itself, because it runs a forward pass, a backward pass and the statistics. Call it once in
+        a while.
 
         **Arguments:**
 
-        - `model`, `args`: of the loss function. The last axis of what submodules return is that of
-            the units, all others but those of loops are counted as examples.
+        - `model`, `args`: those of the loss function. The last axis of what submodules return is
+            that of the units. All others count as examples, except those of loops.
         - `opt_state`: the optimiser's state, if there is an optimiser.
 
         **Returns:**
 
         An [`eqx_norms.diagnostics.Look`][]. Under `jax.lax.scan` and `jax.vmap` it gets their axes
-        in front, as anything that is returned there.
+        in front, like anything that is returned there.
 
         **Raises:**
 
-        As [`eqx_norms.diagnostics.capture_grads`][], and `ValueError` if an optimiser is there
+        The errors of [`eqx_norms.diagnostics.capture_grads`][], and `ValueError` for an optimiser
         without its state, or a state without an optimiser.
         """
         if (self.optimiser is None) != (opt_state is None):
@@ -120,9 +121,11 @@ class Watch:
         histograms: bool = False,
         layers: int = 8,
     ):
-        """Draws what was measured: for each layer the percentiles 16, 50 and 84 of its outputs and
-        of the derivatives there, and for all of them the loss, the share of dead units, the size of
-        the derivatives, and how far a step moves each weight matrix.
+        """Draws what was measured.
+
+        For each layer it draws the percentiles 16, 50 and 84 of its outputs and of the derivatives
+        there. For all layers together it draws the loss, the share of dead units, the size of the
+        derivatives, and how far a step moves each weight matrix.
 
         **Arguments:**
 
@@ -131,11 +134,11 @@ class Watch:
         - `every`: steps from one look to the next.
         - `histograms`: draw these in place of the percentiles. The scale of their vertical axis is
             linear up to a hundredth of the largest entry, and logarithmic from there.
-        - `layers`: draw so many at most, evenly spaced.
+        - `layers`: how many layers to draw at most, evenly spaced.
 
         **Returns:**
 
-        A matplotlib figure; needs `pip install "eqx-norms[plot]"`.
+        A matplotlib figure. It needs `pip install "eqx-norms[plot]"`.
 
         **Raises:**
 

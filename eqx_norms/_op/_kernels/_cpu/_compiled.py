@@ -108,7 +108,7 @@ def _c_function(builder, name, restype, *args):
 
 @_instruction(types.intp, types.intp)
 def _allocate(builder, size):
-    """0 if there is no memory. (Python's own, for it is there on every platform.)"""
+    """0 if there is no memory. (Python's own, because it is there on every platform.)"""
     return builder.ptrtoint(_c_function(builder, "PyMem_RawMalloc", _BYTES, size), _WORD)
 
 
