@@ -110,13 +110,11 @@ OWN: dict[str, dict[str, Any]] = {
         name: {"layer_types": ["linear_attention", "full_attention"]}
         for name in (
             "bailing_hybrid",
-            "kimi_linear",
             "qwen3_5_moe_text",
             "qwen3_5_text",
             "qwen3_next",
         )
     },
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
 }
 
@@ -349,6 +347,10 @@ WHY = {
         ("nemotron_h", "zamba2"),
         "**defect**: the steps of the state space are at least `time_step_min` in a full pass and "
         "in pieces, and are not in one token with a cache",
+    ),
+    **dict.fromkeys(
+        ("kimi_linear", "qwen4_exp_text"),
+        "refused: the layers of this small model are all linear, and their cache has no length",
     ),
     "cpmant": "reads in both directions by design, as a prefix",
     "xlm": "bidirectional by design, unless `causal=True`",
