@@ -68,6 +68,10 @@ class Finding(NamedTuple):
         is computed outside of it, `"args"` what it is given, `"optimiser"` its state or rate.
     - `value`, `threshold`: the figure, and the limit that it is beyond.
     - `advice`: what it means, and what to look at first.
+    - `step`, `example`, `share`: of a call that makes something not finite, the first step of the
+        loops around it in which it does, as `capture` counts them; in that step the first example,
+        a number for each axis of `jax.vmap`, the outermost first, and the share of such examples.
+        Where nothing is vmapped, examples are the entries of all axes but the last.
     """
 
     kind: str
@@ -75,16 +79,19 @@ class Finding(NamedTuple):
     value: float
     threshold: float
     advice: str
+    step: tuple[int, ...] = ()
+    example: tuple[int, ...] | None = None
+    share: float | None = None
 
 
 def find(
-    measured: Measured, args_bad: bool, classes: int | None, unseen: Collection[str] = ()
+    measured: Measured, args_bad: str, classes: int | None, unseen: Collection[str] = ()
 ) -> tuple[Finding, ...]:
     """All findings, the worst first: by kind, and in a kind by how far beyond the threshold.
 
     **Arguments:**
 
-    - `args_bad`: whether there is NaN or inf, but for -inf, in what the function was given.
+    - `args_bad`: where there is NaN or inf, but for -inf, in what the function was given.
     - `unseen`: the paths of the submodules of which the calls were not looked at.
     """
     found = [
@@ -114,7 +121,7 @@ def _severity(finding: Finding) -> tuple[int, float]:
 # ---- Not finite: where it was born.
 
 
-def _not_finite(measured: Measured, args_bad: bool, unseen: Collection[str]) -> Iterator[Finding]:
+def _not_finite(measured: Measured, args_bad: str, unseen: Collection[str]) -> Iterator[Finding]:
     yield from _not_finite_update(measured)
     finite_loss = math.isfinite(measured.loss)
     if finite_loss and not any(p.statistics["grad_non_finite"] for p in measured.parameters):
@@ -130,7 +137,10 @@ def _not_finite(measured: Measured, args_bad: bool, unseen: Collection[str]) -> 
         return
     born = _birth(measured, args_bad)
     if args_bad:
-        advice = "What the function is given is NaN or infinite already: look at the data."
+        advice = (
+            "What the function is given is NaN or infinite already: look at the data. It is first "
+            f"so in {args_bad}."
+        )
         yield Finding("non-finite", "args", 1, 0, advice)
     elif measured.held_nan and born is None:
         advice = (
@@ -166,7 +176,7 @@ def _between(measured: Measured, unseen: Collection[str]) -> str:
     return advice
 
 
-def _birth(measured: Measured, args_bad: bool) -> Finding | None:
+def _birth(measured: Measured, args_bad: str) -> Finding | None:
     """The first call that makes a NaN of what has none.
 
     Where infinity went into it, or there is no NaN, the first that makes an infinity of finite
@@ -191,7 +201,31 @@ def _birth(measured: Measured, args_bad: bool) -> Finding | None:
             f"This {born.type} makes a NaN of infinite inputs. Look for a mask in which nothing is "
             "left, and for 0 times infinity."
         )
-    return Finding("non-finite", born.path, born.statistics["non_finite"], 0, advice)
+    return _in_example(born, "bad", born.statistics["non_finite"], advice)
+
+
+def _in_example(row: Row, name: str, value: float, advice: str) -> Finding:
+    """A finding that says where in a call something first is not finite."""
+    first, share = (row.statistics.get(f"{name}_{end}") for end in ("first", "share"))
+    shape = row.examples_shape
+    finding = Finding("non-finite", row.path, value, 0, advice, row.step)
+    places = []
+    if row.step:
+        places.append(f"step {_numbers(row.step)}")
+    if first is not None and share is not None and shape:
+        example = tuple(map(int, np.unravel_index(int(first), shape)))
+        finding = finding._replace(example=example, share=share)
+        word = "example" if row.seen.examples else "position"
+        places.append(
+            f"{word} {_numbers(example)}, of {round(share * row.examples)} in {row.examples}"
+        )
+    if not places:
+        return finding
+    return finding._replace(advice=f"{advice} It is first so in {', in '.join(places)}.")
+
+
+def _numbers(index: tuple[int, ...]) -> str:
+    return str(index[0]) if len(index) == 1 else str(index)
 
 
 def _of(row: Row, name: str) -> bool:
@@ -221,7 +255,7 @@ def _birth_in_the_backward(measured: Measured, unseen: Collection[str]) -> Findi
         if key(row) in reached or row.seen.differentiated:
             continue
         if row.statistics.get("grad_input_non_finite", 0):
-            return Finding("non-finite", row.path, 1, 0, advice)
+            return _in_example(row, "grad_input_bad", 1, advice)
     paths = {row.path for row in rows if row.statistics["grad_non_finite"]}
     for p in measured.parameters:
         seen = [row for row in rows if row.path and is_in(p.path, row.path)]

@@ -41,6 +41,8 @@ class Seen:
 
     - `examples`: how many axes of examples the first array has, behind these.
     - `inputs`: the marks of which its input was made.
+    - `place`: where it returns: the number of the equation, of each around it the outermost first,
+        and of a scan whether it runs in reverse, `None` of what is no scan.
     - `units`: of an activation function, whether it acts on the units of a hidden layer: weights
         made them, and weights read them. Terms of a loss, and variances in a norm, are none.
     - `gate`: whether its output is multiplied with something else that is computed.
@@ -65,6 +67,15 @@ class Seen:
     hidden: bool = False
     conditional: bool = False
     differentiated: bool = False
+    place: tuple[tuple[int, bool | None], ...] = ()
+
+    def when(self, step: tuple[int, ...]) -> tuple[int, ...]:
+        """Of calls in these steps of the loops around them, the smaller returns the earlier."""
+        numbers, when = iter(step), []
+        for equation, reverse in self.place:
+            number = 0 if reverse is None else next(numbers)
+            when += [equation, -number if reverse else number]
+        return (*when, *numbers)
 
     @property
     def output(self) -> int:
@@ -299,10 +310,11 @@ def _described(survey: Survey) -> list[list[Arrangement]]:
         [Arrangement(len(around), (), ())] * len(kinds)
         for around, kinds in zip(loops, types, strict=True)
     ]
-    conditional = _in_branches(survey.plan)
+    conditional, places = _in_branches(survey.plan), _places(survey.plan)
     for call in survey.calls:
         around = loops[call.output]
         call.conditional = conditional[call.output]
+        call.place = places[call.output]
         call.hidden = flow.is_hidden(call.output)
         call.gate = flow.is_gate(call.output)
         if call.applied is None:
@@ -371,6 +383,16 @@ def _in_branches(plan: Plan, inside: bool = False) -> list[bool]:
         here = inside or eqn.primitive is primitives.cond_p
         inner = [each for part in step.inner for each in _in_branches(part, here)]
         found += inner or [inside] * len(step.outputs)
+    return found
+
+
+def _places(plan: Plan) -> list[tuple[tuple[int, bool | None], ...]]:
+    """Of each mark, what `Seen` calls its `place`."""
+    found = []
+    for i, (eqn, step) in enumerate(zip(plan.jaxpr.eqns, plan.steps, strict=True)):
+        here = i, eqn.params["reverse"] if eqn.primitive is primitives.scan_p else None
+        inner = [(here, *more) for part in step.inner for more in _places(part)]
+        found += inner or [(here,)] * len(step.outputs)
     return found
 
 
