@@ -100,7 +100,7 @@ def test_which_example_and_step_is_nan_first(reverse):
     step, example, bad = ((3,), (5,), 1) if reverse else ((2,), (3,), 2)
     assert (finding.step, finding.example) == (step, example)
     assert round(7 * finding.share) == bad
-    words = f"in step {step[0]}, in example {example[0]}, of {bad} in 7."
+    words = f"First in step {step[0]}, in example {example[0]}; {bad} of 7 examples."
     assert words in finding.advice
 
 
@@ -114,10 +114,10 @@ def test_which_example_is_nan_in_the_backward_and_in_the_data():
     [finding] = diagnose(sums, model, x).findings
     assert finding[:2] == ("non-finite", "[1]")
     assert (finding.example, round(6 * finding.share)) == ((1, 0), 2)
-    assert finding.advice.endswith("It is first so in example (1, 0), of 2 in 6.")
+    assert finding.advice.endswith("First in example (1, 0); 2 of 6 examples.")
     [finding] = diagnose(sums, model, x.at[1, 1, 2].set(jnp.nan)).findings[:1]
     assert finding.where == "args"
-    assert "`args[0]` at [1, 1, 2], and in 1 of 2 along its first axis." in finding.advice
+    assert "First in `args[0]` at [1, 1, 2]; 1 of 2 along its first axis." in finding.advice
 
 
 # The figures

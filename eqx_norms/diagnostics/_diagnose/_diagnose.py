@@ -195,4 +195,4 @@ def _place(bad: Bool[Array, "*shape"]) -> str:
         bad
     )
     index = ", ".join(map(str, np.unravel_index(int(first), bad.shape)))
-    return f" at [{index}], and in {count} of {len(bad)} along its first axis"
+    return f" at [{index}]; {count} of {len(bad)} along its first axis"

@@ -138,8 +138,8 @@ def _not_finite(measured: Measured, args_bad: str, unseen: Collection[str]) -> I
     born = _birth(measured, args_bad)
     if args_bad:
         advice = (
-            "What the function is given is NaN or infinite already: look at the data. It is first "
-            f"so in {args_bad}."
+            "What the function is given is NaN or infinite already: look at the data. First in "
+            f"{args_bad}."
         )
         yield Finding("non-finite", "args", 1, 0, advice)
     elif measured.held_nan and born is None:
@@ -216,12 +216,11 @@ def _in_example(row: Row, name: str, value: float, advice: str) -> Finding:
         example = tuple(map(int, np.unravel_index(int(first), shape)))
         finding = finding._replace(example=example, share=share)
         word = "example" if row.seen.examples else "position"
-        places.append(
-            f"{word} {_numbers(example)}, of {round(share * row.examples)} in {row.examples}"
-        )
+        count = round(share * row.examples)
+        places.append(f"{word} {_numbers(example)}; {count} of {row.examples} {word}s")
     if not places:
         return finding
-    return finding._replace(advice=f"{advice} It is first so in {', in '.join(places)}.")
+    return finding._replace(advice=f"{advice} First in {', in '.join(places)}.")
 
 
 def _numbers(index: tuple[int, ...]) -> str:
