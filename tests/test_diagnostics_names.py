@@ -1,4 +1,6 @@
-"""Values inside modules: the attention weights of Equinox, against hand computation."""
+"""capture, capture_grads and replace of values that are named, and of Equinox's attention weights,
+against hand computation.
+"""
 
 import equinox as eqx
 import jax
@@ -6,8 +8,160 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from draws import normal
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core.primitives import name_p
+from refused import refused
 
-from eqx_norms.diagnostics import capture_grads
+from eqx_norms.diagnostics import capture, capture_grads
+
+SAVED = jax.checkpoint_policies.save_only_these_names("remat")
+
+
+def total(w, x, mark=checkpoint_name):
+    """The sum of the sines of all that is marked, under every transformation. `w` is a scalar, `x`
+    of shape (2, 3, 5), of which vmap leaves the last axes last.
+    """
+    sines = lambda name: lambda x: jnp.sin(mark(w * x, name)).sum()
+    summed = lambda name: (
+        lambda x: jax.lax.scan(lambda carry, x: (carry, sines(name)(x)), 0.0, x, reverse=True)[
+            1
+        ].sum()
+    )
+    return sum(
+        [
+            sines("twice")(x),
+            sines("twice")(x[0]),
+            jax.jit(sines("jit"))(x),
+            jax.vmap(jax.jit(sines("vmap")), in_axes=2)(x).sum(),
+            jax.vmap(jax.vmap(sines("vmaps"), in_axes=0), in_axes=2)(x).sum(),
+            jax.vmap(jax.vmap(sines("in turn"), in_axes=1), in_axes=1)(x).sum(),
+            jax.checkpoint(jax.vmap(sines("remat"), in_axes=1), policy=SAVED)(x).sum(),
+            summed("scan")(x),
+            jax.vmap(summed("vmap of scan"), in_axes=2)(x).sum(),
+            jax.lax.cond(x.sum() > x.sum() - 1, sines("taken"), lambda x: 0 * x.sum(), x),
+        ]
+    )
+
+
+def marked_by_hand(w, x):
+    v = np.float64(w) * np.float64(x)
+    return {
+        "twice": v,
+        "twice#1": v[0],
+        "jit": v,
+        "vmap": v.transpose(2, 0, 1),
+        "vmaps": v.transpose(2, 0, 1),
+        "in turn": v.transpose(1, 2, 0),
+        "remat": v.transpose(1, 0, 2),
+        "scan": v,
+        "vmap of scan": v.transpose(0, 2, 1),
+        "taken": v,
+    }
+
+
+NAMES = tuple(key for key in marked_by_hand(1.0, np.ones((2, 3, 5))) if "#" not in key)
+
+
+@pytest.fixture
+def w_and_x(x64, getkey):
+    return normal(getkey(), ()), normal(getkey(), (2, 3, 5))
+
+
+def test_named_values_and_their_derivatives(w_and_x):
+    """In float64, sums of 300 terms of order one: a millionfold of their rounding is allowed."""
+    w, x = w_and_x
+    loss, values, grads, _ = capture_grads(total, w, x, names=NAMES)
+    expected = marked_by_hand(w, x)
+    assert list(values) == list(grads) == list(expected)
+    np.testing.assert_allclose(loss, sum(np.sin(v).sum() for v in expected.values()), atol=1e-9)
+    for name, value in expected.items():
+        np.testing.assert_allclose(values[name], value, rtol=0, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(grads[name], np.cos(value), rtol=0, atol=1e-9, err_msg=name)
+
+
+def test_named_values_are_replaced(w_and_x):
+    """By functions, and by arrays, which are those of all steps and examples."""
+    w, x = w_and_x
+    expected = marked_by_hand(w, x)
+    steps = {"scan": lambda value, step: jnp.where(step == 1, 0 * value, value)}
+    halves = {name: lambda value: value / 2 for name in ("jit", "vmap", "remat", "twice#1")}
+    arrays = {name: 3 * expected[name] for name in ("vmaps", "vmap of scan", "in turn", "taken")}
+    replace = steps | halves | arrays
+    out, values = capture(total, w, x, names=NAMES, replace=replace)
+    expected["scan"] = expected["scan"] * np.array([1, 0])[:, None, None]
+    expected |= {name: expected[name] / 2 for name in halves} | arrays
+    np.testing.assert_allclose(out, sum(np.sin(v).sum() for v in expected.values()), atol=1e-9)
+    for name, value in expected.items():
+        np.testing.assert_allclose(values[name], value, rtol=0, atol=1e-9, err_msg=name)
+
+
+def test_a_derivative_in_the_function_is_no_second_value(w_and_x):
+    w, x = w_and_x
+    slopes = lambda w, x: jax.vmap(jax.grad(lambda x: sum_of_sines(w, x)))(x)
+    out, values = capture(slopes, w, x, names="v")
+    assert list(values) == ["v"]
+    np.testing.assert_allclose(values["v"], w * x, rtol=1e-12)
+    np.testing.assert_allclose(out, w * jnp.cos(w * x), rtol=1e-9, atol=1e-12)
+    with refused(NotImplementedError, "'v' cannot be replaced", "takes a derivative"):
+        capture(slopes, w, x, names="v", replace={"v": jnp.zeros_like})
+    outside = jax.grad(lambda w: capture(sum_of_sines, w, x, names="v", replace=HALF)[0])(w)
+    np.testing.assert_allclose(outside, jnp.sum(x * jnp.cos(w * x / 2) / 2), rtol=1e-9)
+
+
+HALF = {"v": lambda value: value / 2}
+
+
+def sum_of_sines(w, x):
+    return jnp.sin(checkpoint_name(w * x, "v")).sum()
+
+
+def test_names_in_a_model_and_in_a_capture_within_another(getkey):
+    model = eqx.nn.Lambda(lambda x: checkpoint_name({"a": x, "b": 2 * x}, "pair")["b"])
+    x = normal(getkey(), (3, 2))
+
+    def inner(model, x):
+        return capture(lambda m, x: jax.vmap(m)(x), model, x, names="pair")[1]["pair#1"]
+
+    inside, values = capture(inner, model, x, where=eqx.nn.Lambda, names="pair")
+    np.testing.assert_array_equal(inside, 2 * x)
+    assert list(values) == ["pair", "pair#1", ""]
+    for key, factor in {"pair": 1, "pair#1": 2, "": 2}.items():
+        np.testing.assert_array_equal(values[key], factor * x)
+
+
+def test_nothing_is_changed_where_no_name_is_asked_for(getkey):
+    """A jitted function has a trace of its own in a capture with names, and so outside of it."""
+    named = jax.jit(lambda x: checkpoint_name(x, "v"))
+    columns = lambda x: jax.vmap(named, in_axes=1, out_axes=1)(x)
+    x = normal(getkey(), (2, 3))
+    before = str(jax.make_jaxpr(columns)(x))
+    _, values = capture(lambda _, x: columns(x), None, x, names="v")
+    np.testing.assert_array_equal(values["v"], x.T)
+    assert str(jax.make_jaxpr(columns)(x)) == before
+    assert "transpose" not in before and name_p.name in before
+
+
+def test_bad_names(getkey):
+    model, x = eqx.nn.Linear(2, 2, key=getkey()), normal(getkey(), (2,))
+    fn = lambda model, x: checkpoint_name(model(x), "out")
+    with refused(ValueError, "none the name 'oout'", "It gives 'out'"):
+        capture(fn, model, x, names=("out", "oout"))
+    with refused(ValueError, "It names nothing"):
+        capture(lambda model, x: model(x), model, x, names="out")
+    with refused(TypeError, "but it is 3", "`names=('scores', 'hidden')`"):
+        capture(fn, model, x, names=3)
+    with refused(ValueError, "at 'out' there is none", "must be in `names` as well"):
+        capture(fn, model, x, replace={"out": jnp.zeros_like})
+    with refused(ValueError, "`where` must match at least one"):
+        capture(fn, model, x)
+    named = lambda model, x: checkpoint_name(model.layers[0](x), "layers[0]")
+    with refused(ValueError, "'layers.0.' is both"):
+        capture(named, eqx.nn.Sequential([model]), x, where=eqx.nn.Linear, names="layers[0]")
+    loop = lambda m, x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: fn(m, x) + 5, x)
+    with refused(NotImplementedError, "'out' cannot be captured", "`while`"):
+        capture(loop, model, x, names="out")
+    with refused(ValueError, "must be as the value of that name"):
+        capture(fn, model, x, names="out", replace={"out": jnp.zeros(3)})
 
 
 @pytest.mark.parametrize("heads", [1, 3])
