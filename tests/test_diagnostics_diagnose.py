@@ -18,6 +18,7 @@ import optax
 import pytest
 from draws import normal
 from refused import refused
+from slow import slow
 
 from eqx_norms.diagnostics import capture_grads, diagnose
 
@@ -89,7 +90,7 @@ class Roots(eqx.Module):
         return jax.lax.scan(lambda c, x: (c, self.root(x)), 0.0, x, reverse=self.reverse)[1]
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [False, slow(True)])
 def test_which_example_and_step_is_nan_first(reverse):
     """Examples 3 and 5 of 7 are NaN from step 2 of 4 on, and 5 alone in step 3, by hand."""
     x = jnp.ones((7, 4)).at[jnp.array([3, 5]), 2].set(-1).at[5, 3].set(-1)
@@ -104,6 +105,23 @@ def test_which_example_and_step_is_nan_first(reverse):
     assert words in finding.advice
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True])
+def test_which_step_is_nan_first_in_the_backward(reverse):
+    """Steps 1 and 2 of example 3 are: the backward pass goes through a loop in the other order."""
+    x = jnp.ones((5, 4)).at[3, 1].set(0).at[3, 2].set(0)
+    model = Roots(eqx.nn.Lambda(lambda x: jnp.sqrt(x) ** 2), reverse), jnp.ones(())
+    sums = lambda m, x: jax.vmap(m[0])(m[1] * x).sum()
+    finding = diagnose(sums, model, x).findings[0]
+    assert finding[:2] == ("non-finite", "[0].root")
+    assert (finding.step, finding.example, round(5 * finding.share)) == (
+        (1 + (not reverse),),
+        (3,),
+        1,
+    )
+
+
+@pytest.mark.slow
 def test_which_example_is_nan_in_the_backward_and_in_the_data():
     """The root of 0 is 0, and its slope is infinite: times 0, of the square behind it, NaN."""
     x = jnp.ones((2, 3, 5)).at[1, 0, 4].set(0).at[1, 2, 0].set(0)

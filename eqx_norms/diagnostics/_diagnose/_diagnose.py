@@ -191,8 +191,11 @@ def _not_finite(args: tuple) -> str:
 def _place(bad: Bool[Array, "*shape"]) -> str:
     if not bad.shape:
         return ""
-    first, count = on_any_mesh(lambda bad: (bad.argmax(), bad.reshape(len(bad), -1).any(1).sum()))(
-        bad
-    )
+    first, count = _first_and_count(bad)
     index = ", ".join(map(str, np.unravel_index(int(first), bad.shape)))
     return f" at [{index}]; {count} of {len(bad)} along its first axis"
+
+
+@on_any_mesh
+def _first_and_count(bad: Bool[Array, "examples *shape"]) -> tuple[Array, Array]:
+    return bad.argmax(), bad.reshape(len(bad), -1).any(1).sum()

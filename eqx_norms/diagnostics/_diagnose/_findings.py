@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ._measure import ALIKE, Measured, Parameter, Row, is_in
+from ._survey import when
 from ._trial import SMALL, typical_ratio
 
 THRESHOLDS = {
@@ -69,7 +70,8 @@ class Finding(NamedTuple):
     - `value`, `threshold`: the figure, and the limit that it is beyond.
     - `advice`: what it means, and what to look at first.
     - `step`, `example`, `share`: of a call that makes something not finite, the first step of the
-        loops around it in which it does, as `capture` counts them; in that step the first example,
+        loops around it in which it does, in the order of the computation, as `capture` counts them
+        (backward, the last step of a loop comes first); in that step the first example,
         a number for each axis of `jax.vmap`, the outermost first, and the share of such examples.
         Where nothing is vmapped, examples are the entries of all axes but the last.
     """
@@ -245,7 +247,8 @@ def _birth_in_the_backward(measured: Measured, unseen: Collection[str]) -> Findi
         "a second `where` around the argument."
     )
     # From the last call to the first; a submodule begins after the one it stands in.
-    rows = [row for row in measured.rows[::-1] if "grad_non_finite" in row.statistics]
+    rows = sorted(measured.rows, key=lambda row: when(row.seen.begins, row.step))[::-1]
+    rows = [row for row in rows if "grad_non_finite" in row.statistics]
     # Of several arrays that are returned, any may bring back a NaN from elsewhere.
     key = lambda row: (row.path, row.call, row.step)
     reached = {key(row) for row in rows if row.statistics["grad_non_finite"]}
@@ -254,7 +257,7 @@ def _birth_in_the_backward(measured: Measured, unseen: Collection[str]) -> Findi
         if key(row) in reached or row.seen.differentiated:
             continue
         if row.statistics.get("grad_input_non_finite", 0):
-            return _in_example(row, "grad_input_bad", 1, advice)
+            return _in_example(row, "grad_input_bad", 1.0, advice)
     paths = {row.path for row in rows if row.statistics["grad_non_finite"]}
     for p in measured.parameters:
         seen = [row for row in rows if row.path and is_in(p.path, row.path)]

@@ -31,7 +31,7 @@ from .._once import jit_once
 from .._optimiser import compiled_updates
 from .._statistics import activation_stats, saturation_fraction
 from ._activations import Activation
-from ._survey import Seen, Survey
+from ._survey import Seen, Survey, when
 from ._trial import of_update, try_steps
 
 Numbers = dict[str, float]
@@ -154,7 +154,7 @@ def measure(
         by_call[id(call)] = [row for row in made if _taken(row)]
         rows += by_call[id(call)]
     returns = [row for call in survey.returns for row in by_call[id(call)]]
-    returns.sort(key=lambda row: row.seen.when(row.step))
+    returns.sort(key=lambda row: when(row.seen.returns, row.step))
     parameters = _parameters(model, params)
     idle = [p for p in parameters if p.statistics["grad_largest"] == 0]
     with jax.debug_nans(False), jax.debug_infs(False):

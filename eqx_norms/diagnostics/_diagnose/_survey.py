@@ -41,8 +41,8 @@ class Seen:
 
     - `examples`: how many axes of examples the first array has, behind these.
     - `inputs`: the marks of which its input was made.
-    - `place`: where it returns: the number of the equation, of each around it the outermost first,
-        and of a scan whether it runs in reverse, `None` of what is no scan.
+    - `begins`, `returns`: where, as the numbers of the equations around it, the outermost first,
+        each with whether it is a scan in reverse, `None` if it is no scan.
     - `units`: of an activation function, whether it acts on the units of a hidden layer: weights
         made them, and weights read them. Terms of a loss, and variances in a norm, are none.
     - `gate`: whether its output is multiplied with something else that is computed.
@@ -67,15 +67,8 @@ class Seen:
     hidden: bool = False
     conditional: bool = False
     differentiated: bool = False
-    place: tuple[tuple[int, bool | None], ...] = ()
-
-    def when(self, step: tuple[int, ...]) -> tuple[int, ...]:
-        """Of calls in these steps of the loops around them, the smaller returns the earlier."""
-        numbers, when = iter(step), []
-        for equation, reverse in self.place:
-            number = 0 if reverse is None else next(numbers)
-            when += [equation, -number if reverse else number]
-        return (*when, *numbers)
+    begins: "At" = ()
+    returns: "At" = ()
 
     @property
     def output(self) -> int:
@@ -83,6 +76,19 @@ class Seen:
         index = self.applied if self.returned is None else self.returned
         assert index is not None
         return index
+
+
+# The number of each equation around a mark, and whether it is a scan in reverse, `None` if none.
+At = tuple[tuple[int, bool | None], ...]
+
+
+def when(at: At, step: tuple[int, ...]) -> tuple[int, ...]:
+    """What is smaller the earlier it is, of marks in these steps of the loops around them."""
+    numbers, found = iter(step), []
+    for equation, reverse in at:
+        number = 0 if reverse is None else next(numbers)
+        found += [equation, -number if reverse else number]
+    return (*found, *numbers)
 
 
 class Survey(_Program):
@@ -314,7 +320,8 @@ def _described(survey: Survey) -> list[list[Arrangement]]:
     for call in survey.calls:
         around = loops[call.output]
         call.conditional = conditional[call.output]
-        call.place = places[call.output]
+        call.returns = places[call.output]
+        call.begins = places[call.output if call.given is None else call.given]
         call.hidden = flow.is_hidden(call.output)
         call.gate = flow.is_gate(call.output)
         if call.applied is None:
@@ -386,8 +393,7 @@ def _in_branches(plan: Plan, inside: bool = False) -> list[bool]:
     return found
 
 
-def _places(plan: Plan) -> list[tuple[tuple[int, bool | None], ...]]:
-    """Of each mark, what `Seen` calls its `place`."""
+def _places(plan: Plan) -> list[At]:
     found = []
     for i, (eqn, step) in enumerate(zip(plan.jaxpr.eqns, plan.steps, strict=True)):
         here = i, eqn.params["reverse"] if eqn.primitive is primitives.scan_p else None
