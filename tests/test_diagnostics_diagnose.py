@@ -18,7 +18,7 @@ import optax
 import pytest
 from draws import normal
 from refused import refused
-from slow import few
+from slow import few, slow
 
 from eqx_norms.diagnostics import capture_grads, diagnose
 
@@ -71,6 +71,67 @@ def test_healthy_in_batches_of_any_size(name, batch, getkey, monkeypatch):
     for module in (zoo, diagnosis_models):
         monkeypatch.setattr(module, "BATCH", batch)
     assert of(zoo.HEALTHY[name](getkey())).findings == ()
+
+
+# Which example, which step
+
+
+class Roots(eqx.Module):
+    """One root in a scan over the steps of a sequence, forwards or backwards."""
+
+    root: eqx.nn.Lambda
+    reverse: bool = eqx.field(static=True)
+
+    def __call__(self, x):
+        return jax.lax.scan(lambda c, x: (c, self.root(x)), 0.0, x, reverse=self.reverse)[1]
+
+
+@pytest.mark.parametrize("reverse", [False, slow(True)])
+def test_which_example_and_step_is_nan_first(reverse):
+    """Examples 3 and 5 of 7 are NaN from step 2 of 4 on, and 5 alone in step 3, by hand."""
+    x = jnp.ones((7, 4)).at[jnp.array([3, 5]), 2].set(-1).at[5, 3].set(-1)
+    model, sums = Roots(eqx.nn.Lambda(jnp.sqrt), reverse), lambda m, x: jax.vmap(m)(x).sum()
+    [finding] = diagnose(sums, model, x).findings
+    assert finding[:2] == ("non-finite", "root")
+    # In reverse the last step is the first.
+    step, example, bad = ((3,), (5,), 1) if reverse else ((2,), (3,), 2)
+    assert (finding.step, finding.example) == (step, example)
+    assert round(7 * finding.share) == bad
+    words = f"First in step {step[0]}, in example {example[0]}; {bad} of 7 examples."
+    assert words in finding.advice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True])
+def test_which_step_is_nan_first_in_the_backward(reverse):
+    """Steps 1 and 2 of example 3 are: the backward pass goes through a loop in the other order."""
+    x = jnp.ones((5, 4)).at[3, 1].set(0).at[3, 2].set(0)
+    model = Roots(eqx.nn.Lambda(lambda x: jnp.sqrt(x) ** 2), reverse), jnp.ones(())
+    sums = lambda m, x: jax.vmap(m[0])(m[1] * x).sum()
+    finding = diagnose(sums, model, x).findings[0]
+    assert finding[:2] == ("non-finite", "[0].root")
+    assert (finding.step, finding.example, round(5 * finding.share)) == (
+        (1 + (not reverse),),
+        (3,),
+        1,
+    )
+
+
+@pytest.mark.slow
+def test_which_example_is_nan_in_the_backward_and_in_the_data():
+    """The root of 0 is 0, and its slope is infinite: times 0, of the square behind it, NaN."""
+    x = jnp.ones((2, 3, 5)).at[1, 0, 4].set(0).at[1, 2, 0].set(0)
+    linear = eqx.nn.Linear(5, 5, use_bias=False, key=jr.key(0))
+    linear = eqx.tree_at(lambda linear: linear.weight, linear, jnp.eye(5))
+    model = linear, eqx.nn.Lambda(lambda x: jnp.sqrt(x) ** 2)
+    sums = lambda m, x: jax.vmap(jax.vmap(lambda x: m[1](m[0](x))))(x).sum()
+    [finding] = diagnose(sums, model, x).findings
+    assert finding[:2] == ("non-finite", "[1]")
+    assert (finding.example, round(6 * finding.share)) == ((1, 0), 2)
+    assert finding.advice.endswith("First in example (1, 0); 2 of 6 examples.")
+    [finding] = diagnose(sums, model, x.at[1, 1, 2].set(jnp.nan)).findings[:1]
+    assert finding.where == "args"
+    assert "First in `args[0]` at [1, 1, 2]; 1 of 2 along its first axis." in finding.advice
 
 
 # The figures

@@ -1,7 +1,7 @@
 """Look at what submodules return, and at the loss's derivatives there; put something else there."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ._instrument import Observer, Where
 from ._interpret import ArrayType, Edit, Marked, evaluate, marked_types
+from ._names import as_names
 from ._plan import Output, make_plan
 from ._replace import Replace, check_called, path_of, replacement
 
@@ -20,7 +21,8 @@ def capture(
     fn: Callable[..., Any],
     model: PyTree,
     *args: Any,
-    where: Where,
+    where: Where = (),
+    names: str | Collection[str] = (),
     replace: Replace | None = None,
 ) -> tuple[Any, dict[str, PyTree]]:
     """Evaluates `fn(model, *args)` and hands out what the submodules of `model` returned.
@@ -55,6 +57,10 @@ def capture(
         `(path, module)`, or of the module alone such as [`eqx_norms.is_norm`][], that says whether
         to capture it. It is asked about every `equinox.Module` that can be called, including the
         model itself, whose path is `""`. `()` captures only what is replaced.
+    - `names`: values that `fn` or the model names itself, by
+        `jax.ad_checkpoint.checkpoint_name(value, "scores")`: one name, or several. Each has an
+        entry below, by its name. Further values of the same name, and the further arrays of a
+        pytree that is named, have `#1`, `#2` and so on. `replace` takes them too.
     - `replace`: what `fn` uses in place of the output of a submodule, by the key that the value has
         below. Each call has its own key. The replacement is either a value of the same structure,
         shapes and dtypes as the value below, or a function of what the submodule returned,
@@ -101,10 +107,11 @@ def capture(
 
     **Raises:**
 
-    - `ValueError` if `where` matches nothing, or if nothing that it matches is called. Also if
-        `replace` names no call, or a replacement has another structure or shape.
-    - `TypeError` if `model` or `args` hold a `jax.ShapeDtypeStruct`, or if a replacement is of
-        another dtype.
+    - `ValueError` if `where` matches nothing, or if nothing that it matches is called. Also if one
+        of `names` is not given, or is the path of a matched submodule, if `replace` names no call,
+        or if a replacement has another structure or shape.
+    - `TypeError` if `names` are no strings, if `model` or `args` hold a `jax.ShapeDtypeStruct`, or
+        if a replacement is of another dtype.
     - `NotImplementedError`, naming the submodule and the place, if it is called where no value can
         be handed out. That is in a while loop, in a function with a custom derivative rule, in
         `jax.shard_map`, and in any other primitive that this function does not know.
@@ -114,7 +121,7 @@ def capture(
     - `NotImplementedError` if `fn` itself differentiates what is replaced. Differentiate `capture`,
         or use [`eqx_norms.diagnostics.capture_grads`][].
     """
-    program = _Program(fn, model, args, where, replace)
+    program = _Program(fn, model, args, where, replace, as_names(names))
     out, marked = program.run(model, args, program.no_shifts())
     return out, program.by_path(marked)
 
@@ -123,7 +130,8 @@ def capture_grads(
     loss_fn: Callable[..., Float[Array, ""]],
     model: PyTree,
     *args: Any,
-    where: Where,
+    where: Where = (),
+    names: str | Collection[str] = (),
     replace: Replace | None = None,
 ) -> tuple[Float[Array, ""], dict[str, PyTree], dict[str, PyTree], PyTree]:
     """Differentiates `loss_fn(model, *args)` with respect to the model and to what its submodules
@@ -138,7 +146,7 @@ def capture_grads(
     **Arguments:**
 
     - `loss_fn`: a function of the model and `args` that returns a floating-point scalar.
-    - `model`, `args`, `where`, `replace`: as for [`eqx_norms.diagnostics.capture`][].
+    - `model`, `args`, `where`, `names`, `replace`: as for [`eqx_norms.diagnostics.capture`][].
 
     **Returns:**
 
@@ -160,7 +168,7 @@ def capture_grads(
     - `NotImplementedError` if `loss_fn` itself differentiates a `jax.checkpoint` in which a
         matched submodule is called. It is computed anew in there, out of reach of the added zero.
     """
-    program = _Program(loss_fn, model, args, where, replace)
+    program = _Program(loss_fn, model, args, where, replace, as_names(names))
     loss, marked, grads, model_grads = program.backward(model, args)
     return loss, program.by_path(marked), program.by_path(grads), model_grads
 
@@ -169,7 +177,13 @@ class _Program:
     """`fn(model, *args)` as a jaxpr in which the outputs of the matched submodules are tagged."""
 
     def __init__(
-        self, fn: Callable, model: PyTree, args: tuple, where: Where, replace: Replace | None
+        self,
+        fn: Callable,
+        model: PyTree,
+        args: tuple,
+        where: Where,
+        replace: Replace | None,
+        names: tuple[str, ...] = (),
     ):
         replace = {} if replace is None else replace
         if not isinstance(replace, Mapping):
@@ -178,10 +192,12 @@ class _Program:
                 f"return, but it is {replace!r}. Type for instance "
                 "`replace={'layers[0]': jnp.zeros_like}`."
             )
-        watch = Observer(model, where, {path_of(key) for key in replace})
+        also = {path_of(key) for key in replace} - set(names)
+        watch = Observer(model, where, also, names)
         _check_arrays(model, args)
         jaxpr, self.out, self.static_out = watch.trace(fn, model, args)
         self.plan = make_plan(jaxpr, model, args, watch)
+        _check_named(watch)
         if not self.plan.outputs:
             raise ValueError(
                 "`fn` must call at least one submodule that `where` matches, but it calls none, or "
@@ -243,6 +259,17 @@ class _Program:
                 f"The derivative at {', '.join(map(repr, anew))} cannot be taken: `loss_fn` "
                 "differentiates a `jax.checkpoint` that calls it, which computes it a second time. "
                 "Type a `where` that leaves it out, or take the checkpoint away."
+            )
+
+
+def _check_named(watch: Observer) -> None:
+    for name in watch.names:
+        if name not in watch.named:
+            there = ", ".join(map(repr, map(str, watch.named)))
+            raise ValueError(
+                "`names` must be names that `fn` gives by `jax.ad_checkpoint.checkpoint_name`, but "
+                f"it gives none the name {name!r}. "
+                + (f"It gives {there}: type one of these." if there else "It names nothing.")
             )
 
 

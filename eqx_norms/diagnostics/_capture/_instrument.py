@@ -20,6 +20,7 @@ import jax
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from ._names import batches_in_front
 from ._tag import Place, tag
 
 Where = type | tuple[type, ...] | Callable[[str, eqx.Module], bool] | Callable[[eqx.Module], bool]
@@ -28,8 +29,16 @@ Where = type | tuple[type, ...] | Callable[[str, eqx.Module], bool] | Callable[[
 class Observer:
     """Which modules of `model` to look at, and, while a function is traced, which are called."""
 
-    def __init__(self, model: PyTree, where: Where, also: Collection[str] = ()):
-        """`also` are the paths of modules to look at whether `where` matches them or not."""
+    def __init__(
+        self,
+        model: PyTree,
+        where: Where,
+        also: Collection[str] = (),
+        names: Collection[str] = (),
+    ):
+        """`also` are the paths of modules to look at whether `where` matches them or not, `names`
+        those of values to look at; `named` will be all that are there.
+        """
         matches = _as_predicate(where)
         self.modules = dict(_callable_modules((), model))
         paths = {path(keys): keys for keys in self.modules}
@@ -37,9 +46,16 @@ class Observer:
             if each not in paths:
                 raise ValueError(_not_there(each, self.modules))
         self.matched = {keys for each, keys in paths.items() if matches(each, self.modules[keys])}
-        if not self.matched and (where != () or not also):
+        if not self.matched and (where != () or not (also or names)):
             raise ValueError(_nothing_matches(self.modules))
         self.matched.update(paths[each] for each in also)
+        self.names, self.named = frozenset(names), {}
+        both = self.names.intersection(map(path, self.matched))
+        if both:
+            raise ValueError(
+                f"`names` must differ from the paths of the submodules that are captured, but "
+                f"{min(both)!r} is both. Type a `where` that leaves it out, or another name."
+            )
         self.outer = _watch.get()
         self.level = 0 if self.outer is None else self.outer.level + 1
         self._places = {}
@@ -52,7 +68,8 @@ class Observer:
         def watched(model, *args):
             # The copy that `fn` gets is alive until it returns, so ids stay distinct.
             self._places = {id(m): keys for keys, m in _callable_modules((), model)}
-            with _set(_watch, self), _traces(self._key()), _exchanged(self._classes):
+            names = batches_in_front() if self.names else contextlib.nullcontext()
+            with _set(_watch, self), _traces(self._key()), _exchanged(self._classes), names:
                 return fn(model, *args)
 
         return eqx.filter_make_jaxpr(watched)(model, *args)
@@ -117,7 +134,8 @@ class Observer:
         """What tags depend on besides the arguments of a function and its own code."""
         matched = frozenset((keys, type(self.modules[keys])) for keys in self.matched)
         contents = frozenset(self._contents.items())
-        key = _Key((type(self), matched, contents, self.outer and self.outer._key()))
+        outer = self.outer and self.outer._key()
+        key = _Key((type(self), matched, contents, self.names, outer))
         return _keys.setdefault(key, key)
 
 
@@ -284,7 +302,8 @@ def _nothing_matches(modules: dict[tuple, eqx.Module]) -> str:
 def _not_there(path: str, modules: dict[tuple, eqx.Module]) -> str:
     return (
         "`replace` must name submodules that can be called, but at "
-        f"{path!r} there is none. The model has {_listed(modules)}: type one of these paths."
+        f"{path!r} there is none. The model has {_listed(modules)}: type one of these paths. "
+        "What `jax.ad_checkpoint.checkpoint_name` names must be in `names` as well."
     )
 
 

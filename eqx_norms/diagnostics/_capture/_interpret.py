@@ -112,6 +112,12 @@ def _tag(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any]
     return edit.shifted(values), [values]
 
 
+def _name(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
+    [x], marked = _tag(eqn, step, args, edits)
+    # It keeps its name, which the policy of a checkpoint around may ask for.
+    return [eqn.primitive.bind(x, **eqn.params)], marked
+
+
 def _inline(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
     [plan] = step.inner
     return evaluate(plan, args, edits)
@@ -254,7 +260,7 @@ def loops_around(plan: Plan) -> list[tuple[int, ...]]:
 def _types_in(eqn: Any, step: Step) -> list[list[ArrayType]]:
     if step.operand is not None:
         return [[type_of(atom.aval) for atom in (eqn.invars[step.operand], eqn.outvars[0])]]
-    if eqn.primitive is tag_p:
+    if eqn.primitive in (tag_p, primitives.name_p):
         return [[type_of(atom.aval) for atom in eqn.outvars]]
     inner = [types for plan in step.inner for types in marked_types(plan)]
     if eqn.primitive is primitives.scan_p:
@@ -283,6 +289,7 @@ _advice = {
 }
 _rules: dict[Any, Callable] = {
     tag_p: _tag,
+    primitives.name_p: _name,
     primitives.jit_p: _jit,
     primitives.closed_call_p: _inline,
     primitives.remat_p: _checkpoint,

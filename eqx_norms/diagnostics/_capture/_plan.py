@@ -17,11 +17,15 @@ from jaxtyping import PyTree
 
 from ..._jaxprs import is_jaxpr, opened, scan_counts
 from ._instrument import Observer, path
+from ._names import named_call
 from ._tag import Call, tag_p
 
 
 class Output(NamedTuple):
-    """A tag that is looked for; more than one path if it cannot be told which module was called."""
+    """A tag, or a named value, that is looked for.
+
+    It has more than one path if it cannot be told which module was called.
+    """
 
     paths: tuple[str, ...]
     call: Call
@@ -159,6 +163,11 @@ class _Planner:
             origins = (*origins[:start], *carry, *origins[stop:])
 
     def _outputs(self, eqn: Any, read: Any, repeated: bool) -> list[Output]:
+        if eqn.primitive is primitives.name_p:
+            name = eqn.params["name"]
+            self.watch.named[name] = None
+            looked_for = name in self.watch.names
+            return [Output((str(name),), named_call(name, self.watch.level))] if looked_for else []
         call = eqn.params.get("call")
         if eqn.primitive is not tag_p or call.level != self.watch.level:
             return []

@@ -28,7 +28,8 @@ def check_called(replace: Replace, keys: Sequence[str]) -> None:
         if key not in keys:
             calls = ", ".join(repr(other) for other in keys if path_of(other) == path_of(key))
             raise ValueError(
-                f"`replace` must name calls of submodules, but none has the key {key!r}. "
+                "`replace` must name calls of submodules, or values in `names`, but none has the "
+                f"key {key!r}. "
                 + (f"Its calls are {calls}." if calls else "It is not called, or returns no array.")
             )
 
@@ -58,7 +59,7 @@ def replacement(
             out = new(call.rebuild(values), *steps)
         except Exception as error:
             loops = ", and the number of the step of each loop around it" if steps else ""
-            error.add_note(f"`replace[{key!r}]` was given what the submodule returned{loops}.")
+            error.add_note(f"`replace[{key!r}]` was given {call.what}{loops}.")
             raise
         types = [type_of(jax.typeof(x)) for x in values]
         return _fitted(f"What `replace[{key!r}]` returns", out, call, types)
@@ -76,7 +77,7 @@ def _fitted(what: str, new: PyTree, call: Call, types: Sequence[ArrayType]) -> l
     """The arrays of `new`, if they are as those that the submodule returns."""
     old = call.rebuild([jax.ShapeDtypeStruct(kind.shape, kind.dtype) for kind in types])
     as_text = lambda tree: eqx.tree_pformat(tree, struct_as_array=True)
-    differs = f"{what} must be as what the submodule returns, {as_text(old)}, but it is "
+    differs = f"{what} must be as {call.what}, {as_text(old)}, but it is "
     if jtu.tree_structure(new) != jtu.tree_structure(old):
         raise ValueError(f"{differs}{as_text(new)}. Type the same structure.")
     pairs = zip(jtu.tree_leaves(new), jtu.tree_leaves(old), strict=True)

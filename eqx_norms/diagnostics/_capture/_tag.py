@@ -35,13 +35,22 @@ class Call:
     **Arguments:**
 
     - `level`: of how many other captures the one that looks for this tag is part.
+    - `what`: what is marked, in words.
     """
 
-    def __init__(self, place: Place, level: int, structure: Any, static: PyTree):
+    def __init__(
+        self,
+        place: Place,
+        level: int,
+        structure: Any,
+        static: PyTree,
+        what: str = "what the submodule returns",
+    ):
         self.place = place
         self.level = level
         self.structure = structure
         self.static = static
+        self.what = what
         self.differentiated = False
 
     def within_derivative(self) -> "Call":

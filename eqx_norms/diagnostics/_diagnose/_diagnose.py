@@ -9,9 +9,11 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._capture._instrument import Where
+from .._mesh import on_any_mesh
 from ._findings import Finding, find
 from ._measure import Parameter, Row, measure
 from ._plot import plot
@@ -88,7 +90,8 @@ def diagnose(
     - `"non-finite"`: the first call, forward or else backward, whose inputs are finite and whose
         outputs are not. It may also be a parameter, `args`, `"loss_fn"`, or `"optimiser"` if its
         update or moments are not finite. It is found only if the loss, a gradient or an update is
-        not finite. Infinities that mask are no finding.
+        not finite. Infinities that mask are no finding. It names the first step of the loops
+        around it, the first example, and how many examples are like it.
     - `"identical examples"`: 8 examples or more are the same at the input of every submodule.
     - `"dead"`: more than half of the units of a hidden layer are 0 behind their activation
         function, at all positions of the whole batch. There must be 16 examples or more that
@@ -177,7 +180,25 @@ def _check(model: PyTree, args: tuple, optimiser: Any, classes: int | None) -> N
         raise ValueError(f"`classes` must be above 1, but it is {classes}.")
 
 
-def _not_finite(args: tuple) -> bool:
-    """But for -inf, with which people mask."""
-    arrays = [x for x in jtu.tree_leaves(args) if eqx.is_inexact_array_like(x)]
-    return any(bool((jnp.isnan(x) | jnp.isposinf(jnp.real(x))).any()) for x in arrays)
+def _not_finite(args: tuple) -> str:
+    """Where `args` are NaN or infinite, but for -inf, with which people mask; or `""`."""
+    leaves, _ = jtu.tree_flatten_with_path(args)
+    for keys, x in leaves:
+        if eqx.is_inexact_array_like(x):
+            bad = jnp.isnan(x) | jnp.isposinf(jnp.real(x))
+            if bool(bad.any()):
+                return f"`args{jtu.keystr(keys)}`{_place(bad)}"
+    return ""
+
+
+def _place(bad: Bool[Array, "*shape"]) -> str:
+    if not bad.shape:
+        return ""
+    first, count = _first_and_count(bad)
+    index = ", ".join(map(str, np.unravel_index(int(first), bad.shape)))
+    return f" at [{index}]; {count} of {len(bad)} along its first axis"
+
+
+@on_any_mesh
+def _first_and_count(bad: Bool[Array, "examples *shape"]) -> tuple[Array, Array]:
+    return bad.argmax(), bad.reshape(len(bad), -1).any(1).sum()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ._measure import ALIKE, Measured, Parameter, Row, is_in
+from ._survey import when
 from ._trial import SMALL, typical_ratio
 
 THRESHOLDS = {
@@ -68,6 +69,11 @@ class Finding(NamedTuple):
         is computed outside of it, `"args"` what it is given, `"optimiser"` its state or rate.
     - `value`, `threshold`: the figure, and the limit that it is beyond.
     - `advice`: what it means, and what to look at first.
+    - `step`, `example`, `share`: of a call that makes something not finite, the first step of the
+        loops around it in which it does, in the order of the computation, as `capture` counts them
+        (backward, the last step of a loop comes first); in that step the first example,
+        a number for each axis of `jax.vmap`, the outermost first, and the share of such examples.
+        Where nothing is vmapped, examples are the entries of all axes but the last.
     """
 
     kind: str
@@ -75,16 +81,19 @@ class Finding(NamedTuple):
     value: float
     threshold: float
     advice: str
+    step: tuple[int, ...] = ()
+    example: tuple[int, ...] | None = None
+    share: float | None = None
 
 
 def find(
-    measured: Measured, args_bad: bool, classes: int | None, unseen: Collection[str] = ()
+    measured: Measured, args_bad: str, classes: int | None, unseen: Collection[str] = ()
 ) -> tuple[Finding, ...]:
     """All findings, the worst first: by kind, and in a kind by how far beyond the threshold.
 
     **Arguments:**
 
-    - `args_bad`: whether there is NaN or inf, except -inf, in what the function was given.
+    - `args_bad`: where there is NaN or inf, except -inf, in what the function was given.
     - `unseen`: the paths of the submodules whose calls were not looked at.
     """
     found = [
@@ -114,7 +123,7 @@ def _severity(finding: Finding) -> tuple[int, float]:
 # ---- Not finite: where it was born.
 
 
-def _not_finite(measured: Measured, args_bad: bool, unseen: Collection[str]) -> Iterator[Finding]:
+def _not_finite(measured: Measured, args_bad: str, unseen: Collection[str]) -> Iterator[Finding]:
     yield from _not_finite_update(measured)
     finite_loss = math.isfinite(measured.loss)
     if finite_loss and not any(p.statistics["grad_non_finite"] for p in measured.parameters):
@@ -130,7 +139,10 @@ def _not_finite(measured: Measured, args_bad: bool, unseen: Collection[str]) -> 
         return
     born = _birth(measured, args_bad)
     if args_bad:
-        advice = "What the function is given is NaN or infinite already: look at the data."
+        advice = (
+            "What the function is given is NaN or infinite already: look at the data. First in "
+            f"{args_bad}."
+        )
         yield Finding("non-finite", "args", 1, 0, advice)
     elif measured.held_nan and born is None:
         advice = (
@@ -166,7 +178,7 @@ def _between(measured: Measured, unseen: Collection[str]) -> str:
     return advice
 
 
-def _birth(measured: Measured, args_bad: bool) -> Finding | None:
+def _birth(measured: Measured, args_bad: str) -> Finding | None:
     """The first call that makes a NaN of what has none.
 
     Where infinity went into it, or there is no NaN, the first that makes an infinity of finite
@@ -191,7 +203,30 @@ def _birth(measured: Measured, args_bad: bool) -> Finding | None:
             f"This {born.type} makes a NaN of infinite inputs. Look for a mask in which nothing is "
             "left, and for 0 times infinity."
         )
-    return Finding("non-finite", born.path, born.statistics["non_finite"], 0, advice)
+    return _in_example(born, "bad", born.statistics["non_finite"], advice)
+
+
+def _in_example(row: Row, name: str, value: float, advice: str) -> Finding:
+    """A finding that says where in a call something first is not finite."""
+    first, share = (row.statistics.get(f"{name}_{end}") for end in ("first", "share"))
+    shape = row.examples_shape
+    finding = Finding("non-finite", row.path, value, 0, advice, row.step)
+    places = []
+    if row.step:
+        places.append(f"step {_numbers(row.step)}")
+    if first is not None and share is not None and shape:
+        example = tuple(map(int, np.unravel_index(int(first), shape)))
+        finding = finding._replace(example=example, share=share)
+        word = "example" if row.seen.examples else "position"
+        count = round(share * row.examples)
+        places.append(f"{word} {_numbers(example)}; {count} of {row.examples} {word}s")
+    if not places:
+        return finding
+    return finding._replace(advice=f"{advice} First in {', in '.join(places)}.")
+
+
+def _numbers(index: tuple[int, ...]) -> str:
+    return str(index[0]) if len(index) == 1 else str(index)
 
 
 def _of(row: Row, name: str) -> bool:
@@ -212,7 +247,8 @@ def _birth_in_the_backward(measured: Measured, unseen: Collection[str]) -> Findi
         "For the last, put a second `where` around the argument."
     )
     # From the last call to the first; a submodule begins after the one it stands in.
-    rows = [row for row in measured.rows[::-1] if "grad_non_finite" in row.statistics]
+    rows = sorted(measured.rows, key=lambda row: when(row.seen.begins, row.step))[::-1]
+    rows = [row for row in rows if "grad_non_finite" in row.statistics]
     # Of several arrays that are returned, any may bring back a NaN from elsewhere.
     key = lambda row: (row.path, row.call, row.step)
     reached = {key(row) for row in rows if row.statistics["grad_non_finite"]}
@@ -221,7 +257,7 @@ def _birth_in_the_backward(measured: Measured, unseen: Collection[str]) -> Findi
         if key(row) in reached or row.seen.differentiated:
             continue
         if row.statistics.get("grad_input_non_finite", 0):
-            return Finding("non-finite", row.path, 1, 0, advice)
+            return _in_example(row, "grad_input_bad", 1.0, advice)
     paths = {row.path for row in rows if row.statistics["grad_non_finite"]}
     for p in measured.parameters:
         seen = [row for row in rows if row.path and is_in(p.path, row.path)]

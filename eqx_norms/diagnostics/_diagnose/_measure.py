@@ -31,7 +31,7 @@ from .._once import jit_once
 from .._optimiser import compiled_updates
 from .._statistics import activation_stats, saturation_fraction
 from ._activations import Activation
-from ._survey import Seen, Survey
+from ._survey import Seen, Survey, when
 from ._trial import of_update, try_steps
 
 Numbers = dict[str, float]
@@ -64,7 +64,11 @@ class Row(NamedTuple):
     @property
     def examples(self) -> int:
         """How many examples; where nothing is vmapped, all but the last axis may be those."""
-        return math.prod(self.shape[: self.seen.examples] or self.shape[:-1])
+        return math.prod(self.examples_shape)
+
+    @property
+    def examples_shape(self) -> tuple[int, ...]:
+        return self.shape[: self.seen.examples] or self.shape[:-1]
 
     @property
     def has_units(self) -> bool:
@@ -119,8 +123,8 @@ def measure(
         loss, marked, grads, model_grads = survey.backward(model, args)
         of = lambda marks, calls: [marks[call.given] for call in calls]
         ends = [
-            _ends(of(marked, calls), of(grads, calls), calls[0].loops, mapped)
-            for (*_, mapped), calls in kinds.items()
+            _ends(of(marked, calls), of(grads, calls), calls[0].loops, lead, mapped)
+            for (*_, lead, mapped), calls in kinds.items()
         ]
         outputs = [(marked[call.output], grads[call.output]) for call in survey.calls]
         inputs = [_activation_input(call, marked) for call in survey.calls]
@@ -150,6 +154,7 @@ def measure(
         by_call[id(call)] = [row for row in made if _taken(row)]
         rows += by_call[id(call)]
     returns = [row for call in survey.returns for row in by_call[id(call)]]
+    returns.sort(key=lambda row: when(row.seen.returns, row.step))
     parameters = _parameters(model, params)
     idle = [p for p in parameters if p.statistics["grad_largest"] == 0]
     with jax.debug_nans(False), jax.debug_infs(False):
@@ -266,7 +271,7 @@ def _kinds_of_inputs(survey: Survey) -> dict[tuple, list[Seen]]:
     """Calls that are given arrays of the same shapes, in the same loops.
 
     They are measured by one function, for XLA takes long to compile one for each. With each kind
-    stands, last, which of the arrays have an axis of examples.
+    stand, last, the shape of the examples and which of the arrays have an axis of them.
     """
     kinds = {}
     for call in survey.calls:
@@ -276,13 +281,24 @@ def _kinds_of_inputs(survey: Survey) -> dict[tuple, list[Seen]]:
             mapped = [i for i, each in enumerate(axes) if "example" in each]
             mapped = tuple(i for i in mapped if types[i].shape[around] >= ALIKE)
             shapes = tuple((kind.shape, kind.dtype) for kind in types)
-            kinds.setdefault((call.loops, shapes, mapped), []).append(call)
+            lead = _examples_shape(call, survey)
+            kinds.setdefault((call.loops, shapes, lead, mapped), []).append(call)
     return kinds
+
+
+def _examples_shape(call: Seen, survey: Survey) -> tuple[int, ...]:
+    """That of the first array it returns, as of its `Row`."""
+    shape = survey.types[call.output][0].shape[len(call.loops) :]
+    return shape[: call.examples] or shape[:-1]
 
 
 @on_any_mesh
 def _ends(
-    given: Marked, grads: Marked, loops: tuple[int, ...], mapped: tuple[int, ...]
+    given: Marked,
+    grads: Marked,
+    loops: tuple[int, ...],
+    lead: tuple[int, ...],
+    mapped: tuple[int, ...],
 ) -> dict[str, Array]:
     """Of what calls are given, for each call and step: its size, and whether it and the derivative
     there are finite, and all examples the same.
@@ -300,9 +316,30 @@ def _ends(
             "grad_input_non_finite": of(lambda x: ~jnp.isfinite(x), stacked(map(_floats, grads))),
         }
         found["input_rms"] = each(_largest_rms)(floats)
+        around = 1 + len(loops)
+        back = stacked(map(_floats, grads))
+        back = [x for x in back if x.shape[around : around + len(lead)] == lead]
+        if back:
+            where = each(ft.partial(_where_bad, lead=lead))(back)
+            found |= {f"grad_input_{name}": number for name, number in where.items()}
     if mapped:
         found["inputs_alike"] = each(_alike)(stacked([x[i] for i in mapped] for x in given))
     return found
+
+
+@on_any_mesh
+def _where_bad(arrays: list[Array], lead: tuple[int, ...]) -> dict[str, Array]:
+    """In which share of the examples, which have axes of these lengths in front, there is a NaN;
+    if in none, infinity; if in none, -inf. And the number of the first of them, or -1.
+    """
+    count = math.prod(lead)
+    of = lambda fn: jnp.stack([fn(x).reshape(count, -1).any(1) for x in arrays]).any(0)
+    nan, inf, bad = of(jnp.isnan), of(jnp.isposinf), of(lambda x: ~jnp.isfinite(x))
+    bad = jnp.where(nan.any(), nan, jnp.where(inf.any(), inf, bad))
+    return {
+        "bad_share": jnp.mean(bad, dtype=jnp.float32),
+        "bad_first": jnp.where(bad.any(), jnp.argmax(bad), -1),
+    }
 
 
 ALIKE = 8  # Fewer examples may be the same by chance.
@@ -339,7 +376,9 @@ def _of_call(
         found = _of_activation(y, axis, call.loops)
         return [found | _of_units(given, y, call, axis)]
     parts = [
-        _of_output(value, grad, axis, call.loops) | ends if is_floating(value) else {}
+        _of_output(value, grad, axis, call.loops, call.examples) | ends
+        if is_floating(value)
+        else {}
         for value, grad in zip(values, grads, strict=True)
     ]
     for numbers, value, grad in zip(parts, values, grads, strict=True):
@@ -364,12 +403,15 @@ def _of_units(x: Array, y: Array, call: Seen, axis: int) -> dict[str, Array]:
 
 # Jitted one by one: a deep model has many layers, but few shapes, and one program of all their
 # statistics would take XLA longer to compile than the model itself.
-@ft.partial(jit_once, static_argnums=(2, 3))
-def _of_output(value: Array, grad: Array, axis: int, loops: tuple[int, ...]) -> dict[str, Array]:
+@ft.partial(jit_once, static_argnums=(2, 3, 4))
+def _of_output(
+    value: Array, grad: Array, axis: int, loops: tuple[int, ...], examples: int
+) -> dict[str, Array]:
     def one(value, grad):
         derivative = derivative_statistics(grad, axis)
         found = {f"grad_{name}": number for name, number in derivative.items()}
         which = {"nan": jnp.isnan(value).any(), "inf": jnp.isposinf(value).any()}
+        which |= _where_bad([value], value.shape[:examples] or value.shape[:-1])
         return layer_statistics(value, axis) | found | which | {"tiny": _tiny(grad)}
 
     return each_step(loops, one)(value, grad)
@@ -625,6 +667,8 @@ def _missing(name: str, number: float, call: Seen, kind: Any) -> bool:
     of_units = name in ("effective_rank", "grad_silent")
     if of_units and len(kind.shape) <= len(call.loops) + call.examples:
         return True
+    if "bad_" in name and number <= 0 and (number < 0 or name.endswith("share")):
+        return True  # The number of the first example may be 0.
     sometimes = ("effective_rank", "firing", "wrong", "confident", "grad_spread")
     return name in sometimes and math.isnan(number)
 

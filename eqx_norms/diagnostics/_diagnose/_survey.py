@@ -41,6 +41,8 @@ class Seen:
 
     - `examples`: how many axes of examples the first array has, behind these.
     - `inputs`: the marks of which its input was made.
+    - `begins`, `returns`: where, as the numbers of the equations around it, the outermost first,
+        each with whether it is a scan in reverse, `None` if it is no scan.
     - `units`: of an activation function, whether it acts on the units of a hidden layer: weights
         made them, and weights read them. Terms of a loss, and variances in a norm, are none.
     - `gate`: whether its output is multiplied with something else that is computed.
@@ -65,6 +67,8 @@ class Seen:
     hidden: bool = False
     conditional: bool = False
     differentiated: bool = False
+    begins: "At" = ()
+    returns: "At" = ()
 
     @property
     def output(self) -> int:
@@ -72,6 +76,19 @@ class Seen:
         index = self.applied if self.returned is None else self.returned
         assert index is not None
         return index
+
+
+# The number of each equation around a mark, and whether it is a scan in reverse, `None` if none.
+At = tuple[tuple[int, bool | None], ...]
+
+
+def when(at: At, step: tuple[int, ...]) -> tuple[int, ...]:
+    """What is smaller the earlier it is, of marks in these steps of the loops around them."""
+    numbers, found = iter(step), []
+    for equation, reverse in at:
+        number = 0 if reverse is None else next(numbers)
+        found += [equation, -number if reverse else number]
+    return (*found, *numbers)
 
 
 class Survey(_Program):
@@ -299,10 +316,12 @@ def _described(survey: Survey) -> list[list[Arrangement]]:
         [Arrangement(len(around), (), ())] * len(kinds)
         for around, kinds in zip(loops, types, strict=True)
     ]
-    conditional = _in_branches(survey.plan)
+    conditional, places = _in_branches(survey.plan), _places(survey.plan)
     for call in survey.calls:
         around = loops[call.output]
         call.conditional = conditional[call.output]
+        call.returns = places[call.output]
+        call.begins = places[call.output if call.given is None else call.given]
         call.hidden = flow.is_hidden(call.output)
         call.gate = flow.is_gate(call.output)
         if call.applied is None:
@@ -371,6 +390,15 @@ def _in_branches(plan: Plan, inside: bool = False) -> list[bool]:
         here = inside or eqn.primitive is primitives.cond_p
         inner = [each for part in step.inner for each in _in_branches(part, here)]
         found += inner or [inside] * len(step.outputs)
+    return found
+
+
+def _places(plan: Plan) -> list[At]:
+    found = []
+    for i, (eqn, step) in enumerate(zip(plan.jaxpr.eqns, plan.steps, strict=True)):
+        here = i, eqn.params["reverse"] if eqn.primitive is primitives.scan_p else None
+        inner = [(here, *more) for part in step.inner for more in _places(part)]
+        found += inner or [(here,)] * len(step.outputs)
     return found
 
 
