@@ -88,9 +88,10 @@ class CumulativeNorm(eqx.Module):
         ```python
         state = norm.init_state()
         y_t, state = norm.step(x_t, state)  # x_t of shape (channels, *spatial)
+        y, state = norm.chunk(x, state)  # several steps, x of shape (time, channels, *spatial)
         ```
-        `jax.lax.scan(lambda state, x_t: norm.step(x_t, state)[::-1], state, x)` returns what
-        `norm(x)` does, except for the order of the sums.
+        Chunks of any lengths return what `norm` does to the whole, except for the order of the
+        sums.
 
     ??? cite
         [Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking for Speech
@@ -221,15 +222,52 @@ class CumulativeNorm(eqx.Module):
         check_steps("CumulativeNorm.step", x, self.channels, self.groups, steps=0)
         if where is not None:
             check_step_mask("CumulativeNorm.step", x[None], jnp.asarray(where)[None])
+        self._check_state("CumulativeNorm.step", x, state)
+        return self._step(x, state, where)
+
+    @jax.named_scope("eqx_norms.CumulativeNorm.chunk")
+    def chunk(
+        self,
+        x: Float[Array | np.ndarray, "time channels *spatial"],
+        state: CumulativeState,
+        *,
+        where: Bool[Array | np.ndarray, "..."] | None = None,
+    ) -> tuple[Float[Array, "time channels *spatial"], CumulativeState]:
+        """Several steps of a stream, one after the other: what `step` returns for each.
+
+        **Arguments:**
+
+        - `x`: the next steps, of shape `(time, channels, *spatial)`; chunks may differ in length.
+        - `state`: from `init_state()`, or from the step or chunk before.
+        - `where`: as for the call of the layer.
+
+        **Returns:**
+
+        A tuple of the normalised steps, of the shape and dtype of `x`, and the new state.
+
+        **Raises:** as `step` does.
+        """
+        check_steps("CumulativeNorm.chunk", x, self.channels, self.groups)
+        check_step_mask("CumulativeNorm.chunk", x, where)
+        self._check_state("CumulativeNorm.chunk", x, state)
+        if where is not None:
+            where = jnp.broadcast_to(where, (len(x), *where.shape[1:]))
+        take = lambda state, now: self._step(now[0], state, now[1])[::-1]
+        state, y = jax.lax.scan(take, state, (x, where))
+        return y, state
+
+    def _check_state(self, name: str, x, state) -> None:
         wide = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
         mean = getattr(state, "mean", None)
         got = getattr(mean, "shape", None), getattr(mean, "dtype", None)
         if got != ((self.groups,), wide):
             raise ValueError(
-                "`CumulativeNorm.step(x, state)` takes the state of the step before, or "
+                f"`{name}(x, state)` takes the state of the step before, or "
                 f"`norm.init_state(x.dtype)`: expected statistics of shape {(self.groups,)} and "
                 f"{wide}, got {got[0]} and {got[1]}."
             )
+
+    def _step(self, x, state: CumulativeState, where) -> tuple[Array, CumulativeState]:
         weight, bias = own_channel_params(self, x.shape)
         weight, bias = (of_channels(p, x, self.groups, axis=0) for p in (weight, bias))
         grouped, mask = (in_groups(a, x, self.groups, axis=0) for a in (x, where))

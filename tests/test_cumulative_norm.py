@@ -121,10 +121,17 @@ def test_derivatives_of_every_order(masked, order, getkey):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
 
 
-def streamed(norm, x, where=None):
-    masks = jnp.ones(len(x), bool) if where is None else where
-    take = lambda state, step: norm.step(step[0], state, where=step[1])[::-1]
-    return jax.lax.scan(take, norm.init_state(x.dtype), (x, masks))[1]
+def streamed(norm, x, where=None, chunks=()):
+    """By `step`, or in chunks that begin at 0 and at these."""
+    if not chunks:
+        masks = jnp.ones(len(x), bool) if where is None else where
+        take = lambda state, step: norm.step(step[0], state, where=step[1])[::-1]
+        return jax.lax.scan(take, norm.init_state(x.dtype), (x, masks))[1]
+    state, ys = norm.init_state(x.dtype), []
+    for i, j in it.pairwise((0, *chunks, len(x))):
+        y, state = norm.chunk(x[i:j], state, where=None if where is None else where[i:j])
+        ys.append(y)
+    return jnp.concatenate(ys)
 
 
 @pytest.mark.parametrize("groups", few((1, 2, CHANNELS), (2,)))
@@ -133,23 +140,43 @@ def test_steps_are_the_whole(groups):
     norm = CumulativeNorm(CHANNELS, groups)
     where = MASKS["late"] | (np.arange(TIME) == 4)
     step = jax.jit(lambda x: streamed(norm, x, where))
-    for offset in (0, 1e6, "jump"):
+    chunks = jax.jit(lambda x: streamed(norm, x, where, chunks=(1, 4, 4)))  # One is empty.
+    for offset in (0, 1e4, 1e6, "jump"):
         x, *_, g = draw(offset)
         ones, zeros = np.ones(CHANNELS), np.zeros(CHANNELS)
         args = x, ones, zeros, g, groups, where[:, None]
         want, size = (exact_cumulative(*args, of=of).y for of in (exact_norm, terms))
         # Those of `oracles.ulps`, and one step of rounding for each.
-        assert (np.abs(step(x) - want) <= 40 * 2.0**-23 * size).all()
+        for f in (step, chunks):
+            assert (np.abs(f(x) - want) <= 40 * 2.0**-23 * size).all()
 
 
 @pytest.mark.slow
 def test_steps_are_the_same_function():
     x, *_, g = draw(0)
     norm, where = CumulativeNorm(CHANNELS, 2), jnp.asarray(MASKS["late"])
-    step, whole = lambda x: streamed(norm, x, where), lambda x: norm(x, where=where)
-    assert_same(whole, step, x)
-    one, other = (jax.jit(lambda x, f=f: jax.vjp(f, x)[1](g)[0])(x) for f in (whole, step))
-    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(one).max())
+    whole = lambda x: norm(x, where=where)
+    dx = lambda f: jax.jit(lambda x: jax.vjp(f, x)[1](g)[0])(x)
+    for chunks in ((), (1, 5)):
+        part = lambda x, chunks=chunks: streamed(norm, x, where, chunks)
+        assert_same(whole, part, x)
+        np.testing.assert_allclose(dx(part), dx(whole), rtol=0, atol=1e-5 * np.abs(dx(whole)).max())
+
+
+@pytest.mark.slow
+def test_masks_of_chunks():
+    """Of one entry a step, a feature, or all; a chunk of one step."""
+    norm, x = CumulativeNorm(CHANNELS, 2), draw(1e6)[0]
+    features = MASKS["features"][..., 0]
+
+    def run(x):
+        for where in (features, features[:1], MASKS["late"][:, None]):
+            first, state = norm.chunk(x[:1], norm.init_state(), where=where[:1])
+            rest, _ = norm.chunk(x[1:], state, where=where[-8:])
+            yield jnp.concatenate([first, rest]), norm(x, where=where)
+
+    for got, want in jax.jit(lambda x: list(run(x)))(x):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 def test_causal_and_proved():
@@ -270,6 +297,10 @@ def test_bad_input():
         norm.step(x[0], CumulativeNorm(CHANNELS).init_state())
     with refused(ValueError, r"expected 4 channels, got an array of shape \(9, 4\)"):
         norm.step(x, norm.init_state())
+    with refused(ValueError, r"`CumulativeNorm.chunk\(x, state\)` takes the state of the step"):
+        norm.chunk(x, CumulativeNorm(CHANNELS).init_state())
+    with refused(ValueError, r"expected 4 channels, got an array of shape \(4,\)"):
+        norm.chunk(x[0], norm.init_state())
     stacked = eqx.filter_vmap(lambda _: CumulativeNorm(CHANNELS))(jnp.arange(3))
     with refused(ValueError, "If these are several layers, stacked, map over them"):
         stacked(x)
