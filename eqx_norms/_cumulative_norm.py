@@ -252,8 +252,12 @@ class CumulativeNorm(eqx.Module):
         self._check_state("CumulativeNorm.chunk", x, state)
         if where is not None:
             where = jnp.broadcast_to(where, (len(x), *where.shape[1:]))
-        take = lambda state, now: self._step(now[0], state, now[1])[::-1]
-        state, y = jax.lax.scan(take, state, (x, where))
+
+        def take(state, now):
+            y, state = self._step(now[0], state, now[1])
+            return state, y
+
+        state, y = jax.lax.scan(take, state, (jnp.asarray(x), where))
         return y, state
 
     def _check_state(self, name: str, x, state) -> None:
