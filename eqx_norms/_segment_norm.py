@@ -111,8 +111,8 @@ class SegmentNorm(eqx.Module):
     `InstanceNorm`.
 
     It is exact at any offset: with a million tokens in one segment, which are added one after the
-    other, `y` is off by up to 9e-6, or 2e-6 of its largest entry. The backward, hand-written, keeps `x` in its own dtype,
-    three numbers a token and group, the segments, and the mask.
+    other, `y` is off by up to 1e-5, or 2e-6 of its largest entry. The backward, hand-written, keeps
+    `x` in its own dtype, three numbers a token and group, the segments, and the mask.
 
     !!! tip "Which tokens of a segment are read"
 
