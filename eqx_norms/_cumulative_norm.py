@@ -1,5 +1,7 @@
 """CumulativeNorm: its parameters, its checks, its call of the op, at once or step by step."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._checks import (
+    as_float,
     check_eps,
     check_groups,
     check_param_dtype,
@@ -33,6 +36,7 @@ def cumulative_norm(
     groups: Integer = 1,
     eps: Number = 1e-5,
     where: Bool[Array | np.ndarray, "..."] | None = None,
+    decay: Number | None = None,
 ) -> Float[Array, "time channels *spatial"]:
     """Normalises each step of one example by mean and variance of that step and all before it.
 
@@ -42,7 +46,7 @@ def cumulative_norm(
         `jax.vmap` this function.
     - `weight`, `bias`: floating-point arrays of shape `(channels,)`, or that broadcast to
         `(channels, *spatial)` from the left; or `None`.
-    - `groups`, `eps`: as for [`eqx_norms.CumulativeNorm`][]; `where`: as for its call.
+    - `groups`, `eps`, `decay`: as for [`eqx_norms.CumulativeNorm`][]; `where`: as for its call.
 
     **Returns:**
 
@@ -50,20 +54,34 @@ def cumulative_norm(
 
     **Raises:** `TypeError` if `x`, `weight` or `bias` is no real floating-point array; `ValueError`
     if `x` has fewer than two axes, if `groups` does not divide the channels, if `weight` or `bias`
-    has another shape, or for a bad `eps` or mask.
+    has another shape, or for a bad `eps`, `decay` or mask.
     """
     groups = check_size("cumulative_norm(groups=...)", groups)
     eps = check_eps("cumulative_norm", eps)
+    decay = _check_decay("cumulative_norm", decay)
     check_steps("cumulative_norm", x, None, groups)
     check_channel_params("cumulative_norm", x, weight=weight, bias=bias)
     check_step_mask("cumulative_norm", x, where)
-    return _by_group(x, weight, bias, where, groups, eps)
+    return _by_group(x, weight, bias, where, groups, eps, decay)
 
 
-def _by_group(x, weight, bias, where, groups: int, eps: float) -> Array:
+def _check_decay(name: str, decay: Any) -> float | None:
+    if decay is None:
+        return None
+    number = as_float(decay)
+    if not np.finfo(np.float32).tiny <= number < 1:
+        raise ValueError(
+            f"`{name}(decay=...)` is the share that each step keeps of the weight of all before: a "
+            f"number above 0 and below 1, or None to forget nothing; got {decay!r}."
+        )
+    return number
+
+
+def _by_group(x, weight, bias, where, groups: int, eps: float, decay: float | None) -> Array:
     weight, bias = (of_channels(param, x, groups) for param in (weight, bias))
     grouped, mask = (in_groups(a, x, groups) for a in (x, where))
-    return normalize_so_far(grouped, weight, bias, mask, eps=eps).reshape(x.shape)
+    y = normalize_so_far(grouped, weight, bias, mask, eps=eps, decay=decay)
+    return y.reshape(x.shape)
 
 
 class CumulativeNorm(eqx.Module):
@@ -112,6 +130,7 @@ class CumulativeNorm(eqx.Module):
     groups: int = eqx.field(static=True)
     eps: float = eqx.field(static=True)
     channelwise_affine: bool = eqx.field(static=True)
+    decay: float | None = eqx.field(static=True)
     weight: Float[Array, "channels"] | None
     bias: Float[Array, "channels"] | None
 
@@ -122,6 +141,7 @@ class CumulativeNorm(eqx.Module):
         eps: Number = 1e-5,
         channelwise_affine: bool = True,
         dtype=None,
+        decay: Number | None = None,
     ):
         """**Arguments:**
 
@@ -132,15 +152,19 @@ class CumulativeNorm(eqx.Module):
         - `channelwise_affine`: whether to scale and shift each channel by a learned `weight`, from
             ones, and `bias`, from zeros.
         - `dtype`: of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `decay`: for exponential forgetting, a number between 0 and 1: an entry of step `s` has
+            the weight `decay**(t - s)` in the mean and variance of step `t`. Steps that `where`
+            leaves out of a group age nothing there. `None` forgets nothing.
 
         **Raises:** `ValueError` if `groups` does not divide `channels`, if either is below 1, or
-        for a bad `eps`; `TypeError` for a `dtype` that is none of float16, bfloat16, float32 and
-        float64.
+        for a bad `eps` or `decay`; `TypeError` for a `dtype` that is none of float16, bfloat16,
+        float32 and float64.
         """
         self.channels = check_size("CumulativeNorm(channels=...)", channels)
         self.groups = check_groups("CumulativeNorm", groups, self.channels)
         self.eps = check_eps("CumulativeNorm", eps)
         self.channelwise_affine = channelwise_affine
+        self.decay = _check_decay("CumulativeNorm", decay)
         dtype = check_param_dtype("CumulativeNorm", dtype)
         self.weight = jnp.ones(self.channels, dtype) if channelwise_affine else None
         self.bias = jnp.zeros(self.channels, dtype) if channelwise_affine else None
@@ -175,7 +199,7 @@ class CumulativeNorm(eqx.Module):
         check_steps("CumulativeNorm", x, self.channels, self.groups)
         check_step_mask("CumulativeNorm", x, where)
         weight, bias = own_channel_params(self, x.shape[1:])
-        y = _by_group(x, weight, bias, where, self.groups, self.eps)
+        y = _by_group(x, weight, bias, where, self.groups, self.eps, self.decay)
         return y if state is no_state else (y, state)
 
     def init_state(self, dtype=jnp.float32) -> CumulativeState:
@@ -189,11 +213,12 @@ class CumulativeNorm(eqx.Module):
 
         A tuple of five arrays of shape `(groups,)`: the number of entries, as int32, their mean
         and the sum of squares about it, each in two parts. Above 2^31 - 1 entries a group, the
-        oldest are forgotten as fast as new ones come.
+        oldest are forgotten as fast as new ones come. With `decay`, of six: in place of the number
+        of entries what they weigh, in two parts as well.
         """
         check_param_dtype("CumulativeNorm.init_state", dtype)
         wide = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
-        return no_steps(self.groups, wide)
+        return no_steps(self.groups, wide, self.decay)
 
     @jax.named_scope("eqx_norms.CumulativeNorm.step")
     def step(
@@ -264,6 +289,13 @@ class CumulativeNorm(eqx.Module):
         wide = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
         mean = getattr(state, "mean", None)
         got = getattr(mean, "shape", None), getattr(mean, "dtype", None)
+        decays = getattr(state, "entries_rest", None) is not None
+        if decays != (self.decay is not None):
+            with_, without = ("with", "without") if decays else ("without", "with")
+            raise ValueError(
+                f"`{name}(x, state)` got the state of a layer {with_} decay, and is {without}: "
+                "begin with norm.init_state(x.dtype)"
+            )
         if got != ((self.groups,), wide):
             raise ValueError(
                 f"`{name}(x, state)` takes the state of the step before, or "
@@ -275,5 +307,6 @@ class CumulativeNorm(eqx.Module):
         weight, bias = own_channel_params(self, x.shape)
         weight, bias = (of_channels(p, x, self.groups, axis=0) for p in (weight, bias))
         grouped, mask = (in_groups(a, x, self.groups, axis=0) for a in (x, where))
-        y, state = normalize_step(grouped, state, weight, bias, mask, eps=self.eps)
+        how = {"eps": self.eps, "decay": self.decay}
+        y, state = normalize_step(grouped, state, weight, bias, mask, **how)
         return y.reshape(x.shape), state

@@ -163,6 +163,83 @@ def test_steps_are_the_same_function():
         np.testing.assert_allclose(dx(part), dx(whole), rtol=0, atol=1e-5 * np.abs(dx(whole)).max())
 
 
+def exact_decayed(x, where, decay, g):
+    """`(y, dx)` of one group in float64, each prefix by itself, without weight and bias.
+
+    In the prefix that ends at t, an entry of step s weighs decay to the number of steps behind s,
+    up to t, of which anything counts.
+    """
+    x, g, decay = np.float64(x), np.float64(g), np.float64(np.float32(decay))
+    where = np.broadcast_to(where, x.shape)
+    y, dx = np.zeros((2, *x.shape))
+    steps = np.cumsum(where.any(1))
+    for t in range(len(x)):
+        weigh = where[: t + 1] * decay ** (steps[t] - steps[: t + 1])[:, None]
+        n = weigh.sum()
+        if not where[t].any():
+            continue
+        xc = x[: t + 1] - x[0, 0]
+        xc = np.where(where[: t + 1], xc - (weigh * xc).sum() / n, 0)
+        r = ((weigh * xc**2).sum() / n + 1e-5) ** -0.5
+        shown = np.where(where[t], g[t], 0)
+        y[t] = np.where(where[t], xc[-1] * r, 0)
+        dx[t] += r * shown
+        dx[: t + 1] -= weigh * (r * shown.sum() + xc * r**3 * (shown * xc[-1]).sum()) / n
+    return y, dx
+
+
+@pytest.mark.parametrize("steps, decay", ((4, 0.7), slow(1, 0.7), slow(300, 0.99)))
+def test_decay(steps, decay):
+    """Whole, its derivative and chunks, without a mask and with one, at every offset.
+
+    The largest entry sets the scale: errors are of the statistics, which all steps share.
+    """
+    rng = np.random.default_rng(seed(7))
+    drawn, g = rng.normal(size=(2, steps, CHANNELS)).astype(np.float32)
+    norm = CumulativeNorm(CHANNELS, decay=decay, channelwise_affine=False)
+    late = np.broadcast_to((np.arange(steps) % 3 != 1)[:, None], drawn.shape).copy()
+    late[::2, 1] = False
+
+    @jax.jit
+    def run(x, where):
+        y, vjp = jax.vjp(lambda x: norm(x, where=where), x)
+        return y, vjp(g)[0], streamed(norm, x, where, chunks=(1, steps // 2)[: steps - 1])
+
+    for where, offset in it.product((np.ones_like(late), late), (0, 1e4, 1e6)):
+        x = drawn + np.float32(offset)
+        y, dx = exact_decayed(x, where, decay, g)
+        got = run(np.where(where, x, np.float32(np.nan)), where)
+        for one, want in zip(got, (y, dx, y), strict=True):
+            assert np.abs(one - want).max() <= 3e-6 * max(np.abs(want).max(), 1)
+
+
+@pytest.mark.slow
+def test_derivatives_of_a_decay(getkey):
+    """Both modes and second order, beside JAX's of each prefix."""
+    decay, where = 0.5, np.arange(5) != 2
+    with jax.enable_x64(True):
+        x, dx, g = normal(getkey(), (3, 5, 3))
+        steps = np.cumsum(where)
+
+        def reference(x):
+            def at(t):
+                weigh = jnp.asarray(where * (np.arange(5) <= t) * decay ** (steps[t] - steps))
+                mean = lambda a: (weigh[:, None] * a).sum() / (3 * weigh.sum())
+                xc = x - mean(x)
+                return xc[t] * jax.lax.rsqrt(mean(jnp.square(xc)) + 1e-5)
+
+            return jnp.stack([at(t) if where[t] else jnp.zeros(3) for t in range(5)])
+
+        def along(f):
+            loss = lambda t: jnp.vdot(jnp.sin(f(x + t * dx)), g)
+            modes = jax.grad, jax.jacfwd, jax.hessian, jax.grad(jax.grad(loss))
+            return jax.jit(lambda t: [m(loss)(t) for m in modes[:3]] + [modes[3](t)])(0.1)
+
+        got = along(lambda x: cumulative_norm(x, decay=decay, where=where))
+        want = along(reference)
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
+
+
 @pytest.mark.slow
 def test_masks_of_chunks():
     """Of one entry a step, a feature, or all; a chunk of one step."""
@@ -301,6 +378,11 @@ def test_bad_input():
         norm.chunk(x, CumulativeNorm(CHANNELS).init_state())
     with refused(ValueError, r"expected 4 channels, got an array of shape \(4,\)"):
         norm.chunk(x[0], norm.init_state())
+    for decay in (0, 1, -0.5, float("nan"), "0.9"):
+        with refused(ValueError, "a number above 0 and below 1, or None to forget nothing"):
+            CumulativeNorm(CHANNELS, decay=decay)
+    with refused(ValueError, "got the state of a layer without decay, and is with: begin with"):
+        CumulativeNorm(CHANNELS, decay=0.9).step(x[0], CumulativeNorm(CHANNELS).init_state())
     stacked = eqx.filter_vmap(lambda _: CumulativeNorm(CHANNELS))(jnp.arange(3))
     with refused(ValueError, "If these are several layers, stacked, map over them"):
         stacked(x)
