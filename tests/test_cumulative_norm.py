@@ -272,10 +272,17 @@ def test_padding_is_not_read():
     assert check_reads(norm, x, rule, prove=True).status == "proved"
 
 
-def test_kept_are_x_and_three_numbers_a_step():
+@pytest.mark.slow
+def test_a_decay_is_causal_and_proved():
+    norm = CumulativeNorm(CHANNELS, 2, decay=0.9)
+    assert assert_causal(norm, draw(0)[0], prove="required").status == "proved"
+
+
+@pytest.mark.parametrize("decay", few((None, 0.9), (None,)))
+def test_kept_are_x_and_three_numbers_a_step(decay):
     for dtype, size in ((jnp.float32, 4), (jnp.bfloat16, 2)):
         x = jnp.ones((50, 64), dtype)
-        _, vjp = jax.vjp(jax.jit(lambda x: CumulativeNorm(64, 2)(x)), x)
+        _, vjp = jax.vjp(jax.jit(lambda x: CumulativeNorm(64, 2, decay=decay)(x)), x)
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
         assert held <= x.size * size + 50 * 2 * 12 + 64 * 4
 
