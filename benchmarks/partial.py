@@ -1,11 +1,13 @@
 """Norms over part of an example beside eqx.nn.LayerNorm: forward and backward, time and bytes.
 
     python -m benchmarks.partial
+    python -m benchmarks.partial accuracy  # of SegmentNorm, a million tokens in one segment
 
 Medians of interleaved rounds, so that a busy machine slows all alike.
 """
 
 import statistics
+import sys
 import time
 
 import equinox as eqx
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqx_norms import CumulativeNorm, SegmentNorm
+from eqx_norms import CumulativeNorm, SegmentNorm, segment_norm
 
 SHAPES = (16000, 64), (4096, 768)
 ROUNDS = 21
@@ -39,7 +41,25 @@ def programs(steps: int, features: int) -> dict:
     return {name: (norm, both(call)) for name, (norm, call) in layers.items()}
 
 
+def accuracy() -> None:
+    """Beside float64, from which the offset has been taken off."""
+    norm = jax.jit(lambda x, ids: segment_norm(x, ids, num_segments=1))
+    for draw in range(3):
+        for offset in (0, 1e4, 1e6):
+            rng = np.random.default_rng(draw)
+            x = (rng.normal(size=(1_000_000, 1)) + offset).astype(np.float32)
+            wide = np.float64(x) - offset
+            want = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-5)
+            error = np.abs(norm(x, np.zeros(len(x), np.int32)) - want).max()
+            share = error / np.abs(want).max()
+            print(
+                f"draw {draw}, offset {offset:<10g}off by {error:.1e}, {share:.1e} of the largest"
+            )
+
+
 def main() -> None:
+    if sys.argv[1:] == ["accuracy"]:
+        return accuracy()
     rng = np.random.default_rng(0)
     for shape in SHAPES:
         x, g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))

@@ -54,7 +54,7 @@ _TRACED_EPS = (
 
 
 def check_eps(name: str, eps: Number) -> float:
-    number = _as_float(eps)
+    number = as_float(eps)
     if not 0 <= number < math.inf:
         traced = isinstance(eps, Tracer)
         raise ValueError(
@@ -64,7 +64,7 @@ def check_eps(name: str, eps: Number) -> float:
     return number
 
 
-def _as_float(number: Any) -> float:
+def as_float(number: Any) -> float:
     """Of any library's real scalar, an array without axes included; NaN if it is none."""
     dtype = getattr(number, "dtype", None)
     if dtype is None:

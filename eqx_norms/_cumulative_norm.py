@@ -1,5 +1,7 @@
 """CumulativeNorm: its parameters, its checks, its call of the op, at once or step by step."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._checks import (
+    as_float,
     check_eps,
     check_groups,
     check_param_dtype,
@@ -33,6 +36,7 @@ def cumulative_norm(
     groups: Integer = 1,
     eps: Number = 1e-5,
     where: Bool[Array | np.ndarray, "..."] | None = None,
+    decay: Number | None = None,
 ) -> Float[Array, "time channels *spatial"]:
     """Normalises each step of one example by the mean and variance of all steps up to it.
 
@@ -42,7 +46,7 @@ def cumulative_norm(
         `jax.vmap` this function.
     - `weight`, `bias`: floating-point arrays of shape `(channels,)`, or that broadcast to
         `(channels, *spatial)` from the left; or `None`.
-    - `groups`, `eps`: as for [`eqx_norms.CumulativeNorm`][].
+    - `groups`, `eps`, `decay`: as for [`eqx_norms.CumulativeNorm`][].
     - `where`: as for the call of that layer.
 
     **Returns:**
@@ -51,20 +55,34 @@ def cumulative_norm(
 
     **Raises:** `TypeError` if `x`, `weight` or `bias` is not a real floating-point array.
     `ValueError` if `x` has fewer than two axes, if `groups` does not divide the channels, if
-    `weight` or `bias` has another shape, or for a bad `eps` or mask.
+    `weight` or `bias` has another shape, or for a bad `eps`, `decay` or mask.
     """
     groups = check_size("cumulative_norm(groups=...)", groups)
     eps = check_eps("cumulative_norm", eps)
+    decay = _check_decay("cumulative_norm", decay)
     check_steps("cumulative_norm", x, None, groups)
     check_channel_params("cumulative_norm", x, weight=weight, bias=bias)
     check_step_mask("cumulative_norm", x, where)
-    return _by_group(x, weight, bias, where, groups, eps)
+    return _by_group(x, weight, bias, where, groups, eps, decay)
 
 
-def _by_group(x, weight, bias, where, groups: int, eps: float) -> Array:
+def _check_decay(name: str, decay: Any) -> float | None:
+    if decay is None:
+        return None
+    number = as_float(decay)
+    if not np.finfo(np.float32).tiny <= number < 1:
+        raise ValueError(
+            f"`{name}(decay=...)` is the share that each step keeps of the weight of all before: a "
+            f"number above 0 and below 1, or None to forget nothing; got {decay!r}."
+        )
+    return number
+
+
+def _by_group(x, weight, bias, where, groups: int, eps: float, decay: float | None) -> Array:
     weight, bias = (of_channels(param, x, groups) for param in (weight, bias))
     grouped, mask = (in_groups(a, x, groups) for a in (x, where))
-    return normalize_so_far(grouped, weight, bias, mask, eps=eps).reshape(x.shape)
+    y = normalize_so_far(grouped, weight, bias, mask, eps=eps, decay=decay)
+    return y.reshape(x.shape)
 
 
 class CumulativeNorm(eqx.Module):
@@ -89,9 +107,10 @@ class CumulativeNorm(eqx.Module):
         ```python
         state = norm.init_state()
         y_t, state = norm.step(x_t, state)  # x_t of shape (channels, *spatial)
+        y, state = norm.chunk(x, state)  # several steps, x of shape (time, channels, *spatial)
         ```
-        `jax.lax.scan(lambda state, x_t: norm.step(x_t, state)[::-1], state, x)` returns what
-        `norm(x)` does, except for the order of the sums.
+        Chunks of any lengths return what `norm` does to the whole, except for the order of the
+        sums.
 
     ??? cite
         [Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking for Speech
@@ -112,6 +131,7 @@ class CumulativeNorm(eqx.Module):
     groups: int = eqx.field(static=True)
     eps: float = eqx.field(static=True)
     channelwise_affine: bool = eqx.field(static=True)
+    decay: float | None = eqx.field(static=True)
     weight: Float[Array, "channels"] | None
     bias: Float[Array, "channels"] | None
 
@@ -122,6 +142,7 @@ class CumulativeNorm(eqx.Module):
         eps: Number = 1e-5,
         channelwise_affine: bool = True,
         dtype=None,
+        decay: Number | None = None,
     ):
         """**Arguments:**
 
@@ -132,15 +153,19 @@ class CumulativeNorm(eqx.Module):
         - `channelwise_affine`: whether to scale and shift each channel by a learned `weight`, from
             ones, and `bias`, from zeros.
         - `dtype`: the dtype of `weight` and `bias`. Defaults to float32, or float64 in 64-bit mode.
+        - `decay`: for exponential forgetting, a number between 0 and 1: an entry of step `s` has
+            the weight `decay**(t - s)` in the mean and variance of step `t`. Steps that `where`
+            leaves out of a group age nothing there. `None` forgets nothing.
 
         **Raises:** `ValueError` if `groups` does not divide `channels`, if either is below 1, or
-        for a bad `eps`; `TypeError` for a `dtype` that is none of float16, bfloat16, float32 and
-        float64.
+        for a bad `eps` or `decay`; `TypeError` for a `dtype` that is none of float16, bfloat16,
+        float32 and float64.
         """
         self.channels = check_size("CumulativeNorm(channels=...)", channels)
         self.groups = check_groups("CumulativeNorm", groups, self.channels)
         self.eps = check_eps("CumulativeNorm", eps)
         self.channelwise_affine = channelwise_affine
+        self.decay = _check_decay("CumulativeNorm", decay)
         dtype = check_param_dtype("CumulativeNorm", dtype)
         self.weight = jnp.ones(self.channels, dtype) if channelwise_affine else None
         self.bias = jnp.zeros(self.channels, dtype) if channelwise_affine else None
@@ -175,7 +200,7 @@ class CumulativeNorm(eqx.Module):
         check_steps("CumulativeNorm", x, self.channels, self.groups)
         check_step_mask("CumulativeNorm", x, where)
         weight, bias = own_channel_params(self, x.shape[1:])
-        y = _by_group(x, weight, bias, where, self.groups, self.eps)
+        y = _by_group(x, weight, bias, where, self.groups, self.eps, self.decay)
         return y if state is no_state else (y, state)
 
     def init_state(self, dtype=jnp.float32) -> CumulativeState:
@@ -189,11 +214,12 @@ class CumulativeNorm(eqx.Module):
 
         A tuple of five arrays of shape `(groups,)`: the number of entries, as int32, their mean
         and the sum of squares about it, each in two parts. From 2^31 - 1 entries in a group on,
-        the oldest are forgotten as fast as new ones come.
+        the oldest are forgotten as fast as new ones come. With `decay` there are six arrays: in
+        place of the number of entries stands their weight, also in two parts.
         """
         check_param_dtype("CumulativeNorm.init_state", dtype)
         wide = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
-        return no_steps(self.groups, wide)
+        return no_steps(self.groups, wide, self.decay)
 
     @jax.named_scope("eqx_norms.CumulativeNorm.step")
     def step(
@@ -222,17 +248,66 @@ class CumulativeNorm(eqx.Module):
         check_steps("CumulativeNorm.step", x, self.channels, self.groups, steps=0)
         if where is not None:
             check_step_mask("CumulativeNorm.step", x[None], jnp.asarray(where)[None])
+        self._check_state("CumulativeNorm.step", x, state)
+        return self._step(x, state, where)
+
+    @jax.named_scope("eqx_norms.CumulativeNorm.chunk")
+    def chunk(
+        self,
+        x: Float[Array | np.ndarray, "time channels *spatial"],
+        state: CumulativeState,
+        *,
+        where: Bool[Array | np.ndarray, "..."] | None = None,
+    ) -> tuple[Float[Array, "time channels *spatial"], CumulativeState]:
+        """Several steps of a stream, one after the other: what `step` returns for each.
+
+        **Arguments:**
+
+        - `x`: the next steps, of shape `(time, channels, *spatial)`; chunks may differ in length.
+        - `state`: from `init_state()`, or from the step or chunk before.
+        - `where`: as for the call of the layer.
+
+        **Returns:**
+
+        A tuple of the normalised steps, of the shape and dtype of `x`, and the new state.
+
+        **Raises:** as `step` does.
+        """
+        check_steps("CumulativeNorm.chunk", x, self.channels, self.groups)
+        check_step_mask("CumulativeNorm.chunk", x, where)
+        self._check_state("CumulativeNorm.chunk", x, state)
+        if where is not None:
+            where = jnp.broadcast_to(where, (len(x), *where.shape[1:]))
+
+        def take(state, now):
+            y, state = self._step(now[0], state, now[1])
+            return state, y
+
+        state, y = jax.lax.scan(take, state, (jnp.asarray(x), where))
+        return y, state
+
+    def _check_state(self, name: str, x, state) -> None:
         wide = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
         mean = getattr(state, "mean", None)
         got = getattr(mean, "shape", None), getattr(mean, "dtype", None)
+        decays = getattr(state, "entries_rest", None) is not None
+        if decays != (self.decay is not None):
+            with_, without = ("with", "without") if decays else ("without", "with")
+            raise ValueError(
+                f"`{name}(x, state)` got the state of a layer {with_} decay, and is {without}: "
+                "begin with norm.init_state(x.dtype)"
+            )
         if got != ((self.groups,), wide):
             raise ValueError(
-                "`CumulativeNorm.step(x, state)` takes the state of the step before, or "
+                f"`{name}(x, state)` takes the state of the step before, or "
                 f"`norm.init_state(x.dtype)`: expected statistics of shape {(self.groups,)} and "
                 f"{wide}, got {got[0]} and {got[1]}."
             )
+
+    def _step(self, x, state: CumulativeState, where) -> tuple[Array, CumulativeState]:
         weight, bias = own_channel_params(self, x.shape)
         weight, bias = (of_channels(p, x, self.groups, axis=0) for p in (weight, bias))
         grouped, mask = (in_groups(a, x, self.groups, axis=0) for a in (x, where))
-        y, state = normalize_step(grouped, state, weight, bias, mask, eps=self.eps)
+        how = {"eps": self.eps, "decay": self.decay}
+        y, state = normalize_step(grouped, state, weight, bias, mask, **how)
         return y.reshape(x.shape), state

@@ -111,8 +111,8 @@ class SegmentNorm(eqx.Module):
     statistics, as in its `InstanceNorm`.
 
     It is exact at any offset. With a million tokens in one segment, which are added one after the
-    other, it is exact to 2e-6 of the largest entry. The backward is hand-written. It keeps `x` in
-    its own dtype, three numbers for each token and group, the segments, and the mask.
+    other, `y` is off by up to 1e-5, or 2e-6 of its largest entry. The backward is hand-written. It
+    keeps `x` in its own dtype, three numbers for each token and group, the segments, and the mask.
 
     !!! tip "Which tokens of a segment are read"
 

@@ -121,10 +121,17 @@ def test_derivatives_of_every_order(masked, order, getkey):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
 
 
-def streamed(norm, x, where=None):
-    masks = jnp.ones(len(x), bool) if where is None else where
-    take = lambda state, step: norm.step(step[0], state, where=step[1])[::-1]
-    return jax.lax.scan(take, norm.init_state(x.dtype), (x, masks))[1]
+def streamed(norm, x, where=None, chunks=()):
+    """By `step`, or in chunks that begin at 0 and at these."""
+    if not chunks:
+        masks = jnp.ones(len(x), bool) if where is None else where
+        take = lambda state, step: norm.step(step[0], state, where=step[1])[::-1]
+        return jax.lax.scan(take, norm.init_state(x.dtype), (x, masks))[1]
+    state, ys = norm.init_state(x.dtype), []
+    for i, j in it.pairwise((0, *chunks, len(x))):
+        y, state = norm.chunk(x[i:j], state, where=None if where is None else where[i:j])
+        ys.append(y)
+    return jnp.concatenate(ys)
 
 
 @pytest.mark.parametrize("groups", few((1, 2, CHANNELS), (2,)))
@@ -133,23 +140,120 @@ def test_steps_are_the_whole(groups):
     norm = CumulativeNorm(CHANNELS, groups)
     where = MASKS["late"] | (np.arange(TIME) == 4)
     step = jax.jit(lambda x: streamed(norm, x, where))
-    for offset in (0, 1e6, "jump"):
+    chunks = jax.jit(lambda x: streamed(norm, x, where, chunks=(1, 4, 4)))  # One is empty.
+    for offset in (0, 1e4, 1e6, "jump"):
         x, *_, g = draw(offset)
         ones, zeros = np.ones(CHANNELS), np.zeros(CHANNELS)
         args = x, ones, zeros, g, groups, where[:, None]
         want, size = (exact_cumulative(*args, of=of).y for of in (exact_norm, terms))
         # Those of `oracles.ulps`, and one step of rounding for each.
-        assert (np.abs(step(x) - want) <= 40 * 2.0**-23 * size).all()
+        for f in (step, chunks):
+            assert (np.abs(f(x) - want) <= 40 * 2.0**-23 * size).all()
 
 
 @pytest.mark.slow
 def test_steps_are_the_same_function():
     x, *_, g = draw(0)
     norm, where = CumulativeNorm(CHANNELS, 2), jnp.asarray(MASKS["late"])
-    step, whole = lambda x: streamed(norm, x, where), lambda x: norm(x, where=where)
-    assert_same(whole, step, x)
-    one, other = (jax.jit(lambda x, f=f: jax.vjp(f, x)[1](g)[0])(x) for f in (whole, step))
-    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(one).max())
+    whole = lambda x: norm(x, where=where)
+    dx = lambda f: jax.jit(lambda x: jax.vjp(f, x)[1](g)[0])(x)
+    for chunks in ((), (1, 5)):
+        part = lambda x, chunks=chunks: streamed(norm, x, where, chunks)
+        assert_same(whole, part, x)
+        np.testing.assert_allclose(dx(part), dx(whole), rtol=0, atol=1e-5 * np.abs(dx(whole)).max())
+
+
+def exact_decayed(x, where, decay, g):
+    """`(y, dx)` of one group in float64, each prefix by itself, without weight and bias.
+
+    In the prefix that ends at t, an entry of step s weighs decay to the number of steps behind s,
+    up to t, of which anything counts.
+    """
+    x, g, decay = np.float64(x), np.float64(g), np.float64(np.float32(decay))
+    where = np.broadcast_to(where, x.shape)
+    y, dx = np.zeros((2, *x.shape))
+    steps = np.cumsum(where.any(1))
+    for t in range(len(x)):
+        weigh = where[: t + 1] * decay ** (steps[t] - steps[: t + 1])[:, None]
+        n = weigh.sum()
+        if not where[t].any():
+            continue
+        xc = x[: t + 1] - x[0, 0]
+        xc = np.where(where[: t + 1], xc - (weigh * xc).sum() / n, 0)
+        r = ((weigh * xc**2).sum() / n + 1e-5) ** -0.5
+        shown = np.where(where[t], g[t], 0)
+        y[t] = np.where(where[t], xc[-1] * r, 0)
+        dx[t] += r * shown
+        dx[: t + 1] -= weigh * (r * shown.sum() + xc * r**3 * (shown * xc[-1]).sum()) / n
+    return y, dx
+
+
+@pytest.mark.parametrize("steps, decay", ((4, 0.7), slow(1, 0.7), slow(300, 0.99)))
+def test_decay(steps, decay):
+    """Whole, its derivative and chunks, without a mask and with one, at every offset.
+
+    The largest entry sets the scale: errors are of the statistics, which all steps share.
+    """
+    rng = np.random.default_rng(seed(7))
+    drawn, g = rng.normal(size=(2, steps, CHANNELS)).astype(np.float32)
+    norm = CumulativeNorm(CHANNELS, decay=decay, channelwise_affine=False)
+    late = np.broadcast_to((np.arange(steps) % 3 != 1)[:, None], drawn.shape).copy()
+    late[::2, 1] = False
+
+    @jax.jit
+    def run(x, where):
+        y, vjp = jax.vjp(lambda x: norm(x, where=where), x)
+        return y, vjp(g)[0], streamed(norm, x, where, chunks=(1, steps // 2)[: steps - 1])
+
+    for where, offset in it.product((np.ones_like(late), late), (0, 1e4, 1e6)):
+        x = drawn + np.float32(offset)
+        y, dx = exact_decayed(x, where, decay, g)
+        got = run(np.where(where, x, np.float32(np.nan)), where)
+        for one, want in zip(got, (y, dx, y), strict=True):
+            assert np.abs(one - want).max() <= 3e-6 * max(np.abs(want).max(), 1)
+
+
+@pytest.mark.slow
+def test_derivatives_of_a_decay(getkey):
+    """Both modes and second order, beside JAX's of each prefix."""
+    decay, where = 0.5, np.arange(5) != 2
+    with jax.enable_x64(True):
+        x, dx, g = normal(getkey(), (3, 5, 3))
+        steps = np.cumsum(where)
+
+        def reference(x):
+            def at(t):
+                weigh = jnp.asarray(where * (np.arange(5) <= t) * decay ** (steps[t] - steps))
+                mean = lambda a: (weigh[:, None] * a).sum() / (3 * weigh.sum())
+                xc = x - mean(x)
+                return xc[t] * jax.lax.rsqrt(mean(jnp.square(xc)) + 1e-5)
+
+            return jnp.stack([at(t) if where[t] else jnp.zeros(3) for t in range(5)])
+
+        def along(f):
+            loss = lambda t: jnp.vdot(jnp.sin(f(x + t * dx)), g)
+            modes = jax.grad, jax.jacfwd, jax.hessian, jax.grad(jax.grad(loss))
+            return jax.jit(lambda t: [m(loss)(t) for m in modes[:3]] + [modes[3](t)])(0.1)
+
+        got = along(lambda x: cumulative_norm(x, decay=decay, where=where))
+        want = along(reference)
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
+
+
+@pytest.mark.slow
+def test_masks_of_chunks():
+    """Of one entry a step, a feature, or all; a chunk of one step."""
+    norm, x = CumulativeNorm(CHANNELS, 2), draw(1e6)[0]
+    features = MASKS["features"][..., 0]
+
+    def run(x):
+        for where in (features, features[:1], MASKS["late"][:, None]):
+            first, state = norm.chunk(x[:1], norm.init_state(), where=where[:1])
+            rest, _ = norm.chunk(x[1:], state, where=where[-8:])
+            yield jnp.concatenate([first, rest]), norm(x, where=where)
+
+    for got, want in jax.jit(lambda x: list(run(x)))(x):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 def test_causal_and_proved():
@@ -168,10 +272,17 @@ def test_padding_is_not_read():
     assert check_reads(norm, x, rule, prove=True).status == "proved"
 
 
-def test_kept_are_x_and_three_numbers_a_step():
+@pytest.mark.slow
+def test_a_decay_is_causal_and_proved():
+    norm = CumulativeNorm(CHANNELS, 2, decay=0.9)
+    assert assert_causal(norm, draw(0)[0], prove="required").status == "proved"
+
+
+@pytest.mark.parametrize("decay", few((None, 0.9), (None,)))
+def test_kept_are_x_and_three_numbers_a_step(decay):
     for dtype, size in ((jnp.float32, 4), (jnp.bfloat16, 2)):
         x = jnp.ones((50, 64), dtype)
-        _, vjp = jax.vjp(jax.jit(lambda x: CumulativeNorm(64, 2)(x)), x)
+        _, vjp = jax.vjp(jax.jit(lambda x: CumulativeNorm(64, 2, decay=decay)(x)), x)
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
         assert held <= x.size * size + 50 * 2 * 12 + 64 * 4
 
@@ -270,6 +381,15 @@ def test_bad_input():
         norm.step(x[0], CumulativeNorm(CHANNELS).init_state())
     with refused(ValueError, r"expected 4 channels, got an array of shape \(9, 4\)"):
         norm.step(x, norm.init_state())
+    with refused(ValueError, r"`CumulativeNorm.chunk\(x, state\)` takes the state of the step"):
+        norm.chunk(x, CumulativeNorm(CHANNELS).init_state())
+    with refused(ValueError, r"expected 4 channels, got an array of shape \(4,\)"):
+        norm.chunk(x[0], norm.init_state())
+    for decay in (0, 1, -0.5, float("nan"), "0.9"):
+        with refused(ValueError, "a number above 0 and below 1, or None to forget nothing"):
+            CumulativeNorm(CHANNELS, decay=decay)
+    with refused(ValueError, "got the state of a layer without decay, and is with: begin with"):
+        CumulativeNorm(CHANNELS, decay=0.9).step(x[0], CumulativeNorm(CHANNELS).init_state())
     stacked = eqx.filter_vmap(lambda _: CumulativeNorm(CHANNELS))(jnp.arange(3))
     with refused(ValueError, "If these are several layers, stacked, map over them"):
         stacked(x)

@@ -94,6 +94,38 @@ def reference_cumulative_norm(x, weight, bias):
     return jnp.stack(prefixes)
 
 
+MASK = np.array([[True, False], [True, True], [False, False], [False, True]]).repeat(3, 1)
+
+
+def our_masked_group_norm(x, weight, bias):
+    return group_norm(x, GROUPS, weight, bias, where=MASK)
+
+
+def reference_masked_group_norm(x, weight, bias):
+    def of_group(x, where):
+        xc = x - jnp.mean(x, where=where)
+        return xc * jax.lax.rsqrt(jnp.mean(jnp.square(xc), where=where) + 1e-5)
+
+    split = lambda a: a.reshape(GROUPS, -1, *a.shape[1:])
+    y = jax.vmap(of_group)(split(x), split(MASK)).reshape(x.shape)
+    y = y if weight is None else y * weight[:, None]
+    return jnp.where(MASK, y if bias is None else y + bias[:, None], 0)
+
+
+class MaskedGroupNorm(eqx.Module):
+    norm: GroupNorm
+    weight: jax.Array
+    bias: jax.Array
+
+    def __init__(self, channels):
+        self.norm = GroupNorm(GROUPS, channels, channelwise_affine=False)
+        self.weight = self.bias = jnp.zeros(channels)
+
+    def __call__(self, x):
+        y = self.norm(x, where=MASK) * self.weight[:, None] + self.bias[:, None]
+        return jnp.where(MASK, y, 0)
+
+
 class Segmented(eqx.Module):
     norm: SegmentNorm
     weight: jax.Array
@@ -119,6 +151,13 @@ OTHER_CASES = {
         ft.partial(GroupNorm, GROUPS),
         our_group_norm,
         reference_group_norm,
+        shape=(4, 6),
+        param_shape=(4,),
+    ),
+    "GroupNorm where": make_case(
+        MaskedGroupNorm,
+        our_masked_group_norm,
+        reference_masked_group_norm,
         shape=(4, 6),
         param_shape=(4,),
     ),
@@ -196,7 +235,7 @@ def test_float64(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", OTHER_CASES.values(), ids=OTHER_CASES)
 def test_float64_of_the_family(name, case):
-    """RMSNorm and GroupNorm go through the same rule."""
+    """All go through the same rule, or one that is made as it is."""
     with jax.enable_x64(True):
         check(name, case, jnp.float64)
 

@@ -2,11 +2,13 @@
 
     y_t = (x_t - mean_t) * rstd_t * weight + bias,    rstd_t = 1 / sqrt(variance_t + eps)
 
-x has the shape (time, groups, *rest), and each group is by itself. Nothing here subtracts two large
-sums: `docs/backward.md` derives it. The order of the file is that of `_normalize.py`; below it is
-the same one step at a time.
+With a decay each step weighs that share of what the next step weighs; a step of which nothing
+counts ages none. x has the shape (time, groups, *rest), and each group is by itself. Nothing here
+subtracts two large sums: `docs/backward.md` derives it. The order of the file is that of
+`_normalize.py`; below it is the same one step at a time.
 """
 
+import functools as ft
 import math
 from typing import NamedTuple
 
@@ -38,6 +40,7 @@ class _Spec(NamedTuple):
 
     eps: float
     bias_shape: tuple[int, ...] | None
+    decay: float | None = None
     live: tuple[bool, ...] = (True, True, True)  # Whether x, weight, bias have a derivative.
 
 
@@ -75,36 +78,67 @@ class _Pass(NamedTuple):
 
 
 class _Counts(NamedTuple):
-    """How many entries count: in each step, up to it, and before it."""
+    """How many entries count: in each step, up to it, and before it.
+
+    With a decay, what they weigh, and the share that each step keeps of the steps before it.
+    """
 
     own: Array
     so_far: Array
     before: Array
+    kept: Array | None = None
 
 
-def _counts(x: Example, where: Mask | None) -> _Counts:
+def _counts(x: Example, where: Mask | None, decay: float | None) -> _Counts:
     size, shape = math.prod(x.shape[2:]), (-1,) + (1,) * (x.ndim - 1)
+    if decay is not None:
+        own = _own(x, where).astype(compute_dtype(x))
+        kept = _share_kept(own, decay)
+        so_far = _so_far(own, kept)
+        return _Counts(own, so_far, _pinned(kept * _one_before(so_far)), kept)
     if where is None:
         # As floats: there may be more entries than an int32 can count.
         so_far = jnp.arange(1, 1 + len(x), dtype=compute_dtype(x)).reshape(shape) * size
         return _Counts(jnp.full_like(so_far, size), so_far, so_far - size)
-    own = where.sum(range(2, x.ndim), jnp.int32, keepdims=True)
-    own = own * (size // max(math.prod(where.shape[2:]), 1))
-    own = jnp.broadcast_to(own, (len(x), *own.shape[1:]))
+    own = _own(x, where)
     so_far = jnp.cumsum(own, 0)
     return _Counts(*(a.astype(compute_dtype(x)) for a in (own, so_far, so_far - own)))
+
+
+def _own(x: Example, where: Mask | None) -> Array:
+    where = jnp.ones((len(x),) + (1,) * (x.ndim - 1), bool) if where is None else where
+    own = where.sum(range(2, x.ndim), jnp.int32, keepdims=True)
+    own = own * (math.prod(x.shape[2:]) // max(math.prod(where.shape[2:]), 1))
+    return jnp.broadcast_to(own, (len(x), *own.shape[1:]))
+
+
+def _share_kept(own: Array, decay: float) -> Array:
+    return jnp.where(own > 0, jnp.asarray(decay, own.dtype), 1)
 
 
 def _in_step(a: Example) -> Step:
     return a.sum(range(2, a.ndim), keepdims=True)
 
 
-def _so_far(a: Step) -> Step:
-    return jnp.cumsum(a, 0)
+def _so_far(a: Step, kept: Array | None = None) -> Step:
+    """The sum over all steps up to each, of which each keeps its share of those before."""
+    return jnp.cumsum(a, 0) if kept is None else _decayed(kept, a)
 
 
-def _from_now_on(a: Step) -> Step:
-    return jax.lax.cumsum(a, 0, reverse=True)
+def _from_later(a: Step, kept: Array | None) -> Step:
+    """The sum over all steps behind each: the transpose of `_so_far`, less the step itself."""
+    if kept is None:
+        return _one_later(jax.lax.cumsum(a, 0, reverse=True))
+    return _one_later(kept * _decayed(_one_later(kept)[::-1], a[::-1])[::-1])
+
+
+def _decayed(kept: Array, a: Step) -> Step:
+    """S_t = kept_t * S_(t-1) + a_t, in log2(time) rounds."""
+
+    def both(one, other):
+        return other[0] * one[0], other[0] * one[1] + other[1]
+
+    return jax.lax.associative_scan(both, (kept, a))[1]
 
 
 def _one_before(a: Step) -> Step:
@@ -155,7 +189,8 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
         first = again(wide, x.dtype, alone=not kept)
         return [first, *(again(a, alone=not kept) for a in others)]
 
-    counts = _counts(x, where)
+    counts = _counts(x, where, spec.decay)
+    so_far = ft.partial(_so_far, kept=counts.kept)
     wide = _only(where, _to_compute_dtype(x))
 
     # Of each step, in two parts. y is the same for any origin, so that origins have no derivative.
@@ -169,14 +204,14 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
         first = a[:1]
     else:  # Of one number that is not 0 the sum is exact.
         first = _so_far(jnp.where((counts.before == 0) & (counts.own > 0), a, 0))
-    since = _mean(_so_far(counts.own * ((a - first) + b)), counts.so_far)
+    since = _mean(so_far(counts.own * ((a - first) + b)), counts.so_far)
     origin = first + _pinned(jax.lax.stop_gradient(since))
     moved = jnp.where(counts.before == 0, 0, _one_before(origin) - origin)
-    d = _mean(_so_far(counts.own * ((a - origin) + b) + counts.before * moved), counts.so_far)
+    d = _mean(so_far(counts.own * ((a - origin) + b) + counts.before * moved), counts.so_far)
 
     apart_by = (a - _one_before(origin)) + (b - _one_before(d))
     between = counts.own * _mean(counts.before, counts.so_far) * jnp.square(apart_by)
-    square = _so_far(w + jnp.where(counts.before == 0, 0, between))
+    square = so_far(w + jnp.where(counts.before == 0, 0, between))
     # Of nothing it is 1: with eps=0 rstd would be infinite, and 0 * rstd no number.
     var = jnp.where(counts.so_far == 0, 1, _mean(square, counts.so_far))
     rstd = jax.lax.rsqrt(var + spec.eps)
@@ -198,11 +233,13 @@ def _backward(spec: _Spec, residuals: _Residuals, g: Example):
     shift_t = sum over s >= t of rstd_s * sum(gw_s) / n_s
             - sum over s > t of (mean_s - mean_(s-1)) * scale_s
     dx_t = rstd_t * gw_t - xc_t * scale_t - shift_t,    dweight = g * xhat,    dbias = g.
+
+    With a decay each sum over s weighs its terms by what step t weighs at step s.
     """
     x, weight, where, origin, d, rstd = apart(*residuals, centred=True, dx=spec.live[0])
-    dtype, counts = x.dtype, _counts(x, where)
+    dtype, counts = x.dtype, _counts(x, where, spec.decay)
     x, g = _only(where, _to_compute_dtype(x)), _only(where, g)
-    d, rstd = _recalled(x, where, origin, d, rstd)
+    d, rstd = _recalled(spec.decay, x, where, origin, d, rstd)
     dbias = None if spec.bias_shape is None else _sum_to(spec.bias_shape, g)
 
     read = _Pass(x, g, weight, where, origin, d, rstd).again(dtype)
@@ -214,8 +251,8 @@ def _backward(spec: _Spec, residuals: _Residuals, g: Example):
     read = read.again(dtype)
     moves = _moves(read.x, where, origin, d, counts)
     # What is owed to the step itself stands apart: its parts may be large, and cancel.
-    from_later = _one_later(_from_now_on(k))
-    shift = _one_later(_from_now_on(rstd * mean_gw - moves * (from_later + k)))
+    from_later = _from_later(k, counts.kept)
+    shift = _from_later(rstd * mean_gw - moves * (from_later + k), counts.kept)
 
     read = read.again(dtype)
     xc = read.xc()
@@ -229,8 +266,8 @@ def _backward(spec: _Spec, residuals: _Residuals, g: Example):
     return _only(where, dx).astype(dtype), dweight, dbias
 
 
-@jax.custom_jvp
-def _recalled(x: Example, where, origin, d, rstd):
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _recalled(decay: float | None, x: Example, where, origin, d, rstd):
     """`(d, rstd)` as they were kept, with the derivative that they have in the x beside them.
 
     As in `_normalize.py`. The sum of (x_s - mean_t) dx_s over s <= t is had without cancellation:
@@ -240,12 +277,13 @@ def _recalled(x: Example, where, origin, d, rstd):
 
 
 @_recalled.defjvp
-def _recalled_jvp(primals, tangents):
+def _recalled_jvp(decay, primals, tangents):
     x, where, origin, d, rstd = primals
-    counts, dx = _counts(x, where), _only(where, tangents[0])
-    total = _so_far(_in_step(dx))
+    counts, dx = _counts(x, where, decay), _only(where, tangents[0])
+    total = _so_far(_in_step(dx), counts.kept)
+    before = _one_before(total) if counts.kept is None else counts.kept * _one_before(total)
     own = _in_step(_centred(x, where, origin, d) * dx)
-    product = _so_far(own - _moves(x, where, origin, d, counts) * _one_before(total))
+    product = _so_far(own - _moves(x, where, origin, d, counts) * before, counts.kept)
     drstd = -rstd * (rstd * (rstd * _mean(product, counts.so_far)))
     return (d, rstd), (_mean(total, counts.so_far), drstd)
 
@@ -260,13 +298,14 @@ def normalize_so_far(
     where: Mask | None = None,
     *,
     eps: float,
+    decay: float | None = None,
 ) -> Example:
     """What the layer calls: x of shape (time, groups, *rest), parameters that broadcast to it."""
     x = as_jax_has_it(x)
     weight, bias = fit(x, weight, bias)
     if where is not None:
         where = where & True  # As in `normalize`.
-    spec = _Spec(eps, None if bias is None else bias.shape)
+    spec = _Spec(eps, None if bias is None else bias.shape, decay)
     forward = lambda *args: _forward(*args, kept=False)[0]
     op = forward if is_plain() else _cumulative
     return op(spec, *together(x, weight, bias, where)).astype(x.dtype)
@@ -274,6 +313,8 @@ def normalize_so_far(
 
 class CumulativeState(NamedTuple):
     """What has come so far, one number a group; a pytree, of 20 bytes a group in float32.
+
+    With a decay, of 24: there the number of entries is what they weigh, in two parts.
 
     The mean is `mean + mean_rest`, and the sum of squares about it `m2 + m2_rest`: of a million
     steps one float would have lost the last of every three digits.
@@ -284,14 +325,26 @@ class CumulativeState(NamedTuple):
     mean_rest: Array
     m2: Array
     m2_rest: Array
+    entries_rest: Array | None = None
 
 
 _MOST = jnp.iinfo(jnp.int32).max
 
 
-def no_steps(groups: int, dtype) -> CumulativeState:
+def no_steps(groups: int, dtype, decay: float | None = None) -> CumulativeState:
     zeros = jnp.zeros(groups, dtype)
-    return CumulativeState(jnp.zeros(groups, jnp.int32), zeros, zeros, zeros, zeros)
+    entries = jnp.zeros(groups, jnp.int32) if decay is None else zeros
+    rest = None if decay is None else zeros
+    return CumulativeState(entries, zeros, zeros, zeros, zeros, rest)
+
+
+def _aged(a: Array, rest: Array, new: Array, kept: Array) -> tuple[Array, Array]:
+    """`kept * (a + rest) + new`, in two parts again.
+
+    Taking off what is lost rounds that alone. Of the product a rounding would stay, and near the
+    end of its way a sum of 1 / (1 - decay) steps would no longer move.
+    """
+    return _sum_and_rest(a, kept * rest + (new - _pinned((1 - kept) * a)))
 
 
 def _sum_and_rest(a: Array, b: Array) -> tuple[Array, Array]:
@@ -309,20 +362,31 @@ def normalize_step(
     where: Mask | None = None,
     *,
     eps: float,
+    decay: float | None = None,
 ) -> tuple[Array, CumulativeState]:
     """One step of `normalize_so_far`, x of shape (groups, *rest): Welford's, in two parts."""
     x = as_jax_has_it(x)
     weight, bias = fit(x, weight, bias)
     wide = _only(where, _to_compute_dtype(x))
     alone = (-1,) + (1,) * (x.ndim - 1)
-    count, mean, mean_rest, m2, m2_rest = (a.reshape(alone) for a in state)
+    count, mean, mean_rest, m2, m2_rest = (a.reshape(alone) for a in state[:5])
     total = lambda a: a.sum(range(1, a.ndim), keepdims=True)
     counted = jnp.ones_like(wide, bool) if where is None else jnp.broadcast_to(where, x.shape)
     own = total(counted.astype(jnp.int32))
-    # At the most that can be counted, the oldest is forgotten as fast as the new comes.
-    before = jnp.minimum(count, _MOST - own)
     float_of = lambda n: n.astype(wide.dtype)
-    n, kept = float_of(before + own), float_of(before) / float_of(jnp.maximum(count, 1))
+    if decay is None:
+        # At the most that can be counted, the oldest is forgotten as fast as the new comes.
+        before = jnp.minimum(count, _MOST - own)
+        entries, entries_rest = before + own, None
+        n, kept = float_of(entries), float_of(before) / float_of(jnp.maximum(count, 1))
+        kept = jnp.where(count == 0, 1, kept)
+    else:
+        kept = _share_kept(float_of(own), decay)
+        assert state.entries_rest is not None  # `init_state` of such a layer has it.
+        count_rest = state.entries_rest.reshape(alone)
+        before = _pinned(kept * (count + count_rest))
+        entries, entries_rest = _aged(count, count_rest, float_of(own), kept)
+        n = entries + entries_rest
 
     a = _pinned(divided(total(wide), float_of(jnp.maximum(own, 1))))
     b = divided(total(_only(where, wide - a)), float_of(jnp.maximum(own, 1)))
@@ -333,12 +397,11 @@ def normalize_step(
     share = divided(float_of(own), jnp.maximum(n, 1))
     mean, mean_rest = _sum_and_rest(mean, mean_rest + _pinned(share * apart_by))
     between = _pinned(float_of(before) * share * jnp.square(apart_by))
-    m2 = _pinned(m2 * jnp.where(count == 0, 1, kept))
-    m2, m2_rest = _sum_and_rest(m2, m2_rest + (w + between))
+    m2, m2_rest = _aged(m2, m2_rest, w + between, kept)
 
     var = jnp.where(n == 0, 1, divided(m2 + m2_rest, jnp.maximum(n, 1)))
     y = _centred(wide, where, mean, mean_rest) * jax.lax.rsqrt(var + eps)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
-    new = CumulativeState(before + own, mean, mean_rest, m2, m2_rest)
+    new = CumulativeState(entries, mean, mean_rest, m2, m2_rest, entries_rest)
     return _only(where, y).astype(x.dtype), jax.tree.map(jnp.ravel, new)
