@@ -101,7 +101,7 @@ ADA = {"ada_layer_norm": eqx_norms.AdaLayerNorm(4, 3, key=jr.key(seed(0)))}
 GIVEN = {
     "_is_norm": [{"jnp": jnp, "model": eqx.nn.LayerNorm(4)}],
     "_replace": [{"model": eqx.nn.LayerNorm(4), "opt_state": (eqx.nn.LayerNorm(4), 0)}],
-    "_cumulative_norm": [{"norm": STREAM, "x_t": draw(4)}],
+    "_cumulative_norm": [{"norm": STREAM, "x_t": draw(4), "x": draw(3, 4)}],
     "_layer_norm": [BATCH],
     "_plain": [{"x": draw(4), "v": draw(4)}],
     "_rms_norm": [BATCH],
