@@ -103,8 +103,8 @@ class CumulativeNorm(eqx.Module):
 
     !!! tip "Streaming"
 
-        The same layer runs one step at a time, with a state of five numbers for each group, or six with
-        `decay`:
+        The same layer runs one step at a time, with a state of five numbers for each group, or of
+        six with `decay`:
         ```python
         state = norm.init_state()
         y_t, state = norm.step(x_t, state)  # x_t of shape (channels, *spatial)

@@ -278,7 +278,7 @@ def test_numbers_of_any_library_as_eps(layer):
     assert eqx_norms.replace_norms(theirs).eps == float(jnp.float32(1e-3))
     with refused(ValueError, "traced, and its value must be known before"):
         jax.jit(lambda eps: layer(*args, eps=eps))(1e-3)
-    with refused(ValueError, r"traced.* type a number, .* or NumPy's `np.float32\(1e-3\)`, for"):
+    with refused(ValueError, r"traced.* Type a number, .*`np.float32\(1e-3\)`, instead of"):
         jax.jit(lambda: layer(*args, eps=jnp.float32(1e-3)))()
     assert jax.jit(lambda: layer(*args, eps=np.float32(1e-3)).eps)() == np.float32(1e-3)
     with refused(ValueError, "finite number"):

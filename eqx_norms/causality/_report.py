@@ -250,7 +250,12 @@ def _leak_lines(report: CausalityReport) -> list[str]:
     if report.joint:
         others = " and others" if report.kind in ("independent", "reads") else " and later"
     size = f"Outputs are of size {report.scale:.2g}; rounding would be up to {report.noise:.2g}."
-    words = [*_by_array(report), *suggestions(report), _effort(report), size, *report.notes]
+    hints = suggestions(report)
+    # Where the rule may be at fault and not the model, that is to be read first.
+    first = [hint for hint in hints if "rules.let_off" in hint]
+    lines[1:1] = map(_wrap, first)
+    hints = [hint for hint in hints if hint not in first]
+    words = [*_by_array(report), *hints, _effort(report), size, *report.notes]
     rows = _rows(report, report.leaking(), "report.pairs()", others)
     also = _also_blind(report)
     return [*lines, *rows, *also, report.heatmap(_SHORT_MAP), *map(_wrap, words)]
