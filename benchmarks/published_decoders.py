@@ -239,17 +239,20 @@ def _cached_with_positions(decoder: Decoder, cuts: int) -> Any:
 
 
 CHECKS = [
-    Check("causal", causal),
-    Check("batch", batch),
-    Check("left", left),
-    Check("left, positions", left_with_positions),
-    Check("right", right),
-    Check("packed", packed),
-    Check("one at a time", lambda decoder: _cached(decoder)),
-    Check("... positions", lambda decoder: _cached_with_positions(decoder, 1)),
-    Check("pieces", lambda decoder: _cached(decoder, cuts=PIECE)),
-    Check("... positions", lambda decoder: _cached_with_positions(decoder, PIECE)),
-    Check("interleaved", lambda decoder: _cached(decoder, beside=text(seed=1))),
+    Check("no output reads a later token", causal),
+    Check("no example reads another", batch),
+    Check("padding on the left does not matter", left),
+    Check("... with `position_ids` said, as `generate` does", left_with_positions),
+    Check("padding on the right does not matter", right),
+    Check("documents in a row are apart", packed),
+    Check("the cache, one token at a time", lambda decoder: _cached(decoder)),
+    Check("... with `position_ids` said", lambda decoder: _cached_with_positions(decoder, 1)),
+    Check("the cache, in pieces", lambda decoder: _cached(decoder, cuts=PIECE)),
+    Check("... with `position_ids` said", lambda decoder: _cached_with_positions(decoder, PIECE)),
+    Check(
+        "the cache, with another request in between",
+        lambda decoder: _cached(decoder, beside=text(seed=1)),
+    ),
 ]
 GOOD = ("clear", "clear (float noise)", "same bits", "rounding", "imprecise")
 
@@ -358,13 +361,19 @@ WHY = {
 }
 
 
+# In the table; any other word is the name of an error.
+SIGNS = {"ok": "", "-": "-"} | dict.fromkeys(("leak", "different", "differs from itself"), "✗")
+
+
 def table(found: dict[str, dict[str, str]]) -> Iterator[str]:
     """The page's: families that are as hoped for in a list, the others in rows, of those alike."""
     fine = [name for name, row in found.items() if {*row.values()} <= {"ok", "-"}]
     unbuilt = [name for name, row in found.items() if "not built" in row]
     yield f"Everything that can be asked holds in {len(fine)}: {', '.join(fine)}."
     yield ""
-    yield "| family | " + " | ".join(check.title for check in CHECKS) + " | |"
+    yield from (f"{n}. {check.title}" for n, check in enumerate(CHECKS, 1))
+    yield ""
+    yield "| family | " + " | ".join(map(str, range(1, 1 + len(CHECKS)))) + " | |"
     yield "|---|" + "---|" * (len(CHECKS) + 1)
     alike: dict[tuple[str, ...], list[str]] = {}
     for name in found.keys() - {*fine, *unbuilt}:
@@ -372,8 +381,8 @@ def table(found: dict[str, dict[str, str]]) -> Iterator[str]:
         words = (found[name][str(number)] for number in range(len(CHECKS)))
         alike.setdefault((*words, WHY.get(name, "")), []).append(name)
     for names, row in sorted((sorted(names), row) for row, names in alike.items()):
-        *words, why = ("" if word == "ok" else word for word in row)
-        yield f"| {', '.join(names)} | " + " | ".join(words) + f" | {why} |"
+        signs = (SIGNS.get(word, "E") for word in row[:-1])
+        yield f"| {', '.join(names)} | " + " | ".join(signs) + f" | {row[-1]} |"
     if unbuilt:
         yield ""
         yield f"Not built by this script: {', '.join(unbuilt)}."
