@@ -43,7 +43,9 @@ def test_right_and_wrong_families(family, sweep):
     with sweep.quiet():
         decoder = sweep.built(family)
     names = ("causal", "right", "one at a time", "pieces", "interleaved")
-    asked = {name: sweep.CHECKS[number].ask for name, number in zip(names, (0, 4, 6, 8, 10))}
+    asked = {
+        name: sweep.CHECKS[number].ask for name, number in zip(names, (0, 4, 6, 8, 10), strict=True)
+    }
     for title in names:
         if family == "prophetnet" and title in ("pieces", "interleaved"):
             continue  # it refuses the one, and the other says no more
