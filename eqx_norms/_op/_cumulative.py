@@ -95,7 +95,7 @@ def _counts(x: Example, where: Mask | None, decay: float | None) -> _Counts:
         own = _own(x, where).astype(compute_dtype(x))
         kept = _share_kept(own, decay)
         so_far = _so_far(own, kept)
-        return _Counts(own, so_far, _pinned(kept * _one_before(so_far)), kept)
+        return _Counts(own, so_far, _pinned(_found(so_far, kept)), kept)
     if where is None:
         # As floats: there may be more entries than an int32 can count.
         so_far = jnp.arange(1, 1 + len(x), dtype=compute_dtype(x)).reshape(shape) * size
@@ -123,6 +123,11 @@ def _in_step(a: Example) -> Step:
 def _so_far(a: Step, kept: Array | None = None) -> Step:
     """The sum over all steps up to each, of which each keeps its share of those before."""
     return jnp.cumsum(a, 0) if kept is None else _decayed(kept, a)
+
+
+def _found(so_far: Step, kept: Array | None) -> Step:
+    """What each step finds of the sum over those before it."""
+    return _one_before(so_far) if kept is None else kept * _one_before(so_far)
 
 
 def _from_later(a: Step, kept: Array | None) -> Step:
@@ -281,7 +286,7 @@ def _recalled_jvp(decay, primals, tangents):
     x, where, origin, d, rstd = primals
     counts, dx = _counts(x, where, decay), _only(where, tangents[0])
     total = _so_far(_in_step(dx), counts.kept)
-    before = _one_before(total) if counts.kept is None else counts.kept * _one_before(total)
+    before = _found(total, counts.kept)
     own = _in_step(_centred(x, where, origin, d) * dx)
     product = _so_far(own - _moves(x, where, origin, d, counts) * before, counts.kept)
     drstd = -rstd * (rstd * (rstd * _mean(product, counts.so_far)))

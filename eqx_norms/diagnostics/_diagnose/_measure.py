@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
     @property
     def examples_shape(self) -> tuple[int, ...]:
-        return self.shape[: self.seen.examples] or self.shape[:-1]
+        return _of_examples(self.shape, self.seen.examples)
 
     @property
     def has_units(self) -> bool:
@@ -289,7 +289,12 @@ def _kinds_of_inputs(survey: Survey) -> dict[tuple, list[Seen]]:
 def _examples_shape(call: Seen, survey: Survey) -> tuple[int, ...]:
     """That of the first array it returns, as of its `Row`."""
     shape = survey.types[call.output][0].shape[len(call.loops) :]
-    return shape[: call.examples] or shape[:-1]
+    return _of_examples(shape, call.examples)
+
+
+def _of_examples(shape: tuple[int, ...], vmapped: int) -> tuple[int, ...]:
+    """The axes in front that are vmapped; where none is, all but the last."""
+    return shape[:vmapped] or shape[:-1]
 
 
 @on_any_mesh
@@ -309,15 +314,15 @@ def _ends(
     found = {}
     floats = stacked(map(_floats, given))
     if floats:
+        back = stacked(map(_floats, grads))
         found |= {
             "input_non_finite": of(lambda x: ~jnp.isfinite(x), floats),
             "input_nan": of(jnp.isnan, floats),
             "input_inf": of(jnp.isposinf, floats),
-            "grad_input_non_finite": of(lambda x: ~jnp.isfinite(x), stacked(map(_floats, grads))),
+            "grad_input_non_finite": of(lambda x: ~jnp.isfinite(x), back),
         }
         found["input_rms"] = each(_largest_rms)(floats)
         around = 1 + len(loops)
-        back = stacked(map(_floats, grads))
         back = [x for x in back if x.shape[around : around + len(lead)] == lead]
         if back:
             where = each(ft.partial(_where_bad, lead=lead))(back)
@@ -411,7 +416,7 @@ def _of_output(
         derivative = derivative_statistics(grad, axis)
         found = {f"grad_{name}": number for name, number in derivative.items()}
         which = {"nan": jnp.isnan(value).any(), "inf": jnp.isposinf(value).any()}
-        which |= _where_bad([value], value.shape[:examples] or value.shape[:-1])
+        which |= _where_bad([value], _of_examples(value.shape, examples))
         return layer_statistics(value, axis) | found | which | {"tiny": _tiny(grad)}
 
     return each_step(loops, one)(value, grad)
