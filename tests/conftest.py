@@ -19,11 +19,14 @@ import pytest
 def pytest_addoption(parser):
     parser.addoption("--draw", type=int, default=0, help="shifts every random draw of the tests")
     parser.addoption("--programs", type=int, default=100, help="how many hard programs are drawn")
+    parser.addoption("--optimised", action="store_true", help="compiles programs as users do")
     parser.addoption("--part", default="0/1", help="K/N: part K of N of the tests, by their names")
 
 
 def pytest_configure(config):
     draws.shift = config.getoption("--draw")
+    if not config.getoption("--optimised"):
+        compile_fast()
     compile_once(config)
 
 
@@ -32,6 +35,17 @@ def pytest_collection_modifyitems(config, items):
     chosen = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part % parts]
     config.hook.pytest_deselected(items=[item for item in items if item not in {*chosen}])
     items[:] = chosen
+
+
+def compile_fast():
+    """Programs are small and run once: to compile them for speed is a third of the tests' time.
+
+    What XLA fuses stays, only LLVM optimises less. The backend, and the scripts that tests start,
+    find this in the environment.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_optimization_level" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
 
 
 def compile_once(config):
