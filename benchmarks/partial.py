@@ -27,6 +27,8 @@ def programs(steps: int, features: int) -> dict:
     layers = {
         "eqx.nn.LayerNorm": (eqx.nn.LayerNorm(features), lambda norm, x: jax.vmap(norm)(x)),
         "CumulativeNorm": (CumulativeNorm(features), lambda norm, x: norm(x)),
+        "... decay=0.99": (CumulativeNorm(features, decay=0.99), lambda norm, x: norm(x)),
+        "... window=100": (CumulativeNorm(features, window=100), lambda norm, x: norm(x)),
         "SegmentNorm": (segments, lambda norm, x: norm(x, ids, num_segments=32)),
     }
 

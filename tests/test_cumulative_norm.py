@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from draws import normal, seed
-from oracles import Exact, assert_close, exact_norm, terms
+from oracles import Exact, assert_close, assert_rounded_once, exact_norm, terms
 from refused import refused
 from slow import few, slow
 
@@ -371,6 +371,21 @@ def test_many_steps_of_an_odd_size_at_an_offset():
     for f in (norm, ft.partial(streamed, norm)):
         error = np.abs(jax.jit(lambda x, f=f: f(x))(x) - want)
         assert error.max() < 1e-6 * np.abs(want).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ({}, {"decay": 0.9}, {"window": 5}), ids=str)
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+def test_half_precision(dtype, how):
+    """y and dx are rounded once; what they are rounded from is off by 1e-6 of the largest entry."""
+    rng = np.random.default_rng(seed(8))
+    x, g = (jnp.asarray(rng.normal(size=(40, CHANNELS)) + mean, dtype) for mean in (3, 0))
+    norm = CumulativeNorm(CHANNELS, channelwise_affine=False, **how)
+    y, vjp = jax.vjp(jax.jit(lambda x: norm(x)), x)
+    want = exact_forgetful(x, np.ones(x.shape, bool), g, **how)
+    for got, exact in zip((y, *vjp(g)), want, strict=True):
+        assert got.dtype == dtype
+        assert_rounded_once(got, exact, 1e-6 * np.abs(exact).max() + np.zeros(exact.shape))
 
 
 def test_half_precision_and_float64():
