@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float
 from ._lowering import again, apart
 from ._normalize import (
     _only,
+    _Pass,
+    _Residuals,
     _sum_to,
     _to_compute_dtype,
     as_jax_has_it,
@@ -56,39 +58,6 @@ class _Spec(NamedTuple):
     live: tuple[bool, ...] = (True, True, True)  # Whether x, weight, bias have a derivative.
 
 
-class _Residuals(NamedTuple):
-    """What the backward keeps: x in its own dtype, three numbers a step, the weight, the mask."""
-
-    x: Example
-    weight: Array | None
-    where: Mask | None
-    origin: Step
-    d: Step
-    rstd: Step
-
-
-class _Pass(NamedTuple):
-    """What the backward reads in one pass over x: x and g cast up, and the residuals."""
-
-    x: Example
-    g: Example
-    weight: Array | None
-    where: Mask | None
-    origin: Step
-    d: Step
-    rstd: Step
-
-    def xc(self) -> Example:
-        return _centred(self.x, self.where, self.origin, self.d)
-
-    def gw(self) -> Example:
-        return self.g if self.weight is None else self.g * self.weight
-
-    def again(self, dtype) -> "_Pass":
-        x, g, *rest = self
-        return _Pass(again(x, dtype), again(g, dtype), *jax.tree.map(again, rest))
-
-
 def _counts(x: Example, where: Mask | None, reach: Reach) -> Counts:
     if where is None and reach == Reach():
         # As floats: there may be more entries than an int32 can count.
@@ -114,7 +83,7 @@ def _centred(x: Example, where: Mask | None, origin: Step, d: Step) -> Example:
 
 
 def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
-    """`(y, residuals)`. The mean is `origin + d`, both of each step."""
+    """`(y, residuals)`: x and three numbers a step. The mean is `origin + d`, both of each step."""
 
     def next_pass(wide: Array, *others: Array) -> list[Array]:
         first = again(wide, x.dtype, alone=not kept)
