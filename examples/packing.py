@@ -14,7 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def scores(
     Its norms are of each token, or over the tokens that have the same number in `norm_over`.
     """
 
-    def norm_by(norm: Callable, x: Array) -> Array:
+    def norm_by(norm: Any, x: Array) -> Array:
         if norm_over is None:
             return norm(x)
         weight, bias = norm.layer.weight, norm.layer.bias
