@@ -16,7 +16,7 @@ from ._checks import (
     check_size,
     no_state,
 )
-from ._op import CumulativeState, no_steps, normalize_so_far, normalize_step
+from ._op import CumulativeState, Reach, no_steps, normalize_chunk, normalize_so_far
 from ._real import Integer, Number
 from ._steps import (
     check_channel_params,
@@ -37,6 +37,7 @@ def cumulative_norm(
     eps: Number = 1e-5,
     where: Bool[Array | np.ndarray, "..."] | None = None,
     decay: Number | None = None,
+    window: Integer | None = None,
 ) -> Float[Array, "time channels *spatial"]:
     """Normalises each step of one example by the mean and variance of all steps up to it.
 
@@ -46,7 +47,7 @@ def cumulative_norm(
         `jax.vmap` this function.
     - `weight`, `bias`: floating-point arrays of shape `(channels,)`, or that broadcast to
         `(channels, *spatial)` from the left; or `None`.
-    - `groups`, `eps`, `decay`: as for [`eqx_norms.CumulativeNorm`][].
+    - `groups`, `eps`, `decay`, `window`: as for [`eqx_norms.CumulativeNorm`][].
     - `where`: as for the call of that layer.
 
     **Returns:**
@@ -55,33 +56,40 @@ def cumulative_norm(
 
     **Raises:** `TypeError` if `x`, `weight` or `bias` is not a real floating-point array.
     `ValueError` if `x` has fewer than two axes, if `groups` does not divide the channels, if
-    `weight` or `bias` has another shape, or for a bad `eps`, `decay` or mask.
+    `weight` or `bias` has another shape, or for a bad `eps`, `decay`, `window` or mask.
     """
     groups = check_size("cumulative_norm(groups=...)", groups)
     eps = check_eps("cumulative_norm", eps)
-    decay = _check_decay("cumulative_norm", decay)
+    reach = _check_reach("cumulative_norm", decay, window)
     check_steps("cumulative_norm", x, None, groups)
     check_channel_params("cumulative_norm", x, weight=weight, bias=bias)
     check_step_mask("cumulative_norm", x, where)
-    return _by_group(x, weight, bias, where, groups, eps, decay)
+    return _by_group(x, weight, bias, where, groups, eps, reach)
 
 
-def _check_decay(name: str, decay: Any) -> float | None:
+def _check_reach(name: str, decay: Any, window: Any) -> Reach:
+    if window is not None:
+        if decay is not None:
+            raise ValueError(
+                f"`{name}` forgets by `decay=` or by `window=`, not by both; got {decay!r} and "
+                f"{window!r}. Leave one of them out."
+            )
+        return Reach(window=check_size(f"{name}(window=...)", window))
     if decay is None:
-        return None
+        return Reach()
     number = as_float(decay)
     if not np.finfo(np.float32).tiny <= number < 1:
         raise ValueError(
             f"`{name}(decay=...)` is the share that each step keeps of the weight of all before: a "
             f"number above 0 and below 1, or None to forget nothing; got {decay!r}."
         )
-    return number
+    return Reach(number)
 
 
-def _by_group(x, weight, bias, where, groups: int, eps: float, decay: float | None) -> Array:
+def _by_group(x, weight, bias, where, groups: int, eps: float, reach: Reach) -> Array:
     weight, bias = (of_channels(param, x, groups) for param in (weight, bias))
     grouped, mask = (in_groups(a, x, groups) for a in (x, where))
-    y = normalize_so_far(grouped, weight, bias, mask, eps=eps, decay=decay)
+    y = normalize_so_far(grouped, weight, bias, mask, eps=eps, reach=reach)
     return y.reshape(x.shape)
 
 
@@ -103,8 +111,8 @@ class CumulativeNorm(eqx.Module):
 
     !!! tip "Streaming"
 
-        The same layer runs one step at a time, with a state of five numbers for each group, or of
-        six with `decay`:
+        The same layer runs one step at a time, with a state of five numbers for each group, of six
+        with `decay`, and of four for each step but one of a `window`:
         ```python
         state = norm.init_state()
         y_t, state = norm.step(x_t, state)  # x_t of shape (channels, *spatial)
@@ -133,6 +141,7 @@ class CumulativeNorm(eqx.Module):
     eps: float = eqx.field(static=True)
     channelwise_affine: bool = eqx.field(static=True)
     decay: float | None = eqx.field(static=True)
+    window: int | None = eqx.field(static=True)
     weight: Float[Array, "channels"] | None
     bias: Float[Array, "channels"] | None
 
@@ -144,6 +153,7 @@ class CumulativeNorm(eqx.Module):
         channelwise_affine: bool = True,
         dtype=None,
         decay: Number | None = None,
+        window: Integer | None = None,
     ):
         """**Arguments:**
 
@@ -157,16 +167,18 @@ class CumulativeNorm(eqx.Module):
         - `decay`: for exponential forgetting, a number between 0 and 1: an entry of step `s` has
             the weight `decay**(t - s)` in the mean and variance of step `t`. Steps that `where`
             leaves out of a group age nothing there. `None` forgets nothing.
+        - `window`: how many steps the mean and variance of a step are over, itself the last, and
+            those among them that `where` leaves out. The first steps have fewer.
 
         **Raises:** `ValueError` if `groups` does not divide `channels`, if either is below 1, or
-        for a bad `eps` or `decay`; `TypeError` for a `dtype` that is none of float16, bfloat16,
-        float32 and float64.
+        for a bad `eps`, `decay` or `window`, or for both of these two; `TypeError` for a `dtype`
+        that is none of float16, bfloat16, float32 and float64.
         """
         self.channels = check_size("CumulativeNorm(channels=...)", channels)
         self.groups = check_groups("CumulativeNorm", groups, self.channels)
         self.eps = check_eps("CumulativeNorm", eps)
         self.channelwise_affine = channelwise_affine
-        self.decay = _check_decay("CumulativeNorm", decay)
+        self.decay, self.window = _check_reach("CumulativeNorm", decay, window)
         dtype = check_param_dtype("CumulativeNorm", dtype)
         self.weight = jnp.ones(self.channels, dtype) if channelwise_affine else None
         self.bias = jnp.zeros(self.channels, dtype) if channelwise_affine else None
@@ -201,7 +213,7 @@ class CumulativeNorm(eqx.Module):
         check_steps("CumulativeNorm", x, self.channels, self.groups)
         check_step_mask("CumulativeNorm", x, where)
         weight, bias = own_channel_params(self, x.shape[1:])
-        y = _by_group(x, weight, bias, where, self.groups, self.eps, self.decay)
+        y = _by_group(x, weight, bias, where, self.groups, self.eps, self._reach())
         return y if state is no_state else (y, state)
 
     def init_state(self, dtype=jnp.float32) -> CumulativeState:
@@ -216,11 +228,12 @@ class CumulativeNorm(eqx.Module):
         A tuple of five arrays of shape `(groups,)`: the number of entries, as int32, their mean
         and the sum of squares about it, each in two parts. From 2^31 - 1 entries in a group on,
         the oldest are forgotten as fast as new ones come. With `decay` there are six arrays: in
-        place of the number of entries stands their weight, also in two parts.
+        place of the number of entries stands their weight, also in two parts. With `window` there
+        are four, of shape `(window - 1, groups)`, of the last steps each by itself.
         """
         check_param_dtype("CumulativeNorm.init_state", dtype)
         wide = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
-        return no_steps(self.groups, wide, self.decay)
+        return no_steps(self.groups, wide, self._reach())
 
     @jax.named_scope("eqx_norms.CumulativeNorm.step")
     def step(
@@ -230,7 +243,9 @@ class CumulativeNorm(eqx.Module):
         *,
         where: Bool[Array | np.ndarray, "..."] | None = None,
     ) -> tuple[Float[Array, "channels *spatial"], CumulativeState]:
-        """Normalises one step of a stream as the layer would, in constant time and memory.
+        """Normalises one step of a stream as the layer would.
+
+        Time and memory are constant: with a `window` in proportion to that, else to nothing.
 
         **Arguments:**
 
@@ -248,9 +263,11 @@ class CumulativeNorm(eqx.Module):
         """
         check_steps("CumulativeNorm.step", x, self.channels, self.groups, steps=0)
         if where is not None:
-            check_step_mask("CumulativeNorm.step", x[None], jnp.asarray(where)[None])
+            where = jnp.asarray(where)[None]
+        check_step_mask("CumulativeNorm.step", x[None], where)
         self._check_state("CumulativeNorm.step", x, state)
-        return self._step(x, state, where)
+        y, state = self._chunk(x[None], state, where)
+        return y[0], state
 
     @jax.named_scope("eqx_norms.CumulativeNorm.chunk")
     def chunk(
@@ -277,15 +294,18 @@ class CumulativeNorm(eqx.Module):
         check_steps("CumulativeNorm.chunk", x, self.channels, self.groups)
         check_step_mask("CumulativeNorm.chunk", x, where)
         self._check_state("CumulativeNorm.chunk", x, state)
-        if where is not None:
-            where = jnp.broadcast_to(where, (len(x), *where.shape[1:]))
+        return self._chunk(x, state, where)
 
-        def take(state, now):
-            y, state = self._step(now[0], state, now[1])
-            return state, y
+    def _chunk(self, x, state: CumulativeState, where) -> tuple[Array, CumulativeState]:
+        weight, bias = own_channel_params(self, x.shape[1:])
+        weight, bias = (of_channels(p, x, self.groups) for p in (weight, bias))
+        grouped, mask = (in_groups(a, x, self.groups) for a in (x, where))
+        how = {"eps": self.eps, "reach": self._reach()}
+        y, state = normalize_chunk(grouped, state, weight, bias, mask, **how)
+        return y.reshape(x.shape), state
 
-        state, y = jax.lax.scan(take, state, (jnp.asarray(x), where))
-        return y, state
+    def _reach(self) -> Reach:
+        return Reach(self.decay, self.window)
 
     def _check_state(self, name: str, x, state) -> None:
         wide = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
@@ -298,17 +318,10 @@ class CumulativeNorm(eqx.Module):
                 f"`{name}(x, state)` got the state of a layer {with_} decay, and is {without}: "
                 "begin with norm.init_state(x.dtype)"
             )
-        if got != ((self.groups,), wide):
+        shape = (self.groups,) if self.window is None else (self.window - 1, self.groups)
+        if got != (shape, wide):
             raise ValueError(
                 f"`{name}(x, state)` takes the state of the step before, or "
-                f"`norm.init_state(x.dtype)`: expected statistics of shape {(self.groups,)} and "
+                f"`norm.init_state(x.dtype)`: expected statistics of shape {shape} and "
                 f"{wide}, got {got[0]} and {got[1]}."
             )
-
-    def _step(self, x, state: CumulativeState, where) -> tuple[Array, CumulativeState]:
-        weight, bias = own_channel_params(self, x.shape)
-        weight, bias = (of_channels(p, x, self.groups, axis=0) for p in (weight, bias))
-        grouped, mask = (in_groups(a, x, self.groups, axis=0) for a in (x, where))
-        how = {"eps": self.eps, "decay": self.decay}
-        y, state = normalize_step(grouped, state, weight, bias, mask, **how)
-        return y.reshape(x.shape), state

@@ -4,15 +4,17 @@
     python examples/packing.py --data FILE ...      # your own lines or CSV
 
 Short texts are packed into rows, so that little is lost to padding. Each should be read as if it
-were alone, and that takes a mask. Three decoders, untrained: with the mask, without it, and without
-it but with positions that begin again at each name, which is not enough. All three are causal.
+were alone, and that takes a mask. Four decoders, untrained: with the mask, without it, without it
+but with positions that begin again at each name, which is not enough, and with the mask and norms
+over each name. All but the last are causal: a norm by segment keeps names apart, and reads all of
+its own.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from decoder.settings import Settings
 from jaxtyping import Array, Bool, Float, Int
 from names_data import END, Vocabulary, read_names
 
+from eqx_norms import segment_norm
 from eqx_norms.causality import CausalityReport, check_causal, check_reads, rules
 
 ROWS, LENGTH = 2, 20
@@ -59,7 +62,7 @@ def pack(names: Sequence[str], rows: int, length: int) -> Packed:
     return Packed(lines, name.reshape(rows, length), place.reshape(rows, length))
 
 
-# ---- Three decoders.
+# ---- Four decoders.
 
 
 def scores(
@@ -67,26 +70,39 @@ def scores(
     letters: Int[Array, " tokens"],
     place: Int[Array, " tokens"],
     mask: Bool[Array, "tokens tokens"],
+    norm_over: Int[Array, " tokens"] | None = None,
 ) -> Float[Array, "tokens symbols"]:
-    """What the decoder says of one row, with positions and a mask that are not its own."""
+    """What the decoder says of one row, with positions and a mask that are not its own.
+
+    Its norms are of each token, or over the tokens that have the same number in `norm_over`.
+    """
+
+    def norm_by(norm: Any, x: Array) -> Array:
+        if norm_over is None:
+            return norm(x)
+        weight, bias = norm.layer.weight, norm.layer.bias
+        return segment_norm(x, norm_over, weight, bias, num_segments=len(letters))
+
     x = jax.vmap(decoder.embedding)(letters) + decoder.position[place]
     for block in decoder.blocks:
-        h = block.norm1(x)
+        h = norm_by(block.norm1, x)
         x = x + block.attention(h, h, h, mask=mask)
-        x = x + jax.vmap(block.mlp)(block.norm2(x))
-    return jax.vmap(decoder.readout)(decoder.norm(x))
+        x = x + jax.vmap(block.mlp)(norm_by(block.norm2, x))
+    return jax.vmap(decoder.readout)(norm_by(decoder.norm, x))
 
 
 class Case(NamedTuple):
     title: str
     resets: bool  # whether positions begin again at each name
     masked: bool
+    norms_over_names: bool = False
 
 
 CASES = (
     Case("segment mask", resets=True, masked=True),
     Case("mask forgotten", resets=False, masked=False),
     Case("positions reset, mask forgotten", resets=True, masked=False),
+    Case("segment mask, norms over names", resets=True, masked=True, norms_over_names=True),
 )
 
 
@@ -96,22 +112,30 @@ def make_model(case: Case, packed: Packed, symbols: int) -> Callable:
     place = packed.place if case.resets else np.broadcast_to(np.arange(LENGTH), packed.place.shape)
     same = packed.name[:, :, None] == packed.name[:, None, :]
     mask = np.tri(LENGTH, dtype=bool) & (same if case.masked else np.ones_like(same))
-    row = jax.vmap(scores, in_axes=(None, 0, 0, 0))
-    return lambda letters: row(decoder, letters, jnp.asarray(place), jnp.asarray(mask))
+    # Numbers from 0 on in each row, of which there are no more than letters.
+    first = packed.name[:, :1]
+    names = jnp.asarray(packed.name - first) if case.norms_over_names else None
+    row = jax.vmap(scores, in_axes=(None, 0, 0, 0, 0))
+    return lambda letters: row(decoder, letters, jnp.asarray(place), jnp.asarray(mask), names)
 
 
 # ---- The checks, and what they should find.
 
 
 def check(case: Case, packed: Packed, vocabulary: Vocabulary) -> list[CausalityReport]:
-    """Does an output read later letters? Does it read other names, and all of its own so far?"""
+    """Does an output read later letters? Does it read other names, and all of its own so far?
+
+    Of its own name one with norms over names may read the rest as well.
+    """
     model = make_model(case, packed, len(vocabulary))
     letters = np.stack([vocabulary.encode(line) for line in packed.text])
     how = {"token_values": (0, len(vocabulary) - 1), "prove": True}  # edits have the whole alphabet
-    rule = rules.causal(letters.size) & rules.segments(packed.name.reshape(-1))
+    own = rules.segments(packed.name.reshape(-1))
+    so_far = rules.causal(letters.size) & own
+    rule = own if case.norms_over_names else so_far
     return [
         check_causal(model, letters, axis=1, **how),
-        check_reads(model, letters, rule, required=rule, axis=(0, 1), labels=packed.text, **how),
+        check_reads(model, letters, rule, required=so_far, axis=(0, 1), labels=packed.text, **how),
     ]
 
 
@@ -139,12 +163,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\nPacked into rows, does one name read another?\n")
     print(*packed.text, sep="\n", end="\n\n")
     print(f"{'decoder':<33}{'reads later letters?':<22}{'reads other names?':<24}reads its own?")
-    expected, figure = True, Figure(figsize=(15, 4.9), dpi=100, layout="constrained")
-    for case, ax in zip(CASES, figure.subplots(1, len(CASES)), strict=True):
+    expected, figure = True, Figure(figsize=(11, 10), dpi=100, layout="constrained")
+    for case, ax in zip(CASES, figure.subplots(2, 2).flat, strict=True):
         later, others = check(case, packed, Vocabulary.of(names))
         own = "NO" if others.blind else "yes"
         print(f"{case.title:<33}{answer(later):<22}{answer(others):<24}{own}", flush=True)
-        expected &= (later.leak, others.leak, others.blind) == (False, not case.masked, False)
+        verdict = later.leak, others.leak, others.blind
+        expected &= verdict == (case.norms_over_names, not case.masked, False)
         found = f"LEAK: {len(others.pairs())} pairs" if others.leak else "no leak"
         others.plot(ax).set_title(f"{case.title}\n{found}")
         ax.tick_params(labelsize=7, length=0)

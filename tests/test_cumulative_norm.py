@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from draws import normal, seed
-from oracles import Exact, assert_close, exact_norm, terms
+from oracles import Exact, assert_close, assert_rounded_once, exact_norm, terms
 from refused import refused
 from slow import few, slow
 
 from eqx_norms import CumulativeNorm, GroupNorm, assert_causal, cumulative_norm
-from eqx_norms.causality import CausalityError, assert_same, check_reads, rules
+from eqx_norms.causality import CausalityError, assert_reads, assert_same, check_reads, rules
 
 TIME, CHANNELS = 9, 4
 
@@ -163,68 +163,107 @@ def test_steps_are_the_same_function():
         np.testing.assert_allclose(dx(part), dx(whole), rtol=0, atol=1e-5 * np.abs(dx(whole)).max())
 
 
-def exact_decayed(x, where, decay, g):
-    """`(y, dx)` of one group in float64, each prefix by itself, without weight and bias.
+def shares(where, decay=1.0, window=None):
+    """What an entry of step s weighs at step t: decay to the number of steps behind s, up to t, of
+    which anything counts; within the window."""
+    time, counted = np.arange(len(where)), np.cumsum(where.any(1))
+    decay = np.float64(np.float32(decay))
+    far = time[:, None] - time if window else np.zeros((len(where),) * 2, int)
+    weigh = decay ** np.maximum(counted[:, None] - counted, 0)
+    return np.where((time <= time[:, None]) & (far < (window or 1)), weigh, 0)
 
-    In the prefix that ends at t, an entry of step s weighs decay to the number of steps behind s,
-    up to t, of which anything counts.
-    """
-    x, g, decay = np.float64(x), np.float64(g), np.float64(np.float32(decay))
-    where = np.broadcast_to(where, x.shape)
+
+def exact_forgetful(x, where, g, **how):
+    """`(y, dx)` of one group in float64, each prefix by itself, without weight and bias."""
+    x, g = np.float64(x), np.float64(g)
     y, dx = np.zeros((2, *x.shape))
-    steps = np.cumsum(where.any(1))
-    for t in range(len(x)):
-        weigh = where[: t + 1] * decay ** (steps[t] - steps[: t + 1])[:, None]
-        n = weigh.sum()
+    for t, share in enumerate(shares(where, **how)):
+        weigh = where * share[:, None]
         if not where[t].any():
             continue
-        xc = x[: t + 1] - x[0, 0]
-        xc = np.where(where[: t + 1], xc - (weigh * xc).sum() / n, 0)
+        n = weigh.sum()
+        xc = x - x[t][where[t]][0]
+        xc = np.where(weigh > 0, xc - (weigh * xc).sum() / n, 0)
         r = ((weigh * xc**2).sum() / n + 1e-5) ** -0.5
         shown = np.where(where[t], g[t], 0)
-        y[t] = np.where(where[t], xc[-1] * r, 0)
+        y[t] = np.where(where[t], xc[t] * r, 0)
         dx[t] += r * shown
-        dx[: t + 1] -= weigh * (r * shown.sum() + xc * r**3 * (shown * xc[-1]).sum()) / n
+        dx -= weigh * (r * shown.sum() + xc * r**3 * (shown * xc[t]).sum()) / n
     return y, dx
 
 
-@pytest.mark.parametrize("steps, decay", ((4, 0.7), slow(1, 0.7), slow(300, 0.99)))
-def test_decay(steps, decay):
-    """Whole, its derivative and chunks, without a mask and with one, at every offset.
+FORGETFUL = (
+    *((9, {"window": 4}), (4, {"decay": 0.7}), (1, {"decay": 0.7}), (300, {"decay": 0.99})),
+    *((1, {"window": 1}), (6, {"window": 3}), (7, {"window": 99}), (300, {"window": 37})),
+)
+
+
+@pytest.mark.parametrize("steps, how", [FORGETFUL[0], *(slow(*case) for case in FORGETFUL[1:])])
+def test_forgetting(steps, how):
+    """Whole, its derivative, chunks and steps, at every offset: without a mask, with one, and with
+    one that hides some steps in a row, more than a window.
 
     The largest entry sets the scale: errors are of the statistics, which all steps share.
     """
     rng = np.random.default_rng(seed(7))
     drawn, g = rng.normal(size=(2, steps, CHANNELS)).astype(np.float32)
-    norm = CumulativeNorm(CHANNELS, decay=decay, channelwise_affine=False)
+    norm = CumulativeNorm(CHANNELS, channelwise_affine=False, **how)
     late = np.broadcast_to((np.arange(steps) % 3 != 1)[:, None], drawn.shape).copy()
     late[::2, 1] = False
+    gap = np.abs(np.arange(steps) - steps // 2) > steps // 4
+    gap = np.broadcast_to(gap[:, None], drawn.shape)
 
     @jax.jit
     def run(x, where):
         y, vjp = jax.vjp(lambda x: norm(x, where=where), x)
-        return y, vjp(g)[0], streamed(norm, x, where, chunks=(1, steps // 2)[: steps - 1])
+        chunks = streamed(norm, x, where, chunks=(1, steps // 2)[: steps - 1])
+        return y, vjp(g)[0], chunks, streamed(norm, x, where)
 
-    for where, offset in it.product((np.ones_like(late), late), (0, 1e4, 1e6)):
+    for where, offset in it.product((np.ones_like(late), late, gap), (0, 1e4, 1e6)):
         x = drawn + np.float32(offset)
-        y, dx = exact_decayed(x, where, decay, g)
+        y, dx = exact_forgetful(x, where, g, **how)
         got = run(np.where(where, x, np.float32(np.nan)), where)
-        for one, want in zip(got, (y, dx, y), strict=True):
-            assert np.abs(one - want).max() <= 3e-6 * max(np.abs(want).max(), 1)
+        for one, want in zip(got, (y, dx, y, y), strict=True):
+            assert np.abs(one - want).max() <= 1e-6 * max(np.abs(want).max(), 1)
+
+
+def test_a_window_of_equal_steps():
+    """Of no variance at all y is 0, however far they are from the steps before."""
+    x = jnp.asarray([[1e6], [3.0], [3.0], [3.0], [0.1]])
+    norm = CumulativeNorm(1, window=2)
+    whole = jax.jit(lambda x: norm(x))(x)
+    for y in (whole, jax.jit(ft.partial(streamed, norm))(x)):
+        np.testing.assert_allclose(y[:, 0], [0, -1, 0, 0, -1], atol=1e-5)
+        assert not y[2:4].any()
 
 
 @pytest.mark.slow
-def test_derivatives_of_a_decay(getkey):
+def test_a_window_behind_a_jump():
+    """y forgets it altogether. dx of the steps beside it has lost as much as it was larger."""
+    rng = np.random.default_rng(seed(9))
+    x, g = rng.normal(size=(2, 100, CHANNELS)).astype(np.float32)
+    norm, all_of = CumulativeNorm(CHANNELS, window=16), np.ones(x.shape, bool)
+    for size in (0, 1e2, 1e4):
+        jumped = x + np.float32(size) * (np.arange(100) > 49)[:, None].astype(np.float32)
+        want = exact_forgetful(jumped, all_of, g, window=16)
+        y, vjp = jax.vjp(jax.jit(lambda x: norm(x)), jumped)
+        for got, exact, lost in zip((y, *vjp(g)), want, (0, size), strict=True):
+            most = np.abs(exact).max()
+            assert np.abs(got - exact).max() <= (1e-6 + lost * 2.0**-23) * max(most, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ({"decay": 0.5}, {"window": 2}), ids=str)
+def test_derivatives_of_forgetting(how, getkey):
     """Both modes and second order, beside JAX's of each prefix."""
-    decay, where = 0.5, np.arange(5) != 2
+    where = np.arange(5) != 2
     with jax.enable_x64(True):
         x, dx, g = normal(getkey(), (3, 5, 3))
-        steps = np.cumsum(where)
+        share = jnp.asarray(where * shares(where[:, None], **how))
 
         def reference(x):
             def at(t):
-                weigh = jnp.asarray(where * (np.arange(5) <= t) * decay ** (steps[t] - steps))
-                mean = lambda a: (weigh[:, None] * a).sum() / (3 * weigh.sum())
+                mean = lambda a: (share[t][:, None] * a).sum() / (3 * share[t].sum())
                 xc = x - mean(x)
                 return xc[t] * jax.lax.rsqrt(mean(jnp.square(xc)) + 1e-5)
 
@@ -235,7 +274,7 @@ def test_derivatives_of_a_decay(getkey):
             modes = jax.grad, jax.jacfwd, jax.hessian, jax.grad(jax.grad(loss))
             return jax.jit(lambda t: [m(loss)(t) for m in modes[:3]] + [modes[3](t)])(0.1)
 
-        got = along(lambda x: cumulative_norm(x, decay=decay, where=where))
+        got = along(lambda x: cumulative_norm(x, where=where, **how))
         want = along(reference)
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
 
@@ -278,11 +317,19 @@ def test_a_decay_is_causal_and_proved():
     assert assert_causal(norm, draw(0)[0], prove="required").status == "proved"
 
 
-@pytest.mark.parametrize("decay", few((None, 0.9), (None,)))
-def test_kept_are_x_and_three_numbers_a_step(decay):
+@pytest.mark.slow
+def test_a_window_is_causal_and_proved():
+    """Nor is anything read that has left it. One step fewer is a leak."""
+    norm, x = CumulativeNorm(2, window=3), normal(jax.random.key(seed(3)), (7, 2))
+    assert assert_reads(norm, x, rules.window(7, (2, 0)), prove="required").status == "proved"
+    assert check_reads(norm, x, rules.window(7, (1, 0))).status == "leak"
+
+
+@pytest.mark.parametrize("how", few(({}, {"decay": 0.9}, {"window": 7}), ({},)), ids=str)
+def test_kept_are_x_and_three_numbers_a_step(how):
     for dtype, size in ((jnp.float32, 4), (jnp.bfloat16, 2)):
         x = jnp.ones((50, 64), dtype)
-        _, vjp = jax.vjp(jax.jit(lambda x: CumulativeNorm(64, 2, decay=decay)(x)), x)
+        _, vjp = jax.vjp(jax.jit(lambda x: CumulativeNorm(64, 2, **how)(x)), x)
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
         assert held <= x.size * size + 50 * 2 * 12 + 64 * 4
 
@@ -324,6 +371,21 @@ def test_many_steps_of_an_odd_size_at_an_offset():
     for f in (norm, ft.partial(streamed, norm)):
         error = np.abs(jax.jit(lambda x, f=f: f(x))(x) - want)
         assert error.max() < 1e-6 * np.abs(want).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ({}, {"decay": 0.9}, {"window": 5}), ids=str)
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+def test_half_precision(dtype, how):
+    """y and dx are rounded once; what they are rounded from is off by 1e-6 of the largest entry."""
+    rng = np.random.default_rng(seed(8))
+    x, g = (jnp.asarray(rng.normal(size=(40, CHANNELS)) + mean, dtype) for mean in (3, 0))
+    norm = CumulativeNorm(CHANNELS, channelwise_affine=False, **how)
+    y, vjp = jax.vjp(jax.jit(lambda x: norm(x)), x)
+    want = exact_forgetful(x, np.ones(x.shape, bool), g, **how)
+    for got, exact in zip((y, *vjp(g)), want, strict=True):
+        assert got.dtype == dtype
+        assert_rounded_once(got, exact, 1e-6 * np.abs(exact).max() + np.zeros(exact.shape))
 
 
 def test_half_precision_and_float64():
@@ -388,6 +450,12 @@ def test_bad_input():
     for decay in (0, 1, -0.5, float("nan"), "0.9"):
         with refused(ValueError, "a number above 0 and below 1, or None to forget nothing"):
             CumulativeNorm(CHANNELS, decay=decay)
+    with refused(ValueError, "by `decay=` or by `window=`, not by both"):
+        cumulative_norm(x, decay=0.9, window=3)
+    with refused(ValueError, r"`CumulativeNorm\(window=...\)` must be 1 or more; got 0"):
+        CumulativeNorm(CHANNELS, window=0)
+    with refused(ValueError, r"expected statistics of shape \(2, 2\) and float32, got \(2,\)"):
+        CumulativeNorm(CHANNELS, 2, window=3).chunk(x, norm.init_state())
     with refused(ValueError, "got the state of a layer without decay, and is with: begin with"):
         CumulativeNorm(CHANNELS, decay=0.9).step(x[0], CumulativeNorm(CHANNELS).init_state())
     stacked = eqx.filter_vmap(lambda _: CumulativeNorm(CHANNELS))(jnp.arange(3))

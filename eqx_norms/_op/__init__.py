@@ -3,8 +3,8 @@
 from ._cumulative import (
     CumulativeState as CumulativeState,
     no_steps as no_steps,
+    normalize_chunk as normalize_chunk,
     normalize_so_far as normalize_so_far,
-    normalize_step as normalize_step,
 )
 from ._lowering import MARKS as MARKS, grouped as grouped
 from ._normalize import (
@@ -14,5 +14,6 @@ from ._normalize import (
     together as together,
 )
 from ._plain import plain as plain
+from ._reach import Reach as Reach
 from ._rounded import rounded as rounded
 from ._rows import PRIMITIVES as PRIMITIVES, normalize_by as normalize_by
