@@ -30,6 +30,7 @@ from . import (
     _reads as r,
     _windows,
 )
+from ._devices import SHARD_MAP, on_one_device
 from ._elementwise import ENTRY_BY_ENTRY
 from ._exact import exact
 from ._flow import RULES, connect_all
@@ -90,6 +91,12 @@ class Context:
         self.float_masks.add(f"{jnp.result_type(const)} of shape {jnp.shape(const)}")
         return constant(const) if self.trust_masks else parameter(const, LARGE)
 
+    def on_one_device(self, eqn: jex.JaxprEqn) -> Any:
+        key = "one device", id(eqn)
+        if key not in self.computed:
+            self.computed[key] = eqn, on_one_device(eqn)
+        return self.computed[key][1]
+
     def line(self, eqn: jex.JaxprEqn) -> str:
         return line_of([*self.calls, eqn])
 
@@ -132,6 +139,8 @@ def _literal(atom: Any) -> bool:
 def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) -> list[Known]:
     name = eqn.primitive.name.replace("-", "_")
     inner = called(eqn)
+    if name == SHARD_MAP and (inner := context.on_one_device(eqn)) is not None:
+        operands = [free((), np.int32), *operands]  # whichever device
     if name in _CONTROL or inner is not None:
         context.calls.append(eqn)
         if name in _CONTROL:
