@@ -1,12 +1,12 @@
 """Programs of several devices, `shard_map`, as programs of one that does what each of them does.
 
-`vmap` with the names of a mesh's axes is all devices side by side: `axis_index` becomes an iota, and
-what passes between devices operations along an axis. These the proof has rules for.
+`vmap` with the names of a mesh's axes is all devices side by side: `axis_index` becomes an iota,
+and what passes between devices operations along an axis. These the proof has rules for.
 """
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,8 +34,8 @@ def on_one_device(eqn: jex.JaxprEqn) -> Any:
     A result that counts as the same on all devices is that of the numbered one: whether it is the
     same, nobody has checked if `check_vma=False`. `None` where JAX cannot do devices side by side.
     """
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-    device = jax.ShapeDtypeStruct((), jnp.int32)
+    alike: Callable[[Any], Any] = lambda aval: jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    avals, device = [alike(v.aval) for v in eqn.invars], jax.ShapeDtypeStruct((), jnp.int32)
     try:
         with use_abstract_mesh(AbstractMesh((), ())), _at(eqn):
             return jax.make_jaxpr(functools.partial(_mapped, eqn))(device, *avals)
