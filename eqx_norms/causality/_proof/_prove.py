@@ -399,13 +399,15 @@ def prove(
     """Whether no chain of operations leads from an input to an output that must not read it."""
     if (ref := first_ref(question.closed)) is not None:
         return _without_rule_for_refs(ref, allowed)
-    context = Context(assume_bounded=False)
+    context = Context(assume_bounded)
     found = question.connected(context)
-    if assume_bounded and (found & ~allowed).any():
-        context = Context(assume_bounded=True)
-        found = question.connected(context)
     if (found & ~allowed).any():
         return Proof(False, found, (), _obstacles(question, context, found & ~allowed))
+    if context.used:
+        alone = Context(assume_bounded=False)
+        without = question.connected(alone)
+        if not (without & ~allowed).any():
+            context, found = alone, without
     meetings = {name: context.meetings[name] for name in context.used}
     return Proof(True, found, _assumptions(context, meetings), (), meetings)
 
@@ -441,8 +443,15 @@ def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ..
     look = Context(context.assume_bounded, looking=True)
     question.connected(look, columns)
 
+    known: dict[frozenset, np.ndarray] = {}
+
     def leaking(cuts: Sequence[Sequence]) -> Bool[np.ndarray, "cuts T_out"]:
-        return _leaking(question, context.assume_bounded, columns, allowed, cuts)
+        names = [frozenset(cut) for cut in cuts]
+        new = [name for name in dict.fromkeys(names) if name not in known]
+        if new:
+            rows = _leaking(question, context.assume_bounded, columns, allowed, new)
+            known.update(zip(new, rows, strict=True))
+        return np.stack([known[name] for name in names])
 
     candidates = [_MASKS] * bool(look.float_masks) + list(look.merging)
     blamed = _smallest(leaking, candidates) or _smallest(leaking, candidates + list(look.moving))
@@ -489,6 +498,7 @@ def _smallest(leaking, candidates: list) -> list | None:
     """A set of cuts with which nothing leaks and of which none can be left out: the one that
     QuickXplain (Junker 2004) finds. `None` if all of them do not suffice.
     """
+    alone = [[one] for one in candidates] if len(candidates) <= _TRIED else []
     needed: list = []
     end = len(candidates)
     while True:
@@ -496,7 +506,9 @@ def _smallest(leaking, candidates: list) -> list | None:
         start, known_to_hold = -1, bool(needed)
         while start + 1 < end or not known_to_hold:
             tried = np.unique(np.linspace(start + 1, end, min(_TRIED, end - start)).astype(int))
-            leaks = leaking([[*needed, *candidates[:n]] for n in tried]).any(1)
+            sets = [[*needed, *candidates[:n]] for n in tried]
+            # Often one is enough, and this is known for all of them at once.
+            leaks = leaking(sets + alone).any(1)[: len(sets)]
             if leaks.all():
                 return needed[::-1] if known_to_hold else None
             first = int(np.argmin(leaks))
@@ -506,6 +518,8 @@ def _smallest(leaking, candidates: list) -> list | None:
             return needed[::-1]
         needed.append(candidates[end - 1])
         end -= 1
+        if needed in alone and not leaking([needed]).any():
+            return needed[::-1]
 
 
 def _sentence(eqn: jex.JaxprEqn, line: str, outputs, opaque) -> str:
