@@ -1,6 +1,7 @@
 """Which results of constants are the same in every compilation: those that nothing rounds."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.extend.core as jex
@@ -19,6 +20,45 @@ _ROUND_NOTHING = (
 ).split()
 _INDEXED = ("dynamic_slice", "dynamic_update_slice", "gather", "scatter")
 _SUMS = ("reduce_sum", "cumsum", "dot_general")
+
+# Of integers and bools, which wrap in NumPy as everywhere, NumPy gives the same bits sooner.
+_IN_NUMPY: dict[str, Callable] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "select_n": lambda which, *cases: np.where(which, *reversed(cases)),
+    "convert_element_type": lambda x: x,
+}
+
+
+def in_numpy(eqn: jex.JaxprEqn, args: list[np.ndarray]) -> np.ndarray | None:
+    """The result of an operation on integers and bools, or of a cast that is none."""
+    name, (out,) = eqn.primitive.name, eqn.outvars[:1]
+    if name == "convert_element_type" and out.aval.dtype == eqn.invars[0].aval.dtype:
+        return args[0]
+    whole = all(_is_whole(v.aval.dtype) for v in (*eqn.invars, out))
+    by_number = name == "select_n" and (len(args) != 3 or eqn.invars[0].aval.dtype != np.bool_)
+    if name not in _IN_NUMPY or not whole or by_number:
+        return None
+    args = [arg.astype(v.aval.dtype) for arg, v in zip(args, eqn.invars, strict=True)]
+    with np.errstate(over="ignore"):
+        return np.asarray(_IN_NUMPY[name](*args)).astype(out.aval.dtype)
+
+
+def _is_whole(dtype: Any) -> bool:
+    return isinstance(dtype, np.dtype) and dtype.kind in "iub"
 
 
 def exact(eqn: jex.JaxprEqn, args: list[Any], out: Any) -> bool:

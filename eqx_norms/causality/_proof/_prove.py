@@ -32,7 +32,7 @@ from . import (
 )
 from ._devices import SHARD_MAP, on_one_device
 from ._elementwise import ENTRY_BY_ENTRY
-from ._exact import exact
+from ._exact import exact, in_numpy
 from ._flow import RULES, connect_all
 from ._indexing import SHAPE_MOVES
 from ._known import Known, constant, free, is_real, known, parameter
@@ -91,6 +91,12 @@ class Context:
         self.float_masks.add(f"{jnp.result_type(const)} of shape {jnp.shape(const)}")
         return constant(const) if self.trust_masks else parameter(const, LARGE)
 
+    def literal(self, atom: Any) -> Known:
+        """A number in the program, which a loop meets at every step."""
+        if id(atom) not in self.computed:
+            self.computed[id(atom)] = atom, _scalar(self.held, atom.val)
+        return self.computed[id(atom)][1]
+
     def on_one_device(self, eqn: jex.JaxprEqn) -> Any:
         key = "one device", id(eqn)
         if key not in self.computed:
@@ -120,7 +126,7 @@ def evaluate(context: Context, closed: Any, args: Sequence[Known], path=()) -> l
     last |= dict.fromkeys((v for v in jaxpr.outvars if not _literal(v)), len(jaxpr.eqns))
 
     def read(atom):
-        return _scalar(context, atom.val) if _literal(atom) else values[atom]
+        return context.literal(atom) if _literal(atom) else values[atom]
 
     for i, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
@@ -180,11 +186,11 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
 _CONTROL = {"scan": _control.scan, "while": _control.loop, "cond": _control.branch}
 
 
-def _scalar(context: Context, value: Any) -> Known:
+def _scalar(held: frozenset, value: Any) -> Known:
     """A number in the program; a parameter, if it equals one that the function holds."""
     if np.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.inexact):
         dtype = jnp.result_type(value)
-        if any(np.asarray(held).astype(dtype) == value for held in context.held):
+        if any(np.asarray(number).astype(dtype) == value for number in held):
             return parameter(value, LARGE)
     return constant(value)
 
@@ -260,7 +266,10 @@ def _bound(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> tuple[list[Any], Seq
     if all(is_real(v.aval.dtype) for v in [*eqn.invars, *eqn.outvars]):
         if name == "iota":
             params = {**params, "dimension": 0, "shape": (params["shape"][params["dimension"]],)}
-            (numbers,) = _bind(eqn, params, [])
+            if jnp.issubdtype(params["dtype"], jnp.integer):
+                numbers = np.arange(*params["shape"]).astype(params["dtype"])
+            else:
+                (numbers,) = _bind(eqn, params, [])
             shape = [
                 -1 if i == eqn.params["dimension"] else 1 for i in range(len(eqn.params["shape"]))
             ]
@@ -270,6 +279,8 @@ def _bound(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> tuple[list[Any], Seq
             return args, [SHAPE_MOVES[name](args[0], params, args[0].shape)]
         if name in ENTRY_BY_ENTRY:
             args = narrowed(args)
+            if (out := in_numpy(eqn, args)) is not None:
+                return args, [out]
     return args, _bind(eqn, params, args)
 
 
