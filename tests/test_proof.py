@@ -631,11 +631,9 @@ def row_by_row(x):
 
 
 def initialised_inside(x):
-    """Parameters that fn itself draws, of the kinds that libraries draw: constants."""
+    """A parameter that fn itself draws, as Flax and Haiku do: a constant."""
     weight = jax.nn.initializers.lecun_normal()(jr.key(0), (4, 4), x.dtype)
-    rates = jr.gamma(jr.key(1), 2, (4,), x.dtype)
-    mixed = jnp.tri(LENGTH, dtype=x.dtype) @ (x @ weight)
-    return mixed * jax.nn.softplus(rates)[None]
+    return jnp.tri(LENGTH, dtype=x.dtype) @ (x @ weight)
 
 
 STRUCTURES = (state_space_dual, rotated, triangular, gaussian_process, noise_of_each)
@@ -647,6 +645,29 @@ def test_what_people_write_is_proved(fn):
     """And turned around in time it is not."""
     assert proof(fn, floats(), CAUSAL).holds
     assert not proof(lambda x: fn(x[::-1])[::-1], floats(), CAUSAL).holds
+
+
+def test_experts_with_a_capacity_are_left_to_the_edits():
+    """Who is in a slot, the numbers decide: the scatter is named, and who can tell."""
+
+    def routed(x):
+        chosen = (x[:, 0] > 0).astype(jnp.int32)
+        mine = jax.nn.one_hot(chosen, 2, dtype=jnp.int32)
+        slot = (jnp.cumsum(mine, 0) * mine).sum(1) - 1
+        slots = jnp.zeros((2, 3, 4), x.dtype).at[chosen, slot].set(x, mode="drop")
+        kept = jnp.tanh(slots)[chosen, jnp.clip(slot, 0, 2)]
+        return jnp.where((slot < 3)[:, None], kept, 0)
+
+    found = proof(routed, floats(), CAUSAL)
+    assert not found.holds
+    assert "`scatter` in " in found.obstacles[0]
+    assert "the input decides where its updates land" in found.obstacles[0]
+
+
+@pytest.mark.slow
+def test_a_draw_that_looks_at_keys_as_a_whole_is_a_constant_as_well():
+    drawn = lambda x: jnp.cumsum(x * jr.gamma(jr.key(0), 2, (1, 4), x.dtype), 0)
+    assert proof(drawn, floats(), CAUSAL).holds
 
 
 def test_a_solve_with_what_may_be_no_number_reads_everything():

@@ -46,16 +46,20 @@ _IN_NUMPY: dict[str, Callable] = {
 
 def in_numpy(eqn: jex.JaxprEqn, args: list[np.ndarray]) -> np.ndarray | None:
     """The result of an operation on integers and bools, or of a cast that is none."""
-    name, (out,) = eqn.primitive.name, eqn.outvars[:1]
-    if name == "convert_element_type" and out.aval.dtype == eqn.invars[0].aval.dtype:
+    name = eqn.primitive.name
+    *dtypes, out = map(_dtype, [*eqn.invars, eqn.outvars[0]])
+    if name == "convert_element_type" and dtypes == [out]:
         return args[0]
-    whole = all(_is_whole(v.aval.dtype) for v in (*eqn.invars, out))
-    by_number = name == "select_n" and (len(args) != 3 or eqn.invars[0].aval.dtype != np.bool_)
-    if name not in _IN_NUMPY or not whole or by_number:
+    by_number = name == "select_n" and (len(args) != 3 or dtypes[0] != np.bool_)
+    if name not in _IN_NUMPY or by_number or not all(map(_is_whole, [*dtypes, out])):
         return None
-    args = [arg.astype(v.aval.dtype) for arg, v in zip(args, eqn.invars, strict=True)]
+    args = [arg.astype(dtype) for arg, dtype in zip(args, dtypes, strict=True)]
     with np.errstate(over="ignore"):
-        return np.asarray(_IN_NUMPY[name](*args)).astype(out.aval.dtype)
+        return np.asarray(_IN_NUMPY[name](*args)).astype(out)
+
+
+def _dtype(atom: Any) -> Any:
+    return atom.aval.dtype
 
 
 def _is_whole(dtype: Any) -> bool:

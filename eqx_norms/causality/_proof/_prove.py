@@ -160,15 +160,15 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
         signed = _tells_zeros_apart(eqn, operands)
         if signed:
             operands = _with_signs(context, operands, path)
-        computed = _computed(context, eqn, operands)
-        settled = [x for x in computed or () if x is not None]
-        if computed is not None and len(settled) == len(computed):
+        computed, values = _computed(context, eqn, operands)
+        settled = [x for x in computed if x is not None]
+        if computed and len(settled) == len(computed):
             return settled
         if name not in RULES:
             context.opaque.add(name)
         results = RULES.get(name, connect_all)(context, eqn, *operands)
-        if computed is not None:
-            results = list(map(_where_finite, results, _bound(eqn, operands)[1]))
+        if computed:
+            results = list(map(_where_finite, results, values))
         if context.assume_bounded:
             results = assumed(context, eqn, operands, results, path)
         if context.looking:
@@ -230,12 +230,12 @@ def _merges(operands: Sequence[Known], results: Sequence[Known]) -> bool:
 
 def _computed(
     context: Context, eqn: jex.JaxprEqn, operands: Sequence[Known]
-) -> list[Known | None] | None:
+) -> tuple[list[Known | None], Sequence[Any]]:
     """The results of constants: `None` in the place of one that another compilation may round
-    otherwise. `None` where not all operands are known.
+    otherwise; and what they are in this one. Nothing where not all operands are known.
     """
     if not all(x.value is not None for x in operands) or eqn.effects or is_foreign(eqn):
-        return None
+        return [], []
     key = (id(eqn), *map(_name, operands))
     if key not in context.computed:
         args, outs = _bound(eqn, operands)
@@ -244,9 +244,9 @@ def _computed(
             for out, v in zip(outs, eqn.outvars, strict=True)
         ]
         if max(math.prod(_shape(v)) for v in eqn.outvars) <= _SMALL:
-            return results
-        context.computed[key] = eqn, operands, results
-    return context.computed[key][2]
+            return results, outs
+        context.computed[key] = eqn, operands, results, outs
+    return context.computed[key][2:]
 
 
 def _shape(var: Any) -> tuple[int, ...]:
@@ -535,8 +535,16 @@ def _smallest(leaking, candidates: list) -> list | None:
 
 def _sentence(eqn: jex.JaxprEqn, line: str, outputs, opaque) -> str:
     which = f"outputs {outputs[0]} to {outputs[-1]}" if len(outputs) > 1 else f"output {outputs[0]}"
-    why = ", which the proof has no rule for," if eqn.primitive.name in opaque else ""
-    return f"`{eqn.primitive.name}`{why} in {line} connects {which} with what must not be read."
+    name = eqn.primitive.name
+    why = ", which the proof has no rule for," if name in opaque else ""
+    more = _PLACES if name.startswith("scatter") or name == "dynamic_update_slice" else ""
+    return f"`{name}`{why} in {line} connects {which} with what must not be read.{more}"
+
+
+_PLACES = (
+    " If the input decides where its updates land, as that of experts with a capacity does, any entry "
+    "may hold any update, and only the edits can tell."
+)
 
 
 def _of_a_mask(what: str) -> str:
