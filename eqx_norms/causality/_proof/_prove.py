@@ -542,8 +542,8 @@ def _sentence(eqn: jex.JaxprEqn, line: str, outputs, opaque) -> str:
 
 
 _PLACES = (
-    " If the input decides where its updates land, as that of experts with a capacity does, any entry "
-    "may hold any update, and only the edits can tell."
+    " If the input decides where its updates land, as that of experts with a capacity does, any "
+    "entry may hold any update, and only the edits can tell."
 )
 
 
