@@ -32,7 +32,7 @@ def main():
         _, length, seconds, peak = zip(*mine, strict=True)
         time.plot(length, seconds, "o-", color=colour, label=what)
         memory.plot(length, peak, "o-", color=colour, label=what)
-    time.set(ylabel="seconds of processor time", yscale="log")
+    time.set(ylabel="seconds of processor time", ylim=(0, None))
     memory.set(ylabel="GiB at the peak of the process", ylim=(0, None))
     for ax in (time, memory):
         ax.set(
