@@ -27,6 +27,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
 
 from eqx_norms.causality import check_causal
 from eqx_norms.causality._proof import Question, prove
@@ -206,6 +207,31 @@ def cached(x):
     return jax.lax.scan(step, (jnp.zeros_like(x), 0), x)[1]
 
 
+def ring(x):
+    """Keys and values go around four devices; each keeps its queries."""
+    mesh = jax.make_mesh((4,), ("seq",), axis_types=(AxisType.Auto,))
+    next_one = [(k, (k + 1) % 4) for k in range(4)]
+
+    def local(q):
+        me, size = jax.lax.axis_index("seq"), len(q)
+
+        def step(carry, k):
+            largest, bottom, top, kv = carry
+            rows, columns = me * size + jnp.arange(size), (me - k) % 4 * size + jnp.arange(size)
+            scores = jnp.where(rows[:, None] >= columns, q @ kv.T / 8, -jnp.inf)
+            now = jnp.maximum(largest, scores.max(1))
+            weights, scale = jnp.exp(scores - now[:, None]), jnp.exp(largest - now)
+            top = scale[:, None] * top + weights @ kv
+            bottom = scale * bottom + weights.sum(1)
+            return (now, bottom, top, jax.lax.ppermute(kv, "seq", next_one)), None
+
+        zero = 0 * q[:, 0]
+        carry, _ = jax.lax.scan(step, (zero - 1e30, zero, 0 * q, q), jnp.arange(4))
+        return carry[2] / carry[1][:, None]
+
+    return jax.shard_map(local, mesh=mesh, in_specs=P("seq"), out_specs=P("seq"))(x)
+
+
 DECODERS = {
     "attention of flax.nnx": nnx_attention,
     "attention of Haiku": haiku_attention,
@@ -216,6 +242,7 @@ DECODERS = {
     "RWKV-4's weighted sum": lambda _: rwkv,
     "RetNet by chunks": lambda _: retnet,
     "a cache of keys and values in a scan": lambda _: cached,
+    "a ring in `shard_map` on 4 devices": lambda _: ring,
 }
 
 
@@ -231,10 +258,12 @@ def decoders(length):
         print(f"| {name} | {report.status}{why} | {seconds:.1f} |", flush=True)
 
 
-# A call is gone through, a loop has its own rule, an iota is a constant, and Refs are refused.
+# A call is gone through, a loop has its own rule, an iota is a constant, Refs are refused, and what
+# passes between devices is only inside of a `shard_map`, which is gone through with them.
 GONE_THROUGH = (
     "call closed_call core_call custom_jvp_call custom_vjp_call custom_lin eval_jaxpr jit remat2 "
-    "scan while cond iota get swap addupdate"
+    "scan while cond iota get swap addupdate all_gather all_to_all axis_index pmax pmin ppermute "
+    "psum"
 )
 
 
@@ -262,6 +291,7 @@ def main():
         child(options.child, options.leak)
         return
     warnings.simplefilter("ignore")
+    jax.config.update("jax_num_cpu_devices", 4)
     if options.positions:
         lengths(options.positions, options.before)
     if options.decoders:

@@ -364,6 +364,10 @@ def unsigned_start(x):
     return x + jax.lax.dynamic_slice(x[::-1], (start,), (1,)) + last
 
 
+def case_before_the_first(x):
+    return jax.lax.select_n(jnp.full(LINE, -1, jnp.int32), x[::-1], x)
+
+
 NO_PROOF = {
     of_unsigned: (line(1, 2, 0, dtype="uint32"), 3),
     base_two: (line(-5), 1),
@@ -376,6 +380,7 @@ NO_PROOF = {
     prices: (line(49_999), 50_002),
     sign_of_zero: (line(1), -1),
     unsigned_start: (line(), 5),
+    case_before_the_first: (line(), 5),
 }
 
 
@@ -385,6 +390,17 @@ def test_no_leak_of_these_kinds_is_proved(fn):
     assert not proof(fn, x, np.tri(LINE, dtype=bool)).holds
     changed = x.at[-1].set(jnp.asarray(last, x.dtype))
     assert not np.array_equal(fn(x)[:-1], fn(changed)[:-1])
+
+
+def test_what_nobody_can_know_is_no_constant():
+    """A number that is drawn anew at each call, and the order of what is equal."""
+    drawn = lambda x: jnp.where(jax.lax.rng_uniform(0, 2**30, ()) == 5, x[::-1], x)
+    assert not proof(drawn, line(), np.tri(LINE, dtype=bool)).holds
+    equal = jnp.zeros(LINE, jnp.int32), jnp.arange(LINE, dtype=jnp.int32)
+    order = lambda stable: jax.lax.sort(equal, num_keys=1, is_stable=stable)[1]
+    for stable in (True, False):
+        moved = lambda x, stable=stable: x[order(stable)]
+        assert proof(moved, line(), np.tri(LINE, dtype=bool)).holds == stable
 
 
 def test_what_was_assumed_of_scores_is_looked_at():
@@ -614,8 +630,14 @@ def row_by_row(x):
     return jnp.stack([row * 2 for row in x]).cumsum(0)
 
 
+def initialised_inside(x):
+    """A parameter that fn itself draws, as Flax and Haiku do: a constant."""
+    weight = jax.nn.initializers.lecun_normal()(jr.key(0), (4, 4), x.dtype)
+    return jnp.tri(LENGTH, dtype=x.dtype) @ (x @ weight)
+
+
 STRUCTURES = (state_space_dual, rotated, triangular, gaussian_process, noise_of_each)
-STRUCTURES += (product_of_two, experts, row_by_row)
+STRUCTURES += (product_of_two, experts, row_by_row, initialised_inside)
 
 
 @pytest.mark.parametrize("fn", STRUCTURES, ids=lambda fn: fn.__name__)
@@ -623,6 +645,29 @@ def test_what_people_write_is_proved(fn):
     """And turned around in time it is not."""
     assert proof(fn, floats(), CAUSAL).holds
     assert not proof(lambda x: fn(x[::-1])[::-1], floats(), CAUSAL).holds
+
+
+def test_experts_with_a_capacity_are_left_to_the_edits():
+    """Who is in a slot, the numbers decide: the scatter is named, and who can tell."""
+
+    def routed(x):
+        chosen = (x[:, 0] > 0).astype(jnp.int32)
+        mine = jax.nn.one_hot(chosen, 2, dtype=jnp.int32)
+        slot = (jnp.cumsum(mine, 0) * mine).sum(1) - 1
+        slots = jnp.zeros((2, 3, 4), x.dtype).at[chosen, slot].set(x, mode="drop")
+        kept = jnp.tanh(slots)[chosen, jnp.clip(slot, 0, 2)]
+        return jnp.where((slot < 3)[:, None], kept, 0)
+
+    found = proof(routed, floats(), CAUSAL)
+    assert not found.holds
+    assert "`scatter` in " in found.obstacles[0]
+    assert "the input decides where its updates land" in found.obstacles[0]
+
+
+@pytest.mark.slow
+def test_a_draw_that_looks_at_keys_as_a_whole_is_a_constant_as_well():
+    drawn = lambda x: jnp.cumsum(x * jr.gamma(jr.key(0), 2, (1, 4), x.dtype), 0)
+    assert proof(drawn, floats(), CAUSAL).holds
 
 
 def test_a_solve_with_what_may_be_no_number_reads_everything():

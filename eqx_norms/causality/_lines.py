@@ -21,10 +21,16 @@ def line_of(calls: Sequence[jex.JaxprEqn]) -> str:
     line = "an unknown line"
     for eqn in calls:
         line = _user_line(eqn) or line
-        inner = called(eqn)
-        if eqn.primitive.name in ("jit", "pjit") and _INSTALLED in str(opened(inner).debug_info):
+        if of_a_library(eqn):
             break
     return line
+
+
+def of_a_library(eqn: jex.JaxprEqn) -> bool:
+    """Whether this calls a jitted function that a library has."""
+    inner = called(eqn)
+    jitted = eqn.primitive.name in ("jit", "pjit") and inner is not None
+    return jitted and _INSTALLED in str(opened(inner).debug_info)
 
 
 def _user_line(eqn: jex.JaxprEqn) -> str | None:

@@ -168,7 +168,7 @@ def _select(context, eqn, which, *cases):
 def select(aval, which: Known, *cases: Known) -> Known:
     ndim = len(aval.shape)
     labels, (choice, *parts) = together(ndim, which, *cases)
-    settled = choice.constant & (choice.low < len(cases))
+    settled = choice.constant & (choice.low >= 0) & (choice.low < len(cases))
     reads = r.wide(which.reads, ndim)
     low, high = np.full(labels.count, np.inf), np.full(labels.count, -np.inf)
     for i, (case, part) in enumerate(zip(cases, parts, strict=True)):

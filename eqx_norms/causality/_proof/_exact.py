@@ -1,6 +1,7 @@
 """Which results of constants are the same in every compilation: those that nothing rounds."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.extend.core as jex
@@ -14,16 +15,64 @@ from ._known import tiny
 _ROUND_NOTHING = (
     "abs bitcast_convert_type broadcast broadcast_in_dim ceil clamp concatenate copy copy_p cummax "
     "cummin device_put dynamic_slice dynamic_update_slice floor gather imag iota max min name neg "
-    "optimization_barrier pad real reduce_max reduce_min reshape rev round scatter select_n "
-    "sharding_constraint sign slice sort split squeeze stop_gradient tile transpose"
+    "nextafter optimization_barrier pad real reduce_max reduce_min reshape rev round scatter "
+    "select_n sharding_constraint sign slice sort split squeeze stop_gradient tile transpose"
 ).split()
 _INDEXED = ("dynamic_slice", "dynamic_update_slice", "gather", "scatter")
 _SUMS = ("reduce_sum", "cumsum", "dot_general")
+_ROUNDED = ("add", "sub", "add_any", "mul", "div", *_SUMS)  # unless the numbers are short
+
+# Of integers and bools, which wrap in NumPy as everywhere, NumPy gives the same bits sooner.
+_IN_NUMPY: dict[str, Callable] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "select_n": lambda which, *cases: np.where(which, *reversed(cases)),
+    "convert_element_type": lambda x: x,
+}
+
+
+def in_numpy(eqn: jex.JaxprEqn, args: list[np.ndarray]) -> np.ndarray | None:
+    """The result of an operation on integers and bools, or of a cast that is none."""
+    name = eqn.primitive.name
+    *dtypes, out = map(_dtype, [*eqn.invars, eqn.outvars[0]])
+    if name == "convert_element_type" and dtypes == [out]:
+        return args[0]
+    by_number = name == "select_n" and (len(args) != 3 or dtypes[0] != np.bool_)
+    if name not in _IN_NUMPY or by_number or not all(map(_is_whole, [*dtypes, out])):
+        return None
+    args = [arg.astype(dtype) for arg, dtype in zip(args, dtypes, strict=True)]
+    with np.errstate(over="ignore"):
+        return np.asarray(_IN_NUMPY[name](*args)).astype(out)
+
+
+def _dtype(atom: Any) -> Any:
+    return atom.aval.dtype
+
+
+def _is_whole(dtype: Any) -> bool:
+    return isinstance(dtype, np.dtype) and dtype.kind in "iub"
 
 
 def exact(eqn: jex.JaxprEqn, args: list[Any], out: Any) -> bool:
     """Whether no rounding was needed. Of integers and bools none is, but at a cast from floats."""
     name, dtype = eqn.primitive.name, out.dtype
+    if name == "rng_uniform":  # another number each time
+        return False
+    if name == "sort" and not eqn.params["is_stable"] and len(args) > eqn.params["num_keys"]:
+        return False
     if name.replace("-", "_").startswith(_INDEXED) and any(map(_out_of_range, args[1:])):
         return False
     if name == "convert_element_type":
@@ -34,6 +83,8 @@ def exact(eqn: jex.JaxprEqn, args: list[Any], out: Any) -> bool:
         return name in _ROUND_NOTHING
     if name in _ROUND_NOTHING:
         return True
+    if name not in _ROUNDED:
+        return False
     if not np.isfinite(np.asarray(out).astype(np.float64)).all():
         return False
     numbers = [np.asarray(arg).astype(np.float64) for arg in args]
@@ -55,9 +106,7 @@ def exact(eqn: jex.JaxprEqn, args: list[Any], out: Any) -> bool:
     if name == "div":
         a, b = np.broadcast_arrays(*numbers)
         return bool(((b != 0) & ((a == 0) | ((_digits(b) == 1) & (small > 0)))).all())
-    if name in _SUMS:
-        return _summed(numbers, digits)
-    return False
+    return _summed(numbers, digits)
 
 
 def _out_of_range(index: Any) -> bool:

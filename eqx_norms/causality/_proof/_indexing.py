@@ -201,13 +201,20 @@ def _dynamic_update_slice(context, eqn, x, update, *starts):
     if not all(map(_settled, starts)):
         return connect_all(context, eqn, x, update, *starts)
     places = [_start(*args) for args in zip(starts, x.shape, update.shape, strict=True)]
-    inside = np.zeros(x.shape, bool)
     spot = tuple(slice(p, p + n) for p, n in zip(places, update.shape, strict=True))
-    inside[spot] = True
-    sources = np.full(x.shape, -1, np.int32)
-    sources[spot] = _numbers(update)
+    whole = [n == m for n, m in zip(x.shape, update.shape, strict=True)]
+
+    def move(a):
+        """What is put there, among zeros; still of size 1 along axes that it fills."""
+        out = np.zeros([n if w else m for n, m, w in zip(a.shape, x.shape, whole, strict=True)])
+        out = out.astype(a.dtype)
+        out[tuple(slice(None) if w else s for s, w in zip(spot, whole, strict=True))] = a
+        return out
+
     aval = eqn.outvars[0].aval
-    return [_over(aval, _by_source(update, aval, sources), inside, x)]
+    inside = move(np.ones((1,) * len(x.shape), bool))
+    key = "put", x.shape, update.shape, *places
+    return [_over(aval, moved(update, aval, move, key, outside=True), inside, x)]
 
 
 def _place(start: Known) -> np.ndarray:

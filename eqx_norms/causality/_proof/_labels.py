@@ -40,17 +40,21 @@ class Labels:
         """With one label for all of an equal code; and for each of these one of the old ones."""
         if self.count == 1:
             return self, np.zeros(1, np.intp)
-        _, first, where = np.unique(codes, return_index=True, return_inverse=True)
+        if codes.dtype == bool:
+            numbers = (codes != codes[0]).astype(np.uint8)
+            first = np.array([0, numbers.argmax()] if numbers.any() else [0])
+        else:
+            _, first, where = np.unique(codes, return_index=True, return_inverse=True)
+            order = np.argsort(first)
+            rank = np.empty_like(order)
+            rank[order] = np.arange(len(order))
+            numbers, first = rank[where.reshape(-1)].astype(_dtype(len(order))), first[order]
         if len(first) == self.count:
             return self, np.arange(self.count)
-        order = np.argsort(first)
-        rank = np.empty_like(order)
-        rank[order] = np.arange(len(order))
-        numbers = rank[where.reshape(-1)].astype(_dtype(len(order)))
         key = numbers.tobytes()
         if key not in self.memo:
             self.memo[key] = label(self.take(numbers))[0]
-        return self.memo[key], first[order]
+        return self.memo[key], first
 
     def reshaped(self, shape: tuple[int, ...]) -> "Labels":
         """With other axes of size 1."""

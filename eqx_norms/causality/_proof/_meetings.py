@@ -5,10 +5,12 @@ from typing import Any
 
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ..._jaxprs import called, opened
 from .._loops import rewritten
+from ._devices import SHARD_MAP, on_one_device
 from ._masks import Meeting
 
 Meetings = Mapping[Any, Meeting]  # by the path of the equation and the number of the operand
@@ -62,6 +64,8 @@ class _Run:
     def equation(self, eqn: jex.JaxprEqn, args: Sequence[Any], path) -> tuple[Sequence, Array]:
         inner = called(eqn)
         inside = any(place[: len(path)] == path for place, _ in self.numbers if place != path)
+        if inside and eqn.primitive.name == SHARD_MAP:
+            return self.evaluate(on_one_device(eqn), [np.int32(0), *args], path)
         if inside and inner is not None:
             return self.evaluate(inner, args, path)
         if inside:

@@ -30,8 +30,9 @@ from . import (
     _reads as r,
     _windows,
 )
+from ._devices import SHARD_MAP, on_one_device
 from ._elementwise import ENTRY_BY_ENTRY
-from ._exact import exact
+from ._exact import exact, in_numpy
 from ._flow import RULES, connect_all
 from ._indexing import SHAPE_MOVES
 from ._known import Known, constant, free, is_real, known, parameter
@@ -90,6 +91,18 @@ class Context:
         self.float_masks.add(f"{jnp.result_type(const)} of shape {jnp.shape(const)}")
         return constant(const) if self.trust_masks else parameter(const, LARGE)
 
+    def literal(self, atom: Any) -> Known:
+        """A number in the program, which a loop meets at every step."""
+        if id(atom) not in self.computed:
+            self.computed[id(atom)] = atom, _scalar(self.held, atom.val)
+        return self.computed[id(atom)][1]
+
+    def on_one_device(self, eqn: jex.JaxprEqn) -> Any:
+        key = "one device", id(eqn)
+        if key not in self.computed:
+            self.computed[key] = eqn, on_one_device(eqn)
+        return self.computed[key][1]
+
     def line(self, eqn: jex.JaxprEqn) -> str:
         return line_of([*self.calls, eqn])
 
@@ -113,7 +126,7 @@ def evaluate(context: Context, closed: Any, args: Sequence[Known], path=()) -> l
     last |= dict.fromkeys((v for v in jaxpr.outvars if not _literal(v)), len(jaxpr.eqns))
 
     def read(atom):
-        return _scalar(context, atom.val) if _literal(atom) else values[atom]
+        return context.literal(atom) if _literal(atom) else values[atom]
 
     for i, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
@@ -132,6 +145,8 @@ def _literal(atom: Any) -> bool:
 def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) -> list[Known]:
     name = eqn.primitive.name.replace("-", "_")
     inner = called(eqn)
+    if name == SHARD_MAP and (inner := context.on_one_device(eqn)) is not None:
+        operands = [free((), np.int32), *operands]  # whichever device
     if name in _CONTROL or inner is not None:
         context.calls.append(eqn)
         if name in _CONTROL:
@@ -145,15 +160,15 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
         signed = _tells_zeros_apart(eqn, operands)
         if signed:
             operands = _with_signs(context, operands, path)
-        computed = _computed(context, eqn, operands)
-        settled = [x for x in computed or () if x is not None]
-        if computed is not None and len(settled) == len(computed):
+        computed, values = _computed(context, eqn, operands)
+        settled = [x for x in computed if x is not None]
+        if computed and len(settled) == len(computed):
             return settled
         if name not in RULES:
             context.opaque.add(name)
         results = RULES.get(name, connect_all)(context, eqn, *operands)
-        if computed is not None:
-            results = list(map(_where_finite, results, _bound(eqn, operands)[1]))
+        if computed:
+            results = list(map(_where_finite, results, values))
         if context.assume_bounded:
             results = assumed(context, eqn, operands, results, path)
         if context.looking:
@@ -171,11 +186,11 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
 _CONTROL = {"scan": _control.scan, "while": _control.loop, "cond": _control.branch}
 
 
-def _scalar(context: Context, value: Any) -> Known:
+def _scalar(held: frozenset, value: Any) -> Known:
     """A number in the program; a parameter, if it equals one that the function holds."""
     if np.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.inexact):
         dtype = jnp.result_type(value)
-        if any(np.asarray(held).astype(dtype) == value for held in context.held):
+        if any(np.asarray(number).astype(dtype) == value for number in held):
             return parameter(value, LARGE)
     return constant(value)
 
@@ -215,12 +230,12 @@ def _merges(operands: Sequence[Known], results: Sequence[Known]) -> bool:
 
 def _computed(
     context: Context, eqn: jex.JaxprEqn, operands: Sequence[Known]
-) -> list[Known | None] | None:
+) -> tuple[list[Known | None], Sequence[Any]]:
     """The results of constants: `None` in the place of one that another compilation may round
-    otherwise. `None` where not all operands are known.
+    otherwise; and what they are in this one. Nothing where not all operands are known.
     """
     if not all(x.value is not None for x in operands) or eqn.effects or is_foreign(eqn):
-        return None
+        return [], []
     key = (id(eqn), *map(_name, operands))
     if key not in context.computed:
         args, outs = _bound(eqn, operands)
@@ -229,9 +244,9 @@ def _computed(
             for out, v in zip(outs, eqn.outvars, strict=True)
         ]
         if max(math.prod(_shape(v)) for v in eqn.outvars) <= _SMALL:
-            return results
-        context.computed[key] = eqn, operands, results
-    return context.computed[key][2]
+            return results, outs
+        context.computed[key] = eqn, operands, results, outs
+    return context.computed[key][2:]
 
 
 def _shape(var: Any) -> tuple[int, ...]:
@@ -251,7 +266,10 @@ def _bound(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> tuple[list[Any], Seq
     if all(is_real(v.aval.dtype) for v in [*eqn.invars, *eqn.outvars]):
         if name == "iota":
             params = {**params, "dimension": 0, "shape": (params["shape"][params["dimension"]],)}
-            (numbers,) = _bind(eqn, params, [])
+            if jnp.issubdtype(params["dtype"], jnp.integer):
+                numbers = np.arange(*params["shape"]).astype(params["dtype"])
+            else:
+                (numbers,) = _bind(eqn, params, [])
             shape = [
                 -1 if i == eqn.params["dimension"] else 1 for i in range(len(eqn.params["shape"]))
             ]
@@ -261,6 +279,8 @@ def _bound(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> tuple[list[Any], Seq
             return args, [SHAPE_MOVES[name](args[0], params, args[0].shape)]
         if name in ENTRY_BY_ENTRY:
             args = narrowed(args)
+            if (out := in_numpy(eqn, args)) is not None:
+                return args, [out]
     return args, _bind(eqn, params, args)
 
 
@@ -390,13 +410,15 @@ def prove(
     """Whether no chain of operations leads from an input to an output that must not read it."""
     if (ref := first_ref(question.closed)) is not None:
         return _without_rule_for_refs(ref, allowed)
-    context = Context(assume_bounded=False)
+    context = Context(assume_bounded)
     found = question.connected(context)
-    if assume_bounded and (found & ~allowed).any():
-        context = Context(assume_bounded=True)
-        found = question.connected(context)
     if (found & ~allowed).any():
         return Proof(False, found, (), _obstacles(question, context, found & ~allowed))
+    if context.used:
+        alone = Context(assume_bounded=False)
+        without = question.connected(alone)
+        if not (without & ~allowed).any():
+            context, found = alone, without
     meetings = {name: context.meetings[name] for name in context.used}
     return Proof(True, found, _assumptions(context, meetings), (), meetings)
 
@@ -432,8 +454,15 @@ def _obstacles(question: Question, context: Context, forbidden) -> tuple[str, ..
     look = Context(context.assume_bounded, looking=True)
     question.connected(look, columns)
 
+    known: dict[frozenset, np.ndarray] = {}
+
     def leaking(cuts: Sequence[Sequence]) -> Bool[np.ndarray, "cuts T_out"]:
-        return _leaking(question, context.assume_bounded, columns, allowed, cuts)
+        names = [frozenset(cut) for cut in cuts]
+        new = [name for name in dict.fromkeys(names) if name not in known]
+        if new:
+            rows = _leaking(question, context.assume_bounded, columns, allowed, new)
+            known.update(zip(new, rows, strict=True))
+        return np.stack([known[name] for name in names])
 
     candidates = [_MASKS] * bool(look.float_masks) + list(look.merging)
     blamed = _smallest(leaking, candidates) or _smallest(leaking, candidates + list(look.moving))
@@ -480,6 +509,7 @@ def _smallest(leaking, candidates: list) -> list | None:
     """A set of cuts with which nothing leaks and of which none can be left out: the one that
     QuickXplain (Junker 2004) finds. `None` if all of them do not suffice.
     """
+    alone = [[one] for one in candidates] if len(candidates) <= _TRIED else []
     needed: list = []
     end = len(candidates)
     while True:
@@ -487,7 +517,9 @@ def _smallest(leaking, candidates: list) -> list | None:
         start, known_to_hold = -1, bool(needed)
         while start + 1 < end or not known_to_hold:
             tried = np.unique(np.linspace(start + 1, end, min(_TRIED, end - start)).astype(int))
-            leaks = leaking([[*needed, *candidates[:n]] for n in tried]).any(1)
+            sets = [[*needed, *candidates[:n]] for n in tried]
+            # Often one is enough, and this is known for all of them at once.
+            leaks = leaking(sets + alone).any(1)[: len(sets)]
             if leaks.all():
                 return needed[::-1] if known_to_hold else None
             first = int(np.argmin(leaks))
@@ -497,12 +529,22 @@ def _smallest(leaking, candidates: list) -> list | None:
             return needed[::-1]
         needed.append(candidates[end - 1])
         end -= 1
+        if needed in alone and not leaking([needed]).any():
+            return needed[::-1]
 
 
 def _sentence(eqn: jex.JaxprEqn, line: str, outputs, opaque) -> str:
     which = f"outputs {outputs[0]} to {outputs[-1]}" if len(outputs) > 1 else f"output {outputs[0]}"
-    why = ", which the proof has no rule for," if eqn.primitive.name in opaque else ""
-    return f"`{eqn.primitive.name}`{why} in {line} connects {which} with what must not be read."
+    name = eqn.primitive.name
+    why = ", which the proof has no rule for," if name in opaque else ""
+    more = _PLACES if name.startswith("scatter") or name == "dynamic_update_slice" else ""
+    return f"`{name}`{why} in {line} connects {which} with what must not be read.{more}"
+
+
+_PLACES = (
+    " If the input decides where its updates land, as that of experts with a capacity does, any "
+    "entry may hold any update, and only the edits can tell."
+)
 
 
 def _of_a_mask(what: str) -> str:
