@@ -128,6 +128,7 @@ def _distance(base: Array, outs: Array, axis: int) -> _Leaf:
     discrete = not jnp.issubdtype(base.dtype, jnp.inexact)
     # Of two large integers the float difference may round to 0.
     change = jnp.maximum(jnp.abs(a - b), 1 if discrete else 0)
+    # A maximum may lose a NaN: there is none below, unless in `base`, which is refused.
     finite = jnp.isfinite(a)
     change = jnp.where((outs == base[None]) | ~finite, 0, change)
     others = tuple(i for i in range(1, a.ndim) if i != axis + 1)
