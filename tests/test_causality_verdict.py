@@ -276,6 +276,11 @@ def standardised(x, total):
     return (x - mean) / jnp.sqrt(jnp.abs(total(x * x) / count - mean**2) + 1e-5)
 
 
+def overwhelmed(x, total):
+    """Sums of up to 1e19 beside others of 1e3."""
+    return total(x * jnp.exp(3 * jnp.clip(x, -14, 14)))
+
+
 def left_of_nothing(x, total):
     """What is 0 but for rounding."""
     return zoo.norm(total(x), 1).sum(1, keepdims=True)
@@ -290,6 +295,7 @@ def left_of_nothing(x, total):
         slow(gated, up_to_by_fft, "float32"),
         slow(standardised, up_to, "float32"),
         slow(standardised, up_to, "float64"),
+        slow(overwhelmed, up_to, "float64"),
         slow(standardised, up_to_by_fft, "float32"),
         slow(left_of_nothing, up_to, "float32"),
     ],

@@ -134,7 +134,9 @@ class Judge:
         changes = _as_infinite(changes, broke)
         loud = watch & (changes.ulps > self.noise_ulps)
         large = watch & (self.beyond_rounding(changes) > 0)
-        doubtful = loud if self._is_exact else watch & (changes.ulps > 0)
+        doubtful = watch & (changes.ulps > 0)
+        if self._is_exact:
+            doubtful = loud | (watch & self._beyond_usual(changes))
         none = np.zeros_like(watch)
         if not doubtful.any() or not float_dtypes(self.problem.closed):
             return Findings(changes, changes, doubtful, none, notes)
@@ -253,22 +255,23 @@ class Judge:
 
         But for near ties, which are ties at this `x` alone.
         """
-        share = max(_LARGE, float(self.noise_ulps) * self.probe.eps)
-        # What edits make large is no measure of what they leave alone.
-        usual = lambda found: np.where(found.unedited > 0, found.unedited, found.scale)
-        large = watch & (changes.size > share * usual(changes))
-        if not large.any() or self._is_exact:
-            return large & False, []
+        large = watch & self._beyond_usual(changes)
+        if not large.any():
+            return large, []
+        if (
+            self._is_exact
+        ):  # beside outputs that are larger by eps of float32 it is no leak for sure
+            return large, [_REDRAWN] * explain
         largest = np.where(large, changes.size, 0).max(1)
         some = np.argsort(-largest, kind="stable")[: min(_NUDGES, np.count_nonzero(largest))]
         kept = large[some]
         for seed in (1, 2):
             editor = beside(self.probe.editor, min(_APART_EPS * self.probe.eps, 0.125), seed)
             again = _at(editor, self.probe, [edits[0], *(edits[row] for row in some)])
-            kept = kept & ((again.size > share * usual(again)) | again.broken)
+            kept = kept & (self._beyond_usual(again) | again.broken)
         if not explain:
             return large & kept.any(), []
-        most = float((changes.size[large] / usual(changes)[large]).max())
+        most = float((changes.size[large] / _usual(changes)[large]).max())
         dtype = coarsest(self.problem.closed)
         what = f"change by {most:.2g} of their size" if most < np.inf else "become infinite or NaN"
         said = f"In {dtype} outputs {what}, and in float64 they do not"
@@ -283,6 +286,11 @@ class Judge:
             *self._blamed(edits[some[0]], float(largest[some[0]])),
             f"{cure}.",
         ]
+
+    def _beyond_usual(self, changes: Changes) -> Bool[np.ndarray, "E T"]:
+        """Whether a change is as large as outputs are that nothing was edited for."""
+        share = max(_LARGE, float(self.noise_ulps) * self.probe.eps)
+        return changes.size > share * _usual(changes)
 
     def _blamed(self, edit: Edit, error: float) -> list[str]:
         try:
@@ -374,9 +382,14 @@ class Judge:
 
 
 _REDRAWN = (
-    "In float64 too outputs changed, but by another amount at an x beside this one: the numbers "
-    "inside are so large that this may be rounding. Smaller scales= keep to inputs like x."
+    "In float64 too outputs changed, but the numbers inside are so large that this may be "
+    "rounding. Smaller scales= keep to inputs like x."
 )
+
+
+def _usual(changes: Changes) -> Float[np.ndarray, "E T"]:
+    """The size of outputs: what edits make large is no measure of what they leave alone."""
+    return np.where(changes.unedited > 0, changes.unedited, changes.scale)
 
 
 def _varies(
