@@ -187,7 +187,7 @@ class Judge:
         moved = [beside(probe.editor, _ANEW, seed, wide=True) for seed in (1, 2, 3)]
         probes = [probe, *(dataclasses.replace(probe, editor=editor) for editor in moved)]
         rows = np.flatnonzero(leaks.any(1))
-        scales = np.array([probe.editor.size(edits[row]) for row in rows])
+        scales = np.array([probe.editor.size(edits[row]) for row in rows.tolist()])
         varied = []
         for some in (rows[k : k + _NUDGES] for k in range(0, len(rows), _NUDGES)):
             outs = [each.outputs([edits[0], *(edits[row] for row in some)]) for each in probes]
