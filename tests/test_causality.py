@@ -281,7 +281,7 @@ def test_float64_has_rounding_of_its_own():
     def measured(edits, ulps):
         changes = np.array([[ulps if edit.where.any() else 0.0] for edit in edits])
         one = np.ones_like(changes)
-        return Changes(changes, changes, one, one, changes < 0)
+        return Changes(changes, changes, one, one, one, changes < 0)
 
     class Measured(Probe):
         ulps = 1e-6

@@ -220,7 +220,20 @@ def large_gates(x):
     return before(x * gate) / (jnp.abs(before(gate)) + 1e-3)
 
 
-@pytest.mark.parametrize("fn, dtype", [(overflowing_gate, "float16"), slow(large_gates, "float32")])
+def sum_of_gated(x):
+    """Of numbers that edits make 1e12 times as large as those that they leave alone."""
+    gated = x * jnp.exp(3 * jnp.clip(x, -9, 9))
+    return gated.sum(0, keepdims=True) - gated[::-1].cumsum(0)[::-1] + gated
+
+
+@pytest.mark.parametrize(
+    "fn, dtype",
+    [
+        (overflowing_gate, "float16"),
+        slow(large_gates, "float32"),
+        slow(sum_of_gated, "float32"),
+    ],
+)
 def test_a_change_of_the_size_of_the_outputs_is_not_noise(fn, dtype, getkey):
     x = normal(getkey(), (T, D), dtype)
     with pytest.raises(CausalityError, match=r"^undecided: ") as caught:
@@ -229,6 +242,70 @@ def test_a_change_of_the_size_of_the_outputs_is_not_noise(fn, dtype, getkey):
     assert f"In {dtype} outputs change by" in text and "in float64 they do not" in text
     passing = int(text.split("noise_ulps=")[1].split()[0])
     assert check_causal(fn, x, noise_ulps=passing).status == "clear (float noise)"
+
+
+# Causal sums of numbers that edits make so large that float64 rounds them visibly too.
+
+
+def up_to(x):
+    """The sum up to each position: the total minus the rest."""
+    return x.sum(0, keepdims=True) - x[::-1].cumsum(0)[::-1] + x
+
+
+def up_to_in_a_tree(x):
+    return x.sum(0, keepdims=True) - jax.lax.associative_scan(jnp.add, x, reverse=True) + x
+
+
+def up_to_by_fft(x):
+    ones = jnp.ones_like(x)
+    n = 2 * len(x)
+    return jnp.fft.irfft(jnp.fft.rfft(x, n, 0) * jnp.fft.rfft(ones, n, 0), n, 0)[: len(x)]
+
+
+def gated(x, total):
+    """A gated average; gates of up to 5e11."""
+    gate = jnp.exp(3 * jnp.clip(x, -9, 9))
+    return total(x * gate) / (jnp.abs(total(gate)) + 1e-3)
+
+
+def standardised(x, total):
+    """By mean and variance in one pass, far from zero."""
+    x = x + 1e5
+    count = jnp.arange(1, len(x) + 1, dtype=x.dtype)[:, None]
+    mean = total(x) / count
+    return (x - mean) / jnp.sqrt(jnp.abs(total(x * x) / count - mean**2) + 1e-5)
+
+
+def overwhelmed(x, total):
+    """Sums of up to 1e19 beside others of 1e3."""
+    return total(x * jnp.exp(3 * jnp.clip(x, -14, 14)))
+
+
+def left_of_nothing(x, total):
+    """What is 0 but for rounding."""
+    return zoo.norm(total(x), 1).sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    "fn, total, dtype",
+    [
+        (gated, up_to, "float64"),
+        slow(gated, up_to, "float32"),
+        slow(gated, up_to_in_a_tree, "float32"),
+        slow(gated, up_to_by_fft, "float32"),
+        slow(standardised, up_to, "float32"),
+        slow(standardised, up_to, "float64"),
+        slow(overwhelmed, up_to, "float64"),
+        slow(standardised, up_to_by_fft, "float32"),
+        slow(left_of_nothing, up_to, "float32"),
+    ],
+)
+def test_rounding_that_float64_shows_is_no_leak(fn, total, dtype, getkey):
+    with jax.enable_x64(dtype == "float64"):
+        x = normal(getkey(), (8, 3), dtype)
+        later = lambda x: jnp.tanh(x[::-1].cumsum(0)[::-1])
+        assert check_causal(lambda x: fn(x, total), x).status == "undecided"
+        assert check_causal(lambda x: fn(x, total) + 0.05 * later(x), x).leak
 
 
 def fft_then_chaos(x):

@@ -3,6 +3,8 @@
 Where a mask goes wrong, the report says so in words; the pairs are those of the masks themselves.
 """
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -201,3 +203,17 @@ def test_what_else_is_in_the_way_is_named_beside_it(x):
     alternate = np.tile(np.float32([0, 1]), D // 2)
     (obstacle,) = check_causal(lambda x: x * alternate[None] / x.max(), x, prove=True).obstacles
     assert "`reduce_max`" in obstacle
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch, and of a row that is dead on purpose
+@pytest.mark.parametrize("table", ["MEANING", "REST"])
+def test_the_tables_of_the_page_are_what_runs(table):
+    """Of the libraries that come with the tests; `benchmarks/masks.py` prints them of all."""
+    from benchmarks import masks  # imports all libraries that are there
+
+    packages = {one.package for one in masks.LIBRARIES}
+    assert packages >= {"jax", "equinox", "flax", "dm-haiku"}
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "masks.md").read_text()
+    for one in masks.LIBRARIES:
+        assert " ".join(masks.row(one, getattr(masks, table)).split()) in page

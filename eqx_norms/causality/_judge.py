@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from .._real import Real
 from ._edits import Edit, Editor, nothing
@@ -29,6 +29,9 @@ _LARGE = 0.25
 _APART, _APART_EPS = 2.0**-20, 16.0
 _CHAOTIC = 2.0**12  # how many eps an eps of the inputs is, at least
 _NUDGES = 7  # with the unedited input a batch of 8
+# What x is moved by to draw rounding anew, relative to it, and of what comes of that how many times
+# as large a leak is: of itself it moves by so much, but for how steep it is.
+_ANEW, _ABOVE = 2.0**-10, 4.0
 
 
 class Findings(NamedTuple):
@@ -131,7 +134,9 @@ class Judge:
         changes = _as_infinite(changes, broke)
         loud = watch & (changes.ulps > self.noise_ulps)
         large = watch & (self.beyond_rounding(changes) > 0)
-        doubtful = loud if self._is_exact else watch & (changes.ulps > 0)
+        doubtful = watch & (changes.ulps > 0)
+        if self._is_exact:
+            doubtful = loud | (watch & self._beyond_usual(changes))
         none = np.zeros_like(watch)
         if not doubtful.any() or not float_dtypes(self.problem.closed):
             return Findings(changes, changes, doubtful, none, notes)
@@ -142,7 +147,7 @@ class Judge:
             ]
             return by_size._replace(undecided=loud & ~large)
         try:
-            exact, leaks = self._confirm(edits, watch, doubtful, changes)
+            exact, coarse, leaks = self._confirm(edits, watch, doubtful, changes)
         except Exception as error:  # what has no float64 form may raise what it likes
             notes += [self._failed(error)]
             return by_size
@@ -152,11 +157,49 @@ class Judge:
             return by_size._replace(leaks=leaks & large, undecided=leaks & ~large)
         vague, more = none, []
         if leaks.any():
-            leaks, vague, more = self._certain(edits, leaks, exact)
-        lost, why = self._lost(edits, watch & ~leaks & ~vague & ~exact.broken, changes)
-        # Beside a leak, what else is lost is no news.
-        why = [] if leaks.any() else why
+            drawn = self._redrawn(edits, watch, leaks, exact, coarse)
+            certain, vague, more = self._certain(edits, leaks & ~drawn, exact)
+            more += [_REDRAWN] * bool(drawn.any() and not certain.any())
+            leaks, vague = certain, vague | drawn
+        # Beside a leak, what else is lost is no news; beside noise of float64 it proves nothing.
+        explain = not (leaks | vague).any()
+        rest = watch & ~leaks & ~vague & ~exact.broken
+        lost, why = self._lost(edits, rest, changes, explain)
         return Findings(changes, exact, leaks, vague | lost, [*notes, *more, *why])
+
+    def _redrawn(
+        self,
+        edits: Sequence[Edit],
+        watch: Bool[np.ndarray, "E T"],
+        leaks: Bool[np.ndarray, "E T"],
+        exact: Changes,
+        coarse: Changes,
+    ) -> Bool[np.ndarray, "E T"]:
+        """The leaks that may be rounding of float64: none where one is as large in both precisions.
+
+        Where values are so large that the lesser precision is lost altogether, rounding of float64
+        is not as much smaller as else. But at an x beside this one it is drawn anew; and where it
+        swallows numbers, outputs no longer move with x.
+        """
+        if 2 * exact.size[leaks].max(initial=0) >= coarse.size[watch].max():
+            return np.zeros_like(leaks)
+        probe = self.probe if self._is_exact else self._second
+        moved = [beside(probe.editor, _ANEW, seed, wide=True) for seed in (1, 2, 3)]
+        probes = [probe, *(dataclasses.replace(probe, editor=editor) for editor in moved)]
+        rows = np.flatnonzero(leaks.any(1))
+        scales = np.array([probe.editor.size(edits[row]) for row in rows.tolist()])
+        varied = []
+        for some in (rows[k : k + _NUDGES] for k in range(0, len(rows), _NUDGES)):
+            outs = [each.outputs([edits[0], *(edits[row] for row in some)]) for each in probes]
+            leaves = zip(zip(*outs, strict=True), probe.out_axes, strict=True)
+            varied += [[_varies(leaf, axis, watch[some]) for leaf, axis in leaves]]
+        drawn = leaks.copy()
+        for leaf in zip(*varied, strict=True):
+            change, varies, moves = map(np.concatenate, zip(*leaf, strict=True))
+            # Where numbers are swallowed a change varies by no more than the output moves.
+            most = np.minimum(change, np.where(moves > 0, moves, np.inf))
+            drawn[rows] &= most <= _ABOVE * _pooled(varies, scales)
+        return drawn
 
     def _certain(
         self, edits: Sequence[Edit], leaks: Bool[np.ndarray, "E T"], exact: Changes
@@ -202,37 +245,52 @@ class Judge:
         return float(self.noise_ulps * moved.size.max(initial=0, where=chaotic))
 
     def _lost(
-        self, edits: Sequence[Edit], watch: Bool[np.ndarray, "E T"], changes: Changes
+        self,
+        edits: Sequence[Edit],
+        watch: Bool[np.ndarray, "E T"],
+        changes: Changes,
+        explain: bool,
     ) -> tuple[Bool[np.ndarray, "E T"], list[str]]:
         """What float64 does not show, and is as large as outputs are in their own precision.
 
         But for near ties, which are ties at this `x` alone.
         """
-        share = max(_LARGE, float(self.noise_ulps) * self.probe.eps)
-        large = watch & (changes.size > share * changes.scale)
-        if not large.any() or self._is_exact:
-            return large & False, []
+        large = watch & self._beyond_usual(changes)
+        if not large.any():
+            return large, []
+        if (
+            self._is_exact
+        ):  # beside outputs that are larger by eps of float32 it is no leak for sure
+            return large, [_REDRAWN] * explain
         largest = np.where(large, changes.size, 0).max(1)
         some = np.argsort(-largest, kind="stable")[: min(_NUDGES, np.count_nonzero(largest))]
         kept = large[some]
         for seed in (1, 2):
             editor = beside(self.probe.editor, min(_APART_EPS * self.probe.eps, 0.125), seed)
             again = _at(editor, self.probe, [edits[0], *(edits[row] for row in some)])
-            kept = kept & ((again.size > share * again.scale) | again.broken)
-        most = float((changes.size[large] / changes.scale[large]).max())
+            kept = kept & (self._beyond_usual(again) | again.broken)
+        if not explain:
+            return large & kept.any(), []
+        most = float((changes.size[large] / _usual(changes)[large]).max())
         dtype = coarsest(self.problem.closed)
         what = f"change by {most:.2g} of their size" if most < np.inf else "become infinite or NaN"
         said = f"In {dtype} outputs {what}, and in float64 they do not"
         if not kept.any():
-            return kept[:1] & large, [f"{said}, nor at an x beside this one: values nearly tie."]
+            return large & False, [f"{said}, nor at an x beside this one: values nearly tie."]
         cure = "Smaller scales= keep to inputs like x"
         if most < np.inf:
-            cure += f"; noise_ulps={math.ceil(most / self.probe.eps)} takes it for rounding"
+            enough = math.ceil(most / self.probe.eps)
+            cure += f"; noise_ulps={enough} takes it for rounding"
         return large, [
             f"{said}. In exact arithmetic this is no leak, and in {dtype} it is one.",
             *self._blamed(edits[some[0]], float(largest[some[0]])),
             f"{cure}.",
         ]
+
+    def _beyond_usual(self, changes: Changes) -> Bool[np.ndarray, "E T"]:
+        """Whether a change is as large as outputs are that nothing was edited for."""
+        share = max(_LARGE, float(self.noise_ulps) * self.probe.eps)
+        return changes.size > share * _usual(changes)
 
     def _blamed(self, edit: Edit, error: float) -> list[str]:
         try:
@@ -277,7 +335,7 @@ class Judge:
         return f"The {self._other} re-run failed ({type(error).__name__}: {reason})."
 
     def _confirm(self, edits, watch, doubtful, changes: Changes):
-        """The changes in float64, and which of the doubtful ones are leaks.
+        """The changes in float64, in the lesser precision, and which doubtful ones are leaks.
 
         A leak is more than `noise_ulps` eps of float64, and more than rounding can be there: a
         thousandth of what it is in the lesser precision, the difference of the two. One eps
@@ -295,7 +353,8 @@ class Judge:
         # The largest of each edit: all outputs pass through the same sums, and one may be lucky.
         rounding = np.where(watch, np.nan_to_num(rounding, posinf=np.inf), 0).max(1, keepdims=True)
         limit = np.minimum(rounding / _SHRINK, coarse_eps)
-        return exact, doubtful & (exact.ulps * _EPS64 > np.maximum(limit, self.noise_ulps * _EPS64))
+        leaks = exact.ulps * _EPS64 > np.maximum(limit, self.noise_ulps * _EPS64)
+        return exact, coarse, doubtful & leaks
 
     def probe_of(self, verdict: Verdict) -> Probe:
         """The one whose figures the verdict shows."""
@@ -320,6 +379,48 @@ class Judge:
         return make_probe(
             fn, probe.editor, probe.out_axes, eps, probe.batch_size, self._other, eager
         )
+
+
+_REDRAWN = (
+    "In float64 too outputs changed, but the numbers inside are so large that this may be "
+    "rounding. Smaller scales= keep to inputs like x."
+)
+
+
+def _usual(changes: Changes) -> Float[np.ndarray, "E T"]:
+    """The size of outputs: what edits make large is no measure of what they leave alone."""
+    return np.where(changes.unedited > 0, changes.unedited, changes.scale)
+
+
+def _varies(
+    outs: Sequence[Shaped[np.ndarray, "..."]], axis: int, watch: Bool[np.ndarray, "E T"]
+) -> tuple[Float[np.ndarray, "E T"], Float[np.ndarray, "E T"], Float[np.ndarray, "E T"]]:
+    """How far edits change an output array, what that varies by beside `x`, and how far it moves.
+
+    `outs` are those at `x` and at each input beside it: of it unedited, and of its edits.
+    """
+    length = watch.shape[1]
+    first, *others = (np.moveaxis(out, axis + 1, 1).reshape(len(out), length, -1) for out in outs)
+    size = lambda values: np.nan_to_num(np.abs(values), nan=0, posinf=np.inf).max(-1, initial=0)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        change = first[1:] - first[0]
+        varies = np.max([size(out[1:] - out[0] - change) for out in others], axis=0)
+        moves = np.max([size(out[0] - first[0]) for out in others], axis=0)
+    return size(change), np.where(watch, varies, 0), np.broadcast_to(moves, watch.shape)
+
+
+def _pooled(
+    noise: Float[np.ndarray, "E T"], scales: Float[np.ndarray, " E"]
+) -> Float[np.ndarray, "E T"]:
+    """The noise of edits of the same scale, taken together: of each one or the other is lucky.
+
+    As one number for each scale, times one for each output.
+    """
+    largest = noise.max(0)
+    with np.errstate(invalid="ignore"):  # 0 / 0, and where all is infinite
+        share = np.nan_to_num(noise / largest, nan=0).max(1)
+    pooled = np.array([share[scales == scale].max() for scale in scales])
+    return np.where(largest > 0, pooled[:, None] * largest, 0)
 
 
 def _shaken(probe: Probe, by: float) -> Changes:

@@ -94,16 +94,22 @@ def _numbers(eqn: jex.JaxprEqn, args, own, outs) -> tuple[Array, ...]:
         if jnp.issubdtype(a.dtype, jnp.inexact)
     ]
     results = [(a.astype(b.dtype), b) for a, b in zip(own, outs, strict=True)]
+    # XLA's maximum may lose a NaN; none of these has one.
     worst = lambda sizes: functools.reduce(jnp.maximum, [size.max(initial=0) for size in sizes])
     zero = jnp.zeros(())
-    size = worst([zero, *(jnp.abs(b) for _, b in results)])
+    size = worst([zero, *(_size(b) for _, b in results)])
     return (
         worst([zero, *(_apart(a, b) for a, b in results)]) / jnp.where(size > 0, size, 1),
         size,
-        worst([zero, *(jnp.abs(b) for _, b in floats)]),
+        worst([zero, *(_size(b) for _, b in floats)]),
         worst([zero, *(((a == 0) & (b != 0)).astype(float) for a, b in [*results, *floats])]) > 0,
         ~jnp.isfinite(worst([zero, *(_apart(a, b) for a, b in floats)])),
     )
+
+
+def _size(b: Array) -> Array:
+    """The magnitude of each number, infinite for NaN."""
+    return jnp.where(jnp.isnan(b), jnp.inf, jnp.abs(b))
 
 
 def _apart(a: Array, b: Array) -> Array:

@@ -30,6 +30,7 @@ class Changes(NamedTuple):
     - `ulps`: `size` in units of eps * `scale`; infinite for a change of an integer output.
     - `scale`: the largest magnitude of the output, edited or not; an edit of size 100 passes
         through the same sums as the rest and rounds them accordingly.
+    - `unedited`: the largest magnitude of the unedited output.
     - `hidden`: how many times larger than `scale` the numbers inside may have been. A norm brings
         an edit of size 100 back to 1, but not what was rounded before it.
     - `broken`: an entry is no longer finite.
@@ -38,6 +39,7 @@ class Changes(NamedTuple):
     size: Float[np.ndarray, "E T"]
     ulps: Float[np.ndarray, "E T"]
     scale: Float[np.ndarray, "E T"]
+    unedited: Float[np.ndarray, "E T"]
     hidden: Float[np.ndarray, "E T"]
     broken: Bool[np.ndarray, "E T"]
 
@@ -78,11 +80,12 @@ class Probe:
         return np.concatenate([np.asarray(row) for row in rows])[: len(edits)]
 
     def outputs(self, edits: Sequence[Edit]) -> list[np.ndarray]:
-        """Of at most `batch_size` edits every output, a leaf each; floats as float64."""
+        """Of some edits every output, a leaf each; floats as float64."""
         with jax.enable_x64(True) if self.dtype else contextlib.nullcontext():
-            outs = jax.device_get(self.run(self._inputs(edits)))
-        kept = lambda out: out if np.iscomplexobj(out) else out.astype(np.float64)
-        return [kept(np.asarray(out)[: len(edits)]) for out in outs]
+            batches = _batches(edits, self.batch_size)
+            rows = jax.device_get([self.run(self._inputs(batch)) for batch in batches])
+        outs = [np.concatenate(leaf)[: len(edits)] for leaf in zip(*rows, strict=True)]
+        return [out if np.iscomplexobj(out) else out.astype(np.float64) for out in outs]
 
     def _inputs(self, batch: Sequence[Edit]) -> tuple[np.ndarray | Array, ...]:
         # A short last batch repeats its last edit: another shape would be another executable.
@@ -125,6 +128,7 @@ def _distance(base: Array, outs: Array, axis: int) -> _Leaf:
     discrete = not jnp.issubdtype(base.dtype, jnp.inexact)
     # Of two large integers the float difference may round to 0.
     change = jnp.maximum(jnp.abs(a - b), 1 if discrete else 0)
+    # A maximum may lose a NaN: there is none below, unless in `base`, which is refused.
     finite = jnp.isfinite(a)
     change = jnp.where((outs == base[None]) | ~finite, 0, change)
     others = tuple(i for i in range(1, a.ndim) if i != axis + 1)
@@ -155,6 +159,7 @@ def _combine(leaves: Sequence[_Leaf], sizes: np.ndarray, eps: float) -> Changes:
         size=np.max([_f64(leaf.size)[:count] for leaf in leaves], axis=0),
         ulps=ulps.max(0),
         scale=of_worst([_f64(leaf.scale)[:count] for leaf in leaves]),
+        unedited=of_worst([_f64(leaf.unedited)[:count] for leaf in leaves]),
         hidden=np.fmax(of_worst(hidden), 1.0),
         broken=np.any([leaf.broken[:count] for leaf in leaves], axis=0),
     )

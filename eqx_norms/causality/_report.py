@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 from ._plot import block_max, heat_map
 from ._positions import Positions
-from ._suggest import suggestions
+from ._suggest import of_the_rule, suggestions
 
 _SHORT_MAP = 32
 _SHOWN = 5
@@ -250,12 +250,8 @@ def _leak_lines(report: CausalityReport) -> list[str]:
     if report.joint:
         others = " and others" if report.kind in ("independent", "reads") else " and later"
     size = f"Outputs are of size {report.scale:.2g}; rounding would be up to {report.noise:.2g}."
-    hints = suggestions(report)
-    # Where the rule may be at fault and not the model, that is to be read first.
-    first = [hint for hint in hints if "rules.let_off" in hint]
-    lines[1:1] = map(_wrap, first)
-    hints = [hint for hint in hints if hint not in first]
-    words = [*_by_array(report), *hints, _effort(report), size, *report.notes]
+    lines[1:1] = map(_wrap, of_the_rule(report))  # to be read first
+    words = [*_by_array(report), *suggestions(report), _effort(report), size, *report.notes]
     rows = _rows(report, report.leaking(), "report.pairs()", others)
     also = _also_blind(report)
     return [*lines, *rows, *also, report.heatmap(_SHORT_MAP), *map(_wrap, words)]

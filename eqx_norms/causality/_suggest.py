@@ -6,9 +6,17 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 
+def of_the_rule(report) -> list[str]:
+    """Where the rule of a `CausalityReport` may be at fault and not the model."""
+    leaking = report.leaking()
+    alone = report.kind == "reads" and not report.joint and leaking.any()
+    return _at_padding(report, leaking) if alone else []
+
+
 def suggestions(report) -> list[str]:
     """For the leaks and the blind pairs of a `CausalityReport`; mostly there are none."""
-    return [*_of_leaks(report), *_of_blindness(report)]
+    leaks = [] if of_the_rule(report) else _of_leaks(report)
+    return [*leaks, *_of_blindness(report)]
 
 
 def _of_leaks(report) -> list[str]:
@@ -17,7 +25,7 @@ def _of_leaks(report) -> list[str]:
         return []
     patterns = [_one_step, _turned, _all_alike]
     if report.kind == "reads":
-        patterns = [_at_padding, _complement, _segments, _padding, _window, *patterns, _mask]
+        patterns = [_complement, _segments, _padding, _window, *patterns, _mask]
     found = (pattern(report, leaking) for pattern in patterns)
     return next(filter(None, found), [])
 

@@ -27,6 +27,7 @@ def scale_of(form: Form, x: Rows) -> Each:
     which the mean square, over as many, is above 2**-124. Small ones matter if eps does not swamp
     them.
     """
+    # A maximum may lose a NaN: it is in the sums of the row, whatever the scale.
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     scale = jnp.where(largest > 2.0**50, 2.0**-74, 1.0)
     if form.eps < 2.0**-100:
