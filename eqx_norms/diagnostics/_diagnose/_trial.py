@@ -13,27 +13,13 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._layer_statistics import is_floating, non_finite
+from .._layer_statistics import is_floating
 from .._once import jit_once
 from .._optimiser import compiled_updates
-from .._statistics import activation_stats
+from ._numbers import of_update
 
 SMALL, USUAL = 1e-5, 1e-3
 _COUNTS = (1, 10, 100, 1000, 10_000, 100_000)
-
-
-@jit_once
-def of_update(param: Array, update: Array) -> dict[str, Array]:
-    moved = (param + update.astype(param.dtype)).astype(param.dtype) != param
-    meant = update != 0
-    lost = jnp.sum(meant & ~moved) / jnp.maximum(jnp.sum(meant), 1)
-    rms = activation_stats(update).rms
-    return {
-        "update_rms": rms,
-        "update_ratio": rms / activation_stats(param).rms,
-        "update_non_finite": non_finite(update),
-        "lost": lost,
-    }
 
 
 def typical_ratio(parameters: Sequence[Any]) -> float | None:
