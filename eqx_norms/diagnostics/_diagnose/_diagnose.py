@@ -103,7 +103,8 @@ def diagnose(
     - `"no gradient"`: the whole gradient of a parameter is 0, even after all parameters that have a
         gradient have moved. It is not found if no parameter has a gradient and the loss is below
         1e-6, nor for a bias that shifts all outputs.
-    - `"identical units"`: all rows of a weight are the same, and so are those of its gradient.
+    - `"identical units"`: all rows of a weight are the same, and each row of its gradient is the
+        same as another one.
     - `"no activation"`: the output of a `Linear` goes unchanged into another `Linear` of the same
         module, and nowhere else. A bottleneck between wider layers is no finding.
     - `"saturated"`: a hidden layer has a function that is flat at both ends, such as tanh, and more

@@ -224,15 +224,21 @@ def _row_rms(p: Steps) -> np.ndarray:
 
 
 def _identical(p: Steps, g: Steps, dtype: np.dtype) -> Bool[np.ndarray, " steps"]:
-    """Whether all rows are the same, and not 0, and get the same gradient, which is not 0."""
+    """Whether all rows are the same, and not 0, and each that gets a gradient has a twin that gets
+    the same: of a cell that holds its gates in one array, rows are alike in each gate.
+    """
+    found = np.zeros(len(p), bool)
     if p.ndim < 3 or p.shape[1] < 2:
-        return np.zeros(len(p), bool)
+        return found
     p, g = (x.reshape(*x.shape[:2], -1) for x in (p, g))
-    size = rms(g)
-    same = (p == p[:, :1]).all((1, 2)) & (p != 0).any((1, 2)) & (size > 0)
     # Units that are the same may be summed in another order.
-    near = max(1e-3, 4 * float(jnp.finfo(dtype).eps)) * size
-    return same & (np.abs(g - g[:, :1]) <= near[:, None, None]).all((1, 2))
+    rounding = max(1e-3, 4 * float(jnp.finfo(dtype).eps)) * rms(g)
+    for step in np.flatnonzero((p == p[:, :1]).all((1, 2)) & (p != 0).any((1, 2))):
+        rows = g[step][(g[step] != 0).any(1)]
+        found[step] = len(rows) > 1 and all(
+            np.sum((np.abs(rows - row) <= rounding[step]).all(1)) > 1 for row in rows
+        )
+    return found
 
 
 @ignoring
