@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from ..._jaxprs import opened
+from .._once import jit_once
 
 
 class Activation(NamedTuple):
@@ -65,7 +66,7 @@ def _activation_of(fn: Callable, name: str) -> Activation:
     z = np.linspace(-30, 30, 6001, dtype=np.float32)
     try:
         with jax.ensure_compile_time_eval():
-            both = jax.jit(jax.vmap(jax.value_and_grad(fn)))(z)
+            both = jit_once(jax.vmap(jax.value_and_grad(fn)))(z)
             values, slopes = map(np.abs, map(np.asarray, both))
     except Exception:  # Whatever `fn` is, it is no function of one number.
         return Activation(name)

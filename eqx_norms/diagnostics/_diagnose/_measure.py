@@ -93,6 +93,7 @@ class Measured(NamedTuple):
     not_taken: list[str]
     held_nan: bool  # in an array that the function holds, without having been given it
     state_non_finite: bool  # in the moments of the optimiser
+    data_rms: float  # the largest of what the function is given besides the model
     linear_pairs: list[tuple[str, str]]
     trial: Numbers
 
@@ -167,6 +168,7 @@ def measure(
         not_taken,
         not math.isfinite(loss) and any(map(_has_nan, survey.constants)),
         optimiser is not None and not _moments_are_finite(optimiser[1]),
+        max((r for r in map(_size, jtu.tree_leaves(args)) if math.isfinite(r)), default=0.0),
         _linear_pairs(survey),
         trial,
     )
@@ -174,6 +176,11 @@ def measure(
 
 def _has_nan(x: Any) -> bool:
     return eqx.is_inexact_array_like(x) and bool(np.isnan(_numbers.host(jnp.asarray(x))).any())
+
+
+def _size(x: Any) -> float:
+    is_data = eqx.is_inexact_array(x) and x.size > 0
+    return float(_numbers.rms(np.abs(_numbers.host(x))[None])[0]) if is_data else 0.0
 
 
 def _moments_are_finite(state: PyTree) -> bool:
@@ -185,10 +192,11 @@ def _moments_are_finite(state: PyTree) -> bool:
 def _linear_pairs(survey: Survey) -> list[tuple[str, str]]:
     """Linear layers of which the output goes into another one of the same module, and nowhere else.
 
-    Where the first has fewer units than what is at either end, they are a matrix of low rank.
+    Where the first has fewer units than what is at either end, they are a matrix of low rank. Of
+    convolutions only such as have one kernel are meant: others are factors of one, on purpose.
     """
     pairs = {}
-    linear = {k: m for k, m in survey.modules.items() if isinstance(m, eqx.nn.Linear)}
+    linear = {k: shape for k, m in survey.modules.items() if (shape := _linear_shape(m))}
     calls = [call for call in survey.calls if call.path in linear]
     by_mark = {call.returned: call for call in calls if call.returned is not None}
     for call in calls:
@@ -197,12 +205,25 @@ def _linear_pairs(survey: Survey) -> list[tuple[str, str]]:
             if before is None or len(survey.flow.readers.get(fact.same, ())) != 1:
                 continue
             one, two = linear[before.path], linear[call.path]
-            sizes = (one.in_features, one.out_features, two.out_features)
-            numbers = [size for size in sizes if size != "scalar"]
-            full = len(numbers) == 3 and numbers[1] >= min(numbers[0], numbers[2])
+            full = one.outs >= min(one.ins, two.outs) and one.kernel == two.kernel
             if full and _parent(before.path) == _parent(call.path):
                 pairs[before.path, call.path] = None
     return list(pairs)
+
+
+class _LinearShape(NamedTuple):
+    ins: int
+    outs: int
+    kernel: tuple[int, ...] = ()
+
+
+def _linear_shape(module: eqx.Module) -> _LinearShape | None:
+    if isinstance(module, eqx.nn.Linear):
+        ins, outs = module.in_features, module.out_features
+        return None if ins == "scalar" or outs == "scalar" else _LinearShape(ins, outs)
+    if isinstance(module, eqx.nn.Conv) and module.groups == 1 and min(module.kernel_size) > 1:
+        return _LinearShape(module.in_channels, module.out_channels, tuple(module.kernel_size))
+    return None
 
 
 def _parent(path: str) -> str:
@@ -411,7 +432,7 @@ def _of_units(x: Array, y: np.ndarray, call: Seen, axis: int) -> Numbers:
 
 def _of_parameters(
     model: PyTree, grads: PyTree, updates: PyTree | None, stacks: list[int]
-) -> list[dict[str, Any]]:
+) -> list[dict[str, float]]:
     leaves = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
     found = [
         _numbers.of_parameter(param, grad, stack) if is_floating(param) else {}
@@ -422,12 +443,6 @@ def _of_parameters(
             if figures:
                 figures |= _numbers.of_update(param, update)
     return found
-
-
-def _outlier(rows: np.ndarray) -> float:
-    """How many times the rms of the row at the upper quartile the largest row's is."""
-    with np.errstate(all="ignore"):
-        return float(np.max(rows.max(-1) / np.quantile(rows, 0.75, axis=-1)))
 
 
 def _any(fn: Callable, arrays: list[Array]) -> Array:
@@ -475,7 +490,7 @@ _TRIES = 4  # Of three factors in a row that start at zero, the last is reached 
 
 
 def _moved(leaf: Array, noise: np.random.Generator) -> Array:
-    size = float(_numbers.rms(_numbers.host(leaf)[None])[0]) or 0.1
+    size = float(_numbers.rms(np.abs(_numbers.host(leaf))[None])[0]) or 0.1
     by = size * noise.normal(size=leaf.shape)
     return leaf + jax.device_put(by.astype(leaf.dtype), leaf.sharding)
 
@@ -534,7 +549,6 @@ def _parameters(model: PyTree, found: list[dict]) -> list[Parameter]:
     for where, leaf, statistics in zip(_parameter_paths(model), leaves, found, strict=True):
         if not statistics:
             continue
-        statistics["outlier"] = _outlier(statistics.pop("row_rms"))
         # Only what has the same statistics is compared, number by number.
         key = (leaf.shape, leaf.dtype, *(statistics[name] for name in ("mean", "std", "largest")))
         others = alike.setdefault(key, []) if statistics["std"] > 0 else []

@@ -201,14 +201,14 @@ def _distinct(rows: Float[np.ndarray, "steps examples entries"]) -> np.ndarray:
 
 
 @ignoring
-def of_parameter(param: Array, grad: Array, stack: int) -> dict[str, float | np.ndarray]:
-    """With `row_rms` of each row, along its last axis."""
+def of_parameter(param: Array, grad: Array, stack: int) -> dict[str, float]:
+    """Of which so many axes in front are for layers or members."""
     p, g = host(param), host(grad)
     one, of_grad = ({k: float(v[0]) for k, v in of_array(x[None]).items()} for x in (p, g))
     apart = lambda x: x.reshape(math.prod(x.shape[:stack]), *x.shape[stack:])
     p, g = apart(p), apart(g)
     return one | {
-        "row_rms": _row_rms(p),
+        "outlier": _outlier(p, g),
         "identical_units": float(_identical(p, g, grad.dtype).any()),
         "grad_rms": of_grad["rms"],
         "grad_largest": of_grad["largest"],
@@ -217,10 +217,20 @@ def of_parameter(param: Array, grad: Array, stack: int) -> dict[str, float | np.
     }
 
 
-def _row_rms(p: Steps) -> np.ndarray:
-    if p.ndim < 3 or p.shape[1] < 8:
-        return np.full((len(p), 1), np.nan)
-    return rms(p.reshape(len(p) * p.shape[1], -1)).reshape(p.shape[:2])
+def _outlier(p: Steps, g: Steps) -> float:
+    """How many times the rms of the row at the upper quartile the largest row's is, of those that
+    get a gradient: an embedding has rows for what this batch does not hold.
+    """
+    if p.ndim < 3:
+        return np.nan
+    sizes = rms(p.reshape(p.shape[0] * p.shape[1], -1)).reshape(p.shape[:2])
+    used = (g != 0).any(tuple(range(2, g.ndim)))
+    ratios = [
+        rows.max() / np.quantile(rows, 0.75)
+        for rows in (size[which] for size, which in zip(sizes, used, strict=True))
+        if len(rows) >= 8
+    ]
+    return float(np.max(ratios, initial=0.0))
 
 
 def _identical(p: Steps, g: Steps, dtype: np.dtype) -> Bool[np.ndarray, " steps"]:
