@@ -116,8 +116,8 @@ def measure(
         loss, marked, grads, model_grads = survey.backward(model, args)
         of = lambda marks, calls: [marks[call.given] for call in calls]
         ends = [
-            _ends(of(marked, calls), of(grads, calls), calls[0].loops, lead, mapped)
-            for (*_, lead, mapped), calls in kinds.items()
+            _ends(of(marked, calls), of(grads, calls), calls[0].loops, lead, mapped, computed)
+            for (*_, lead, mapped, computed), calls in kinds.items()
         ]
         outputs = [(marked[call.output], grads[call.output]) for call in survey.calls]
         inputs = [_activation_input(call, marked) for call in survey.calls]
@@ -278,7 +278,8 @@ def _kinds_of_inputs(survey: Survey) -> dict[tuple, list[Seen]]:
     """Calls that are given arrays of the same shapes, in the same loops.
 
     They are measured by one function, for XLA takes long to compile one for each. With each kind
-    stand, last, the shape of the examples and which of the arrays have an axis of them.
+    stand, last, the shape of the examples, which of the arrays have an axis of them, and whether
+    other calls have computed them.
     """
     kinds = {}
     for call in survey.calls:
@@ -289,7 +290,8 @@ def _kinds_of_inputs(survey: Survey) -> dict[tuple, list[Seen]]:
             mapped = tuple(i for i in mapped if types[i].shape[around] >= ALIKE)
             shapes = tuple((kind.shape, kind.dtype) for kind in types)
             lead = _examples_shape(call, survey)
-            kinds.setdefault((call.loops, shapes, lead, mapped), []).append(call)
+            key = (call.loops, shapes, lead, mapped, call.inputs != 0)
+            kinds.setdefault(key, []).append(call)
     return kinds
 
 
@@ -311,6 +313,7 @@ def _ends(
     loops: tuple[int, ...],
     lead: tuple[int, ...],
     mapped: tuple[int, ...],
+    computed: bool,
 ) -> dict[str, Array]:
     """Of what calls are given, for each call and step: its size, and whether it and the derivative
     there are finite, and all examples the same.
@@ -335,7 +338,8 @@ def _ends(
             where = each(ft.partial(_where_bad, lead=lead))(back)
             found |= {f"grad_input_{name}": number for name, number in where.items()}
     if mapped:
-        found["inputs_alike"] = each(_alike)(stacked([x[i] for i in mapped] for x in given))
+        alike = ft.partial(_alike, computed=computed)
+        found["inputs_alike"] = each(alike)(stacked([x[i] for i in mapped] for x in given))
     return found
 
 
@@ -357,9 +361,18 @@ def _where_bad(arrays: list[Array], lead: tuple[int, ...]) -> dict[str, Array]:
 ALIKE = 8  # Fewer examples may be the same by chance.
 
 
-def _alike(arrays: list[Array]) -> Array:
-    """Whether the first axis has the same all along, in all arrays."""
-    return jnp.stack([jnp.all(x == x[:1]) for x in arrays]).all()
+def _alike(arrays: list[Array], computed: bool) -> Array:
+    """Whether the first axis has the same all along, in all arrays; but for rounding, which differs
+    from example to example in a convolution, in what is computed.
+    """
+    return jnp.stack([_same(x, computed) for x in arrays]).all()
+
+
+def _same(x: Array, computed: bool) -> Array:
+    if not (computed and is_floating(x)):
+        return jnp.all(x == x[:1])
+    rounding = max(1e-4, 16 * float(jnp.finfo(x.dtype).eps))
+    return jnp.all(jnp.abs(x - x[:1]) <= (rounding * largest(x)).astype(x.dtype))
 
 
 def _largest_rms(arrays: list[Array]) -> Array:
