@@ -179,8 +179,8 @@ def _has_nan(x: Any) -> bool:
 
 
 def _size(x: Any) -> float:
-    is_data = eqx.is_inexact_array(x) and x.size > 0
-    return float(_numbers.rms(np.abs(_numbers.host(x))[None])[0]) if is_data else 0.0
+    is_data = eqx.is_inexact_array_like(x) and np.size(x) > 0
+    return float(_numbers.rms(np.abs(_numbers.host(jnp.asarray(x)))[None])[0]) if is_data else 0.0
 
 
 def _moments_are_finite(state: PyTree) -> bool:
