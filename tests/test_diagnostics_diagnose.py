@@ -325,6 +325,14 @@ def test_a_step_that_only_accumulates_is_no_finding(getkey):
 
 
 @pytest.mark.slow
+def test_the_last_bias_of_an_energy_is_no_finding(getkey):
+    """Of a Hamiltonian network: its derivatives alone are in the loss."""
+    energy, x = eqx.nn.MLP(2, "scalar", 16, 1, jnp.tanh, key=getkey()), normal(getkey(), (32, 2))
+    loss = lambda energy, x: jnp.mean((jax.vmap(jax.grad(energy))(x) - x[:, ::-1]) ** 2)
+    assert diagnose(loss, energy, x).findings == ()
+
+
+@pytest.mark.slow
 def test_outputs_in_large_units_do_not_grow(getkey):
     """The data are as large, so nothing has grown on the way."""
 

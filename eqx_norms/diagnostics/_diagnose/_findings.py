@@ -348,12 +348,13 @@ def _no_gradient(measured: Measured) -> Iterator[Finding]:
 
 
 def _shifts_all(path: str, rows: Sequence[Row]) -> bool:
-    """Whether it is a bias of which the gradient is zero because the loss, a difference say, is the
-    same for outputs that are all shifted.
+    """Whether it is a bias of which the gradient is zero because the loss is the same for outputs
+    that are all shifted: it is of a difference, say, or of the derivative of an energy.
     """
     module, _, name = path.rpartition(".")
     return name == "bias" and any(
-        row.path == module and row.statistics.get("grad_rms", 0) > 0 for row in rows
+        row.path == module and (row.seen.differentiated or row.statistics.get("grad_rms", 0) > 0)
+        for row in rows
     )
 
 

@@ -63,7 +63,9 @@ def try_steps(
     best = _largest_of_schedule(update, state, params)
     for p, numbers in zip(parameters, best, strict=True):
         p.statistics["lost"] = min(p.statistics["lost"], float(numbers["lost"]))
-    peak = float(np.median([float(n["update_ratio"]) for n in best if _counts(n)] or [0.0]))
+    peak = _median_ratio(best)
+    if peak < SMALL:  # At a minimum the moments make a step small, and not its rate.
+        peak = _median_ratio(_largest_of_schedule(update, optim.init(params), params))
     if ratio >= SMALL or peak >= SMALL:
         return {"longer": 0.0}
     loss_at = _loss_along(loss_fn, model, args, updates)
@@ -73,6 +75,10 @@ def try_steps(
     if not promised > 1e-6 * abs(now):  # what float32 can show
         return {"longer": 0.0}
     return {"longer": (now - loss_at(scale)) / promised}
+
+
+def _median_ratio(found: Sequence[dict[str, Any]]) -> float:
+    return float(np.median([float(n["update_ratio"]) for n in found if _counts(n)] or [0.0]))
 
 
 def _counts(numbers: dict[str, Any]) -> bool:
