@@ -25,7 +25,8 @@ import optax
 from eqx_norms.diagnostics import Watch, diagnose
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
-import diagnosis_models  # noqa: F401  which adds to the zoo
+import diagnosis_architectures  # noqa: F401  which adds to the zoo, as the next one
+import diagnosis_models  # noqa: F401
 import diagnosis_zoo as zoo
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "diagnosis.md"

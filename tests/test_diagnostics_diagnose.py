@@ -4,6 +4,7 @@ What a sick model must have is a finding of its illness at its place; others, wh
 may be there too. A healthy one has none.
 """
 
+import diagnosis_architectures
 import diagnosis_models
 import diagnosis_zoo as zoo
 import draws
@@ -21,6 +22,7 @@ from refused import refused
 from slow import few, slow
 
 from eqx_norms.diagnostics import capture_grads, diagnose
+from eqx_norms.diagnostics._diagnose._numbers import of_parameter
 
 # The cheapest; one more is in `test_under_debug_nans`, another in `test_plot`.
 QUICK_SICK = ("the_sum_of_a_norm",)
@@ -68,7 +70,7 @@ BATCHES = [("decoder", 1), ("convnet", 255), ("gru_language_model", 256), ("shif
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "batch"), BATCHES)
 def test_healthy_in_batches_of_any_size(name, batch, getkey, monkeypatch):
-    for module in (zoo, diagnosis_models):
+    for module in (zoo, diagnosis_models, diagnosis_architectures):
         monkeypatch.setattr(module, "BATCH", batch)
     assert of(zoo.HEALTHY[name](getkey())).findings == ()
 
@@ -310,6 +312,53 @@ def test_a_rate_that_is_far_too_small_is_one_finding(getkey):
     options = {"optimiser": (optim, optim.init(zoo.weights(case.model)))}
     [finding] = of(case._replace(options=options)).findings
     assert finding.kind == "update ratio" and "raise the learning rate" in finding.advice
+
+
+@pytest.mark.slow
+def test_a_step_that_only_accumulates_is_no_finding(getkey):
+    """Nor one of a warm-up from zero: another step moves the parameters."""
+    case = zoo.plain_mlp(getkey())
+    rate = optax.linear_schedule(0.0, 1e-3, 100)
+    optim = optax.MultiSteps(optax.adam(rate), 5)
+    options = {"optimiser": (optim, optim.init(zoo.weights(case.model)))}
+    assert of(case._replace(options=options)).findings == ()
+
+
+@pytest.mark.slow
+def test_the_last_bias_of_an_energy_is_no_finding(getkey):
+    """Of a Hamiltonian network: its derivatives alone are in the loss."""
+    energy, x = eqx.nn.MLP(2, "scalar", 16, 1, jnp.tanh, key=getkey()), normal(getkey(), (32, 2))
+    loss = lambda energy, x: jnp.mean((jax.vmap(jax.grad(energy))(x) - x[:, ::-1]) ** 2)
+    assert diagnose(loss, energy, x).findings == ()
+
+
+@pytest.mark.slow
+def test_outputs_in_large_units_do_not_grow(getkey):
+    """The data are as large, so nothing has grown on the way."""
+
+    class Frequencies(eqx.Module):
+        mlp: eqx.nn.MLP
+
+        def __call__(self, x):
+            return 5e14 * self.mlp(x)
+
+    model, x = Frequencies(eqx.nn.MLP(4, 1, 16, 1, key=getkey())), normal(getkey(), (32, 4))
+    loss = lambda model, x, y: jnp.mean(((jax.vmap(model)(x) - y) / 5e14) ** 2)
+    assert diagnose(loss, model, x, 5e14 * x[:, :1]).findings == ()
+
+
+@pytest.mark.parametrize("used", [20, 5])
+def test_rows_that_get_no_gradient_are_no_measure(used):
+    """Of an embedding, those that the batch does not hold are as they were drawn."""
+    rows = np.full((40, 3), 1e-3, np.float32)
+    rows[:used] = 1.0
+    grads = np.zeros_like(rows)
+    grads[:used] = 1e-2
+    found = of_parameter(jnp.asarray(rows), jnp.asarray(grads), 0)
+    assert found["outlier"] == (1 if used == 20 else 0)
+    rows[2] = 300
+    found = of_parameter(jnp.asarray(rows), jnp.asarray(grads), 0)
+    assert found["outlier"] == (300 if used == 20 else 0)  # of fewer than 8, none is told apart
 
 
 @pytest.mark.parametrize("depth", [2, 20])

@@ -92,15 +92,17 @@ def as_examples(x: Float[Array, "*shape"], unit_axis: int = -1) -> Float[Array, 
 def _rank(examples: Float[Array, "examples units"]) -> Float[Array, ""]:
     if min(examples.shape) < 2:
         return jnp.asarray(jnp.nan)
-    return effective_rank(sample(examples, RANK_EXAMPLES))
+    if len(examples) > RANK_EXAMPLES:
+        examples = examples[drawn_rows(len(examples), RANK_EXAMPLES)]
+    return effective_rank(examples)
 
 
-def sample(rows: Float[Array, "rows *rest"], size: int) -> Float[Array, "sample *rest"]:
-    """So many rows at most, always the same, of any layout.
+def drawn_rows(count: int, size: int) -> np.ndarray:
+    """The numbers of so many rows at most, always the same, of any layout.
 
     They are drawn, because a stride may meet the length of an axis that was flattened, and see one
     position of all examples.
     """
-    if len(rows) <= size:
-        return rows
-    return rows[np.sort(np.random.default_rng(0).choice(len(rows), size, replace=False))]
+    if count <= size:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, size, replace=False))

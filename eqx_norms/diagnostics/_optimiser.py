@@ -1,11 +1,14 @@
 """What an optimiser is about to do."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
+
+from ._once import once
 
 
 def next_updates(
@@ -37,11 +40,12 @@ def compiled_updates(
 ) -> PyTree:
     """As `next_updates`, compiled. For most optimisers that is once, without `value_fn`."""
     try:
-        return _updates(optim, grads, opt_state, params)
+        return _updates()(optim, grads, opt_state, params)
     except TypeError:
         return eqx.filter_jit(next_updates)(optim, grads, opt_state, params, loss, value_fn)
 
 
-@eqx.filter_jit
-def _updates(optim: Any, grads: PyTree, opt_state: PyTree, params: PyTree) -> PyTree:
-    return optim.update(grads, opt_state, params)[0]
+@ft.cache
+def _updates() -> Callable[..., PyTree]:
+    options: Any = {"compiler_options": once()}  # which the annotations do not know
+    return eqx.filter_jit(lambda optim, *rest: optim.update(*rest)[0], **options)

@@ -78,7 +78,7 @@ def activation_stats(
     variance = jnp.mean(rest**2) - jnp.mean(rest) ** 2
     std = jnp.sqrt(jnp.maximum(variance, 0))
     rms = jnp.sqrt(jnp.mean(u**2))
-    bands = np.percentile(_on_the_host(x), percentiles) if percentiles else None
+    bands = np.percentile(on_the_host(x), percentiles) if percentiles else None
     return ActivationStats(mean * scale, std * scale, rms * scale, absmax, bands)
 
 
@@ -342,7 +342,7 @@ def _singular_values(x: Float[ArrayLike, "rows columns"]) -> Float[Array, " valu
     return jnp.where(finite, singular, jnp.nan)
 
 
-def _on_the_host(x: Float[Array, "*shape"]) -> np.ndarray:
+def on_the_host(x: Float[Array, "*shape"]) -> np.ndarray:
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     # Split over processes, each of which calls this.

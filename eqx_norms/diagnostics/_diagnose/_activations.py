@@ -8,21 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
-from jaxtyping import Array, Float
 
 from ..._jaxprs import opened
+from .._once import jit_once
 
 
 class Activation(NamedTuple):
     """An activation function, by its name, and the slope below which it counts as flat.
 
-    The slope is `None` where only one end is flat: there, entries on the flat side are what the
-    function is for.
+    `slopes` are where, and how steep it is there. Both are `None` where only one end is flat:
+    there, entries on the flat side are what the function is for.
     """
 
     name: str
-    fn: Callable[[Float[Array, ""]], Float[Array, ""]] | None
-    flat: float | None
+    flat: float | None = None
+    slopes: tuple[np.ndarray, np.ndarray] | None = None
 
 
 # `jax.jit` and `jax.custom_jvp` leave these names in a jaxpr. What stands in `_PRIMITIVES` comes
@@ -57,23 +57,24 @@ def activation_of(fn: Callable, name: str) -> Activation:
     try:
         return _activation_of(fn, name)
     except TypeError:
-        return Activation(name, None, None)
+        return Activation(name)
 
 
 @ft.cache
 def _activation_of(fn: Callable, name: str) -> Activation:
     """With a tenth of the largest slope as the limit, if `fn` is flat at both ends."""
-    z = np.linspace(-30, 30, 601, dtype=np.float32)
+    z = np.linspace(-30, 30, 6001, dtype=np.float32)
     try:
         with jax.ensure_compile_time_eval():
-            slopes = np.abs(np.asarray(jax.vmap(jax.grad(fn))(jnp.asarray(z))))
-            ends = np.asarray(jax.vmap(fn)(jnp.asarray(z[[0, -1]])))
+            both = jit_once(jax.vmap(jax.value_and_grad(fn)))(z)
+            values, slopes = map(np.abs, map(np.asarray, both))
     except Exception:  # Whatever `fn` is, it is no function of one number.
-        return Activation(name, None, None)
+        return Activation(name)
     limit = 0.1 * slopes.max()
     # Where it is exactly 0 it is silent, as relu6 is on its left, and that is what it is for.
-    both = slopes[0] < limit and slopes[-1] < limit and (ends != 0).all()
-    return Activation(name, fn, float(limit) if both else None)
+    if max(slopes[0], slopes[-1]) < limit and min(values[0], values[-1]) > 0:
+        return Activation(name, float(limit), (z, slopes))
+    return Activation(name)
 
 
 def recognised(jaxpr: Any, i: int) -> tuple[Activation, int] | None:

@@ -92,7 +92,8 @@ def diagnose(
         update or moments are not finite. It is found only if the loss, a gradient or an update is
         not finite. Infinities that mask are no finding. It names the first step of the loops
         around it, the first example, and how many examples are like it.
-    - `"identical examples"`: 8 examples or more are the same at the input of every submodule.
+    - `"identical examples"`: 8 examples or more are the same at the input of every submodule that
+        no BatchNorm precedes.
     - `"dead"`: more than half of the units of a hidden layer are 0 behind their activation
         function, at all positions of the whole batch. There must be 16 examples or more that
         differ, and the other units must fire in a tenth of them or more. Each member of an
@@ -103,9 +104,11 @@ def diagnose(
     - `"no gradient"`: the whole gradient of a parameter is 0, even after all parameters that have a
         gradient have moved. It is not found if no parameter has a gradient and the loss is below
         1e-6, nor for a bias that shifts all outputs.
-    - `"identical units"`: all rows of a weight are the same, and so are those of its gradient.
+    - `"identical units"`: all rows of a weight are the same, and each row of its gradient is the
+        same as another one.
     - `"no activation"`: the output of a `Linear` goes unchanged into another `Linear` of the same
-        module, and nowhere else. A bottleneck between wider layers is no finding.
+        module, and nowhere else, or that of a `Conv` into one with the same kernel. A bottleneck
+        between wider layers, groups and kernels of width 1 are no finding.
     - `"saturated"`: a hidden layer has a function that is flat at both ends, such as tanh, and more
         than three quarters of its inputs are where its slope is below a tenth of its largest.
         Gates, and layers in a loop over time, are not judged.
@@ -117,15 +120,17 @@ def diagnose(
     - `"rank collapse"`: the effective rank of 8 examples and 8 units or more is below 1.1 in a
         hidden layer and in all that follow, and was 2 before.
     - `"growing activations"`: over 4 layers or more, their rms grows 100-fold, by the slope of its
-        logarithm, or in one call 1e6-fold. A sum of 100 blocks of equal size grows 10-fold.
+        logarithm, or one call returns 1e6 times as much as it is given, and as any of `args`. A sum
+        of 100 blocks of equal size grows 10-fold.
     - `"range"`: in float16, an entry is beyond a quarter of the largest number. In float16 and
         bfloat16, a quarter of a derivative is below the smallest normal number. In bfloat16,
         outputs have a spread of less than 1/512 of their mean. In a parameter, a row is 100 times
-        one at the upper quartile.
+        one at the upper quartile, of those that get a gradient.
     - `"update ratio"`: the rms of a step, divided by that of the weight, is above 0.2 for the
         median weight; 1e-3 is usual. Or it is below 1e-5 wherever a schedule may stand, and a step
-        of the usual size lowers the loss as much more. Or rounding to 16 bits loses half of a
-        parameter's updates. Or two parameters hold the same random numbers.
+        of the usual size lowers the loss as much more. Or there are gradients, and every update is
+        0 wherever a schedule may stand. Or rounding to 16 bits loses half of a parameter's updates.
+        Or two parameters hold the same random numbers.
     - `"initial loss"`: the loss is more than 1 above log(`classes`), which takes logits of standard
         deviation 1.4. Without `classes`, it is a cross-entropy, and in most examples the model is
         sure of one class, and wrong.

@@ -4,8 +4,10 @@ Every rule looks at statistics, and at what the traced program says of a call. W
 has a finding of its own; every other rule asks for finite figures, and holds for a NaN never.
 """
 
+import functools as ft
 import itertools
 import math
+import operator
 import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -282,7 +284,13 @@ def _birth_in_the_backward(measured: Measured, unseen: Collection[str]) -> Findi
 
 
 def _identical_examples(rows: Sequence[Row]) -> Iterator[Finding]:
-    known = [r.statistics["inputs_alike"] for r in rows if "inputs_alike" in r.statistics]
+    # What is the same is rounding behind a norm over the batch.
+    behind = ft.reduce(operator.or_, (1 << r.seen.output for r in rows if r.type == "BatchNorm"), 0)
+    known = [
+        row.statistics["inputs_alike"]
+        for row in rows
+        if "inputs_alike" in row.statistics and not row.seen.inputs & behind
+    ]
     if known and min(known) == 1:
         advice = (
             f"At the input of every submodule all examples of the batch, {ALIKE} or more, are the "
@@ -340,12 +348,13 @@ def _no_gradient(measured: Measured) -> Iterator[Finding]:
 
 
 def _shifts_all(path: str, rows: Sequence[Row]) -> bool:
-    """Whether it is a bias of which the gradient is zero because the loss, a difference say, is the
-    same for outputs that are all shifted.
+    """Whether it is a bias of which the gradient is zero because the loss is the same for outputs
+    that are all shifted: it is of a difference, say, or of the derivative of an energy.
     """
     module, _, name = path.rpartition(".")
     return name == "bias" and any(
-        row.path == module and row.statistics.get("grad_rms", 0) > 0 for row in rows
+        row.path == module and (row.seen.differentiated or row.statistics.get("grad_rms", 0) > 0)
+        for row in rows
     )
 
 
@@ -423,7 +432,7 @@ def _trends(measured: Measured) -> Iterator[Finding]:
             other = best.get(finding.kind)
             if other is None or _severity(finding) < _severity(other):
                 best[finding.kind] = finding
-    in_one = _growth_in_one_call(measured.rows)
+    in_one = _growth_in_one_call(measured.rows, measured.data_rms)
     if in_one is not None and "growing activations" not in best:
         best["growing activations"] = in_one
     yield from best.values()
@@ -504,11 +513,13 @@ def _growth(family: Sequence[Row]) -> Finding | None:
     return Finding("growing activations", rows[-1].path, change, limit, advice)
 
 
-def _growth_in_one_call(rows: Sequence[Row]) -> Finding | None:
-    """Of the last call that returns so much more than it is given, or than 1 where that is less."""
+def _growth_in_one_call(rows: Sequence[Row], data: float) -> Finding | None:
+    """Of the last call that returns so much more than it is given, than any of the data, which may
+    be in units that make it large, and than 1.
+    """
     limit = THRESHOLDS["growth in one call"]
     for row in rows[::-1]:
-        size = row.statistics["rms"] / max(1.0, row.statistics.get("input_rms", math.inf))
+        size = row.statistics["rms"] / max(1.0, data, row.statistics.get("input_rms", math.inf))
         if limit < size < math.inf:
             advice = (
                 "This is the rms of what it returns, divided by that of what it is given. Look at "
@@ -629,6 +640,12 @@ def _updates(measured: Measured) -> Iterator[Finding]:
                 f"rounding to {p.dtype}. Keep the parameters in float32, and compute in {p.dtype}."
             )
             yield Finding("update ratio", p.path, p.statistics["lost"], lost, advice)
+    if trial.get("never", 0) > 0:
+        advice = (
+            "There are gradients, but no update moves any parameter, wherever a schedule may "
+            "stand. Look for a learning rate of zero."
+        )
+        yield Finding("update ratio", "optimiser", 0, SMALL, advice)
     middle = typical_ratio(parameters)
     large, small = THRESHOLDS["large update"], THRESHOLDS["small update"]
     if middle is None:

@@ -17,22 +17,14 @@ from jaxtyping import Array, PyTree
 from ..._largest import largest
 from .._capture._instrument import path
 from .._capture._interpret import Marked
-from .._layer_statistics import (
-    as_examples,
-    derivative_statistics,
-    each_step,
-    is_floating,
-    layer_statistics,
-    non_finite,
-    sample,
-)
+from .._layer_statistics import each_step, is_floating
 from .._mesh import on_any_mesh
 from .._once import jit_once
 from .._optimiser import compiled_updates
-from .._statistics import activation_stats, saturation_fraction
-from ._activations import Activation
+from .._statistics import activation_stats
+from . import _numbers
 from ._survey import Seen, Survey, when
-from ._trial import of_update, try_steps
+from ._trial import try_steps
 
 Numbers = dict[str, float]
 
@@ -101,6 +93,7 @@ class Measured(NamedTuple):
     not_taken: list[str]
     held_nan: bool  # in an array that the function holds, without having been given it
     state_non_finite: bool  # in the moments of the optimiser
+    data_rms: float  # the largest of what the function is given besides the model
     linear_pairs: list[tuple[str, str]]
     trial: Numbers
 
@@ -123,8 +116,8 @@ def measure(
         loss, marked, grads, model_grads = survey.backward(model, args)
         of = lambda marks, calls: [marks[call.given] for call in calls]
         ends = [
-            _ends(of(marked, calls), of(grads, calls), calls[0].loops, lead, mapped)
-            for (*_, lead, mapped), calls in kinds.items()
+            _ends(of(marked, calls), of(grads, calls), calls[0].loops, lead, mapped, computed)
+            for (*_, lead, mapped, computed), calls in kinds.items()
         ]
         outputs = [(marked[call.output], grads[call.output]) for call in survey.calls]
         inputs = [_activation_input(call, marked) for call in survey.calls]
@@ -137,7 +130,7 @@ def measure(
         by_call = {id(call): {} for call in survey.calls}
         for alike, found in zip(kinds.values(), jax.device_get(ends), strict=True):
             for i, call in enumerate(alike):
-                by_call[id(call)] = {name: numbers[i] for name, numbers in found.items()}
+                by_call[id(call)] = {name: x[i].ravel() for name, x in found.items()}
         calls = list(map(_of_call, axes, by_call.values(), outputs, inputs))
         value_fn = lambda params: loss_fn(eqx.combine(params, model), *args)
         trained = eqx.filter(model, eqx.is_inexact_array)
@@ -146,7 +139,6 @@ def measure(
             optim, opt_state = optimiser
             updates = compiled_updates(optim, model_grads, opt_state, trained, loss, value_fn)
         params = _of_parameters(model, model_grads, updates, _stacks(survey, model))
-    calls, params = jax.device_get((calls, params))
     rows, by_call, not_taken = [], {}, []
     for call, parts in zip(survey.calls, calls, strict=True):
         made = _rows(call, parts, survey)
@@ -176,33 +168,35 @@ def measure(
         not_taken,
         not math.isfinite(loss) and any(map(_has_nan, survey.constants)),
         optimiser is not None and not _moments_are_finite(optimiser[1]),
+        max((r for r in map(_size, jtu.tree_leaves(args)) if math.isfinite(r)), default=0.0),
         _linear_pairs(survey),
         trial,
     )
 
 
 def _has_nan(x: Any) -> bool:
-    return eqx.is_inexact_array_like(x) and bool(jnp.isnan(jnp.asarray(x)).any())
+    return eqx.is_inexact_array_like(x) and bool(np.isnan(_numbers.host(jnp.asarray(x))).any())
+
+
+def _size(x: Any) -> float:
+    is_data = eqx.is_inexact_array_like(x) and np.size(x) > 0
+    return float(_numbers.rms(np.abs(_numbers.host(jnp.asarray(x)))[None])[0]) if is_data else 0.0
 
 
 def _moments_are_finite(state: PyTree) -> bool:
     """But for numbers, of which a best value often starts as infinity."""
     moments = [x for x in jtu.tree_leaves(state) if eqx.is_inexact_array(x) and x.ndim > 0]
-    return not moments or bool(_all_finite(moments))
-
-
-@jit_once
-def _all_finite(arrays: list[Array]) -> Array:
-    return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
+    return all(bool(np.isfinite(_numbers.host(x)).all()) for x in moments)
 
 
 def _linear_pairs(survey: Survey) -> list[tuple[str, str]]:
     """Linear layers of which the output goes into another one of the same module, and nowhere else.
 
-    Where the first has fewer units than what is at either end, they are a matrix of low rank.
+    Where the first has fewer units than what is at either end, they are a matrix of low rank. Of
+    convolutions only such as have one kernel are meant: others are factors of one, on purpose.
     """
     pairs = {}
-    linear = {k: m for k, m in survey.modules.items() if isinstance(m, eqx.nn.Linear)}
+    linear = {k: shape for k, m in survey.modules.items() if (shape := _linear_shape(m))}
     calls = [call for call in survey.calls if call.path in linear]
     by_mark = {call.returned: call for call in calls if call.returned is not None}
     for call in calls:
@@ -211,12 +205,25 @@ def _linear_pairs(survey: Survey) -> list[tuple[str, str]]:
             if before is None or len(survey.flow.readers.get(fact.same, ())) != 1:
                 continue
             one, two = linear[before.path], linear[call.path]
-            sizes = (one.in_features, one.out_features, two.out_features)
-            numbers = [size for size in sizes if size != "scalar"]
-            full = len(numbers) == 3 and numbers[1] >= min(numbers[0], numbers[2])
+            full = one.outs >= min(one.ins, two.outs) and one.kernel == two.kernel
             if full and _parent(before.path) == _parent(call.path):
                 pairs[before.path, call.path] = None
     return list(pairs)
+
+
+class _LinearShape(NamedTuple):
+    ins: int
+    outs: int
+    kernel: tuple[int, ...] = ()
+
+
+def _linear_shape(module: eqx.Module) -> _LinearShape | None:
+    if isinstance(module, eqx.nn.Linear):
+        ins, outs = module.in_features, module.out_features
+        return None if ins == "scalar" or outs == "scalar" else _LinearShape(ins, outs)
+    if isinstance(module, eqx.nn.Conv) and module.groups == 1 and min(module.kernel_size) > 1:
+        return _LinearShape(module.in_channels, module.out_channels, tuple(module.kernel_size))
+    return None
 
 
 def _parent(path: str) -> str:
@@ -271,7 +278,8 @@ def _kinds_of_inputs(survey: Survey) -> dict[tuple, list[Seen]]:
     """Calls that are given arrays of the same shapes, in the same loops.
 
     They are measured by one function, for XLA takes long to compile one for each. With each kind
-    stand, last, the shape of the examples and which of the arrays have an axis of them.
+    stand, last, the shape of the examples, which of the arrays have an axis of them, and whether
+    other calls have computed them.
     """
     kinds = {}
     for call in survey.calls:
@@ -282,7 +290,8 @@ def _kinds_of_inputs(survey: Survey) -> dict[tuple, list[Seen]]:
             mapped = tuple(i for i in mapped if types[i].shape[around] >= ALIKE)
             shapes = tuple((kind.shape, kind.dtype) for kind in types)
             lead = _examples_shape(call, survey)
-            kinds.setdefault((call.loops, shapes, lead, mapped), []).append(call)
+            key = (call.loops, shapes, lead, mapped, call.inputs != 0)
+            kinds.setdefault(key, []).append(call)
     return kinds
 
 
@@ -304,6 +313,7 @@ def _ends(
     loops: tuple[int, ...],
     lead: tuple[int, ...],
     mapped: tuple[int, ...],
+    computed: bool,
 ) -> dict[str, Array]:
     """Of what calls are given, for each call and step: its size, and whether it and the derivative
     there are finite, and all examples the same.
@@ -328,7 +338,8 @@ def _ends(
             where = each(ft.partial(_where_bad, lead=lead))(back)
             found |= {f"grad_input_{name}": number for name, number in where.items()}
     if mapped:
-        found["inputs_alike"] = each(_alike)(stacked([x[i] for i in mapped] for x in given))
+        alike = ft.partial(_alike, computed=computed)
+        found["inputs_alike"] = each(alike)(stacked([x[i] for i in mapped] for x in given))
     return found
 
 
@@ -350,9 +361,18 @@ def _where_bad(arrays: list[Array], lead: tuple[int, ...]) -> dict[str, Array]:
 ALIKE = 8  # Fewer examples may be the same by chance.
 
 
-def _alike(arrays: list[Array]) -> Array:
-    """Whether the first axis has the same all along, in all arrays."""
-    return jnp.stack([jnp.all(x == x[:1]) for x in arrays]).all()
+def _alike(arrays: list[Array], computed: bool) -> Array:
+    """Whether the first axis has the same all along, in all arrays; but for rounding, which differs
+    from example to example in a convolution, in what is computed.
+    """
+    return jnp.stack([_same(x, computed) for x in arrays]).all()
+
+
+def _same(x: Array, computed: bool) -> Array:
+    if not (computed and is_floating(x)):
+        return jnp.all(x == x[:1])
+    rounding = max(1e-4, 16 * float(jnp.finfo(x.dtype).eps))
+    return jnp.all(jnp.abs(x - x[:1]) <= (rounding * largest(x)).astype(x.dtype))
 
 
 def _largest_rms(arrays: list[Array]) -> Array:
@@ -370,221 +390,72 @@ def _activation_input(call: Seen, marked: Marked) -> Array | None:
 
 def _of_call(
     call_and_axis: tuple[Seen, int], ends: dict, output: tuple[Any, Any], x: Array | None
-) -> list[dict[str, Array]]:
-    """For each array of the output its statistics, each with an axis for each loop."""
+) -> list[Numbers]:
+    """For each array of the output its statistics, each with a number for each step."""
     call, axis = call_and_axis
     values, grads = output
     if call.applied is not None:
         given, y = values
         if not is_floating(y):
             return [{}]
-        found = _of_activation(y, axis, call.loops)
-        return [found | _of_units(given, y, call, axis)]
+        y = _numbers.in_steps(y, call.loops)
+        return [_of_output(y, axis) | _of_units(given, y, call, axis)]
     parts = [
-        _of_output(value, grad, axis, call.loops, call.examples) | ends
+        _of_value(_numbers.in_steps(value, call.loops), grad, call, axis) | ends
         if is_floating(value)
         else {}
         for value, grad in zip(values, grads, strict=True)
     ]
-    for numbers, value, grad in zip(parts, values, grads, strict=True):
-        if numbers and not call.hidden and value.ndim > len(call.loops) + call.examples:
-            numbers |= _of_logits(grad, call.loops)
-        if numbers and call.type in _CENTRED:
-            numbers |= _of_norm(grad, call.loops, call.examples)
     if x is not None and parts[0]:
-        parts[0] |= _of_units(x, values[0], call, axis)
+        parts[0] |= _of_units(x, _numbers.in_steps(values[0], call.loops), call, axis)
     return parts
 
 
 _CENTRED = ("LayerNorm", "GroupNorm")  # A constant derivative at their output cancels.
 
 
-def _of_units(x: Array, y: Array, call: Seen, axis: int) -> dict[str, Array]:
-    if not call.units or y.ndim <= len(call.loops) + call.examples:
+def _of_output(value: np.ndarray, axis: int) -> Numbers:
+    return _numbers.of_array(value) | {"effective_rank": _numbers.effective_rank(value, axis)}
+
+
+def _of_value(value: np.ndarray, derivative: Array, call: Seen, axis: int) -> Numbers:
+    grad, of_type = _numbers.in_steps(derivative, call.loops), jnp.finfo(derivative.dtype)
+    of_grad = _numbers.of_array(grad)
+    found = _of_output(value, axis) | {
+        "grad_rms": of_grad["rms"],
+        "grad_non_finite": of_grad["non_finite"],
+        "grad_silent": _numbers.silent(grad, axis),
+        "tiny": _numbers.share_below(grad, float(of_type.tiny)),
+    }
+    found |= _numbers.where_bad(value, _of_examples(value.shape[1:], call.examples))
+    if not call.hidden and value.ndim > 1 + call.examples:
+        found |= _numbers.of_logits(grad, float(of_type.eps))
+    if call.type in _CENTRED:
+        found |= _numbers.of_norm(grad, call.examples)
+    return found
+
+
+def _of_units(x: Array, y: np.ndarray, call: Seen, axis: int) -> Numbers:
+    if not call.units or call.activation is None or y.ndim <= 1 + call.examples:
         return {}
     time = tuple(i for i, kind in enumerate(call.kinds) if kind == "time")
-    return _dead_and_saturated(x, y, call.activation, axis, call.loops, time, call.examples)
-
-
-# Jitted one by one: a deep model has many layers, but few shapes, and one program of all their
-# statistics would take XLA longer to compile than the model itself.
-@ft.partial(jit_once, static_argnums=(2, 3, 4))
-def _of_output(
-    value: Array, grad: Array, axis: int, loops: tuple[int, ...], examples: int
-) -> dict[str, Array]:
-    def one(value, grad):
-        derivative = derivative_statistics(grad, axis)
-        found = {f"grad_{name}": number for name, number in derivative.items()}
-        which = {"nan": jnp.isnan(value).any(), "inf": jnp.isposinf(value).any()}
-        which |= _where_bad([value], _of_examples(value.shape, examples))
-        return layer_statistics(value, axis) | found | which | {"tiny": _tiny(grad)}
-
-    return each_step(loops, one)(value, grad)
-
-
-@ft.partial(jit_once, static_argnums=(1, 2))
-def _of_activation(y: Array, axis: int, loops: tuple[int, ...]) -> dict[str, Array]:
-    return each_step(loops, ft.partial(layer_statistics, unit_axis=axis))(y)
-
-
-@ft.partial(jit_once, static_argnums=(2, 3, 4, 5, 6))
-def _dead_and_saturated(
-    x: Array,
-    y: Array,
-    activation: Activation,
-    axis: int,
-    loops: tuple[int, ...],
-    time: tuple[int, ...],
-    examples: int,
-) -> dict[str, Array]:
-    """`dead`, of units that are silent at all positions of all examples, in all steps in time.
-
-    `firing` is the share of examples in which the others are not, on average, `distinct` how many
-    of a sample of the examples differ.
-    """
-
-    @on_any_mesh
-    def one(x, y):
-        active = jnp.moveaxis(~(jnp.abs(y) < SILENT), axis, -1)  # which a NaN is
-        if examples:
-            active = active.any(tuple(range(examples, y.ndim - 1)))
-        fires = jnp.mean(active.reshape(-1, active.shape[-1]), axis=0, dtype=jnp.float32)
-        rows = x.reshape(-1, *x.shape[examples:]) if examples else as_examples(x, axis)
-        found = {"fires": fires, "distinct": _distinct(rows)}
-        if activation.flat is not None and activation.fn is not None:
-            found["saturated"] = saturation_fraction(activation.fn, x, activation.flat)
-        return found
-
-    found = each_step(loops, one)(x, y)
-    fires = found.pop("fires")
-    fires = jnp.broadcast_to(jnp.mean(fires, time, keepdims=True), fires.shape)
-    return found | {
-        "dead": jnp.mean(fires == 0, axis=-1, dtype=jnp.float32),
-        "firing": jnp.mean(fires, axis=-1, where=fires > 0),
-    }
-
-
-SILENT = 1e-8
-_SAMPLE = 64
-
-
-def _distinct(rows: Array) -> Array:
-    rows = sample(rows.reshape(len(rows), -1), _SAMPLE).astype(jnp.float32)
-    weights = np.random.default_rng(0).normal(size=rows.shape[1])
-    sums = jnp.sum(rows * jnp.asarray(weights[None], rows.dtype), axis=1)
-    # What is the same may be summed in another order. (A sort takes XLA longer to compile.)
-    rounding = 16 * float(jnp.finfo(rows.dtype).eps) * largest(sums)
-    same = jnp.abs(sums[:, None] - sums[None]) <= rounding
-    return jnp.sum(~jnp.tril(same, -1).any(axis=1))
-
-
-@ft.partial(jit_once, static_argnums=1)
-def _of_logits(grad: Array, loops: tuple[int, ...]) -> dict[str, Array]:
-    """Of the derivative of a loss that is a cross-entropy of these logits: probabilities, less one
-    at the label, of a common factor.
-
-    `wrong` is the mean probability of the wrong classes, over the largest of any example, and
-    `confident` the mean share of one class among these; NaN if it is not of that kind.
-    """
-
-    @on_any_mesh
-    def one(grad):
-        g = grad.reshape(-1, grad.shape[-1]).astype(jnp.float32)
-        size = jnp.abs(g).sum(-1)
-        most = largest(size)
-        negative = g < -1e-6 * most
-        rounding = 8 * float(jnp.finfo(grad.dtype).eps)
-        kind = (negative.sum(-1) <= 1) & (jnp.abs(g.sum(-1)) <= rounding * most)
-        ups = jnp.maximum(g, 0)
-        seen = size > 1e-3 * most
-        share = jnp.mean(ups.max(-1) / ups.sum(-1), where=seen)
-        ok = jnp.all(kind) & (g.shape[-1] >= 3) & (most > 0)
-        return {
-            "wrong": jnp.where(ok, jnp.mean(size) / most, jnp.nan),
-            "confident": jnp.where(ok, share, jnp.nan),
-        }
-
-    return each_step(loops, one)(grad)
-
-
-@ft.partial(jit_once, static_argnums=(1, 2))
-def _of_norm(grad: Array, loops: tuple[int, ...], examples: int) -> dict[str, Array]:
-    """How much the derivative at the output of a norm differs over the entries of an example."""
-
-    @on_any_mesh
-    def one(grad):
-        g = grad.reshape(*grad.shape[:examples], -1).astype(jnp.float32)
-        rest = activation_stats(g - g[..., :1]).rms
-        return {"grad_spread": rest / activation_stats(g).rms}
-
-    return each_step(loops, one)(grad)
+    given = _numbers.in_steps(x, call.loops)
+    return _numbers.of_units(given, y, call.activation, axis, call.loops, time, call.examples)
 
 
 def _of_parameters(
     model: PyTree, grads: PyTree, updates: PyTree | None, stacks: list[int]
-) -> list[dict[str, Array]]:
-    params = eqx.filter(model, eqx.is_inexact_array)
-    leaves = jtu.tree_leaves(params)
+) -> list[dict[str, float]]:
+    leaves = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
     found = [
-        _of_parameter(param, grad, stack) if is_floating(param) else {}
+        _numbers.of_parameter(param, grad, stack) if is_floating(param) else {}
         for param, grad, stack in zip(leaves, jtu.tree_leaves(grads), stacks, strict=True)
     ]
     if updates is not None:
-        for param, update, numbers in zip(leaves, jtu.tree_leaves(updates), found, strict=True):
-            if numbers:
-                numbers |= of_update(param, update)
+        for param, update, figures in zip(leaves, jtu.tree_leaves(updates), found, strict=True):
+            if figures:
+                figures |= _numbers.of_update(param, update)
     return found
-
-
-@ft.partial(jit_once, static_argnums=2)
-@on_any_mesh
-def _of_parameter(param: Array, grad: Array, stack: int) -> dict[str, Array]:
-    of_param, of_grad = activation_stats(param), activation_stats(grad)
-    apart = lambda fn: each_step(param.shape[:stack], fn)
-    return {
-        "mean": of_param.mean,
-        "std": of_param.std,
-        "rms": of_param.rms,
-        "largest": of_param.absmax,
-        "non_finite": non_finite(param),
-        "row_rms": apart(_row_rms)(param),
-        "identical_units": jnp.max(apart(_identical)(param, grad)),
-        "grad_rms": of_grad.rms,
-        "grad_largest": of_grad.absmax,
-        "grad_non_finite": non_finite(grad),
-        "tiny": _tiny(grad),
-    }
-
-
-def _row_rms(param: Array) -> Array:
-    if param.ndim < 2 or param.shape[0] < 8:
-        return jnp.full(1, jnp.nan)
-    return jax.vmap(lambda row: activation_stats(row).rms)(param)
-
-
-def _outlier(rows: np.ndarray) -> float:
-    """How many times the rms of the row at the upper quartile the largest row's is."""
-    with np.errstate(all="ignore"):
-        return float(np.max(rows.max(-1) / np.quantile(rows, 0.75, axis=-1)))
-
-
-def _identical(param: Array, grad: Array) -> Array:
-    """Whether all rows are the same, and not 0, and get the same gradient, which is not 0."""
-    if param.ndim < 2 or param.shape[0] < 2:
-        return jnp.asarray(False)
-    size = activation_stats(grad).rms
-    same = jnp.all(param == param[:1]) & jnp.any(param != 0) & (size > 0)
-    # Units that are the same may be summed in another order.
-    return same & jnp.all(
-        jnp.abs(grad - grad[:1]).astype(size.dtype)
-        <= max(1e-3, 4 * float(jnp.finfo(grad.dtype).eps)) * size
-    )
-
-
-def _tiny(x: Array) -> Array:
-    """The share of entries that are below the smallest normal number of their dtype, but not 0."""
-    size = jnp.abs(x)
-    return jnp.mean((size > 0) & (size < jnp.finfo(x.dtype).tiny), dtype=jnp.float32)
 
 
 def _any(fn: Callable, arrays: list[Array]) -> Array:
@@ -632,10 +503,9 @@ _TRIES = 4  # Of three factors in a row that start at zero, the last is reached 
 
 
 def _moved(leaf: Array, noise: np.random.Generator) -> Array:
-    size = activation_stats(leaf).rms
-    size = jnp.where(size > 0, size, 0.1).astype(leaf.dtype)
-    by = jax.device_put(noise.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
-    return leaf + size * by
+    size = float(_numbers.rms(np.abs(_numbers.host(leaf))[None])[0]) or 0.1
+    by = size * noise.normal(size=leaf.shape)
+    return leaf + jax.device_put(by.astype(leaf.dtype), leaf.sharding)
 
 
 # ---- Rows, on the host.
@@ -645,11 +515,11 @@ def _rows(call: Seen, parts: list[dict], survey: Survey) -> list[Row]:
     kinds = survey.types[call.output]
     kinds = kinds[-1:] if call.applied is not None else kinds
     rows = []
-    for step in itertools.product(*map(range, call.loops)):
+    for i, step in enumerate(itertools.product(*map(range, call.loops))):
         for part, (numbers, kind) in enumerate(zip(parts, kinds, strict=True)):
             if not numbers:
                 continue
-            here = {name: float(np.asarray(number)[step]) for name, number in numbers.items()}
+            here = {name: float(number[i]) for name, number in numbers.items()}
             rows.append(
                 Row(
                     call.path,
@@ -689,12 +559,9 @@ def _taken(row: Row) -> bool:
 def _parameters(model: PyTree, found: list[dict]) -> list[Parameter]:
     leaves = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
     made, alike = [], {}
-    for where, leaf, numbers in zip(_parameter_paths(model), leaves, found, strict=True):
-        if not numbers:
+    for where, leaf, statistics in zip(_parameter_paths(model), leaves, found, strict=True):
+        if not statistics:
             continue
-        outlier = _outlier(numbers.pop("row_rms"))
-        statistics = {name: float(number) for name, number in numbers.items()}
-        statistics["outlier"] = outlier
         # Only what has the same statistics is compared, number by number.
         key = (leaf.shape, leaf.dtype, *(statistics[name] for name in ("mean", "std", "largest")))
         others = alike.setdefault(key, []) if statistics["std"] > 0 else []

@@ -13,27 +13,14 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._layer_statistics import is_floating, non_finite
+from .._layer_statistics import is_floating
 from .._once import jit_once
 from .._optimiser import compiled_updates
-from .._statistics import activation_stats
+from .._statistics import on_the_host
+from ._numbers import of_update
 
 SMALL, USUAL = 1e-5, 1e-3
 _COUNTS = (1, 10, 100, 1000, 10_000, 100_000)
-
-
-@jit_once
-def of_update(param: Array, update: Array) -> dict[str, Array]:
-    moved = (param + update.astype(param.dtype)).astype(param.dtype) != param
-    meant = update != 0
-    lost = jnp.sum(meant & ~moved) / jnp.maximum(jnp.sum(meant), 1)
-    rms = activation_stats(update).rms
-    return {
-        "update_rms": rms,
-        "update_ratio": rms / activation_stats(param).rms,
-        "update_non_finite": non_finite(update),
-        "lost": lost,
-    }
 
 
 def typical_ratio(parameters: Sequence[Any]) -> float | None:
@@ -57,22 +44,28 @@ def try_steps(
 
     `longer` is, for a small step, the share of the fall that the gradient promises which is kept
     with one of the usual size; 0 if the schedule has larger ones. The `lost` of the parameters
-    becomes that of the schedule's largest step.
+    becomes that of the schedule's largest step. `never` is whether no step moves anything.
     """
     ratio = typical_ratio(parameters)
-    if ratio is None:
+    still = all(p.statistics.get("update_rms", 0) == 0 for p in parameters)
+    if ratio is None and not still:
         return {}
     in_doubt = [p for p in parameters if p.statistics.get("lost", 0) > 0.5]
-    if ratio >= SMALL and not in_doubt:
+    if ratio is not None and ratio >= SMALL and not in_doubt:
         return {}
     params = eqx.filter(model, eqx.is_inexact_array)
     value_fn = lambda params: loss_fn(eqx.combine(params, model), *args)
     optim, state = optimiser
     update = lambda state: compiled_updates(optim, grads, state, params, loss, value_fn)
+    if ratio is None:
+        learns = any(p.statistics["grad_largest"] > 0 for p in parameters)
+        return {"never": float(learns and _never_moves(update, state))}
     best = _largest_of_schedule(update, state, params)
     for p, numbers in zip(parameters, best, strict=True):
         p.statistics["lost"] = min(p.statistics["lost"], float(numbers["lost"]))
-    peak = float(np.median([float(n["update_ratio"]) for n in best if _counts(n)] or [0.0]))
+    peak = _median_ratio(best)
+    if peak < SMALL:  # At a minimum the moments make a step small, and not its rate.
+        peak = _median_ratio(_largest_of_schedule(update, optim.init(params), params))
     if ratio >= SMALL or peak >= SMALL:
         return {"longer": 0.0}
     loss_at = _loss_along(loss_fn, model, args, updates)
@@ -84,6 +77,10 @@ def try_steps(
     return {"longer": (now - loss_at(scale)) / promised}
 
 
+def _median_ratio(found: Sequence[dict[str, Any]]) -> float:
+    return float(np.median([float(n["update_ratio"]) for n in found if _counts(n)] or [0.0]))
+
+
 def _counts(numbers: dict[str, Any]) -> bool:
     return numbers["matrix"] and 0 < float(numbers["update_ratio"]) < float("inf")
 
@@ -92,12 +89,11 @@ def _largest_of_schedule(
     update: Callable[[PyTree], PyTree], state: PyTree, params: PyTree
 ) -> list[dict[str, Any]]:
     """The figures of the largest update that this gradient gives at any step of a schedule."""
-    floats = lambda tree: [x for x in jtu.tree_leaves(tree) if is_floating(x)]
-    leaves = floats(params)
+    leaves = _floats(params)
     best, size = [], -1.0
     for count in (None, *_COUNTS):
         at = state if count is None else _at_count(state, count)
-        updates = floats(update(at))
+        updates = _floats(update(at))
         found = [
             of_update(p, u) | {"matrix": p.ndim > 1} for p, u in zip(leaves, updates, strict=True)
         ]
@@ -106,6 +102,19 @@ def _largest_of_schedule(
         if here > (10 * size if best else -1):
             best, size = found, here
     return best
+
+
+def _never_moves(update: Callable[[PyTree], PyTree], state: PyTree) -> bool:
+    """Nor in another step of an optimiser that accumulates gradients over several."""
+    tried = (update(_at_count(state, count)) for count in (*range(_EVERY), *_COUNTS))
+    return not any(np.any(on_the_host(u) != 0) for updates in tried for u in _floats(updates))
+
+
+_EVERY = 64
+
+
+def _floats(tree: PyTree) -> list[Array]:
+    return [x for x in jtu.tree_leaves(tree) if is_floating(x)]
 
 
 def _at_count(state: PyTree, count: int) -> PyTree:
