@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
+from ..._processes import jit, spans_processes
 from ._instrument import Observer, Where
 from ._interpret import ArrayType, Edit, Marked, evaluate, marked_types
 from ._names import as_names
@@ -122,7 +123,8 @@ def capture(
         or use [`eqx_norms.diagnostics.capture_grads`][].
     """
     program = _Program(fn, model, args, where, replace, as_names(names))
-    out, marked = program.run(model, args, program.no_shifts())
+    run = lambda model, args: program.run(model, args, program.no_shifts())
+    out, marked = _by_all_processes(run, model, args)
     return out, program.by_path(marked)
 
 
@@ -169,7 +171,7 @@ def capture_grads(
         matched submodule is called. It is computed anew in there, out of reach of the added zero.
     """
     program = _Program(loss_fn, model, args, where, replace, as_names(names))
-    loss, marked, grads, model_grads = program.backward(model, args)
+    loss, marked, grads, model_grads = _by_all_processes(program.backward, model, args)
     return loss, program.by_path(marked), program.by_path(grads), model_grads
 
 
@@ -260,6 +262,14 @@ class _Program:
                 "differentiates a `jax.checkpoint` that calls it, which computes it a second time. "
                 "Type a `where` that leaves it out, or take the checkpoint away."
             )
+
+
+def _by_all_processes(run: Callable, model: PyTree, args: tuple) -> Any:
+    """`run(model, args)`; of what several processes hold, in one program and not step by step."""
+    arrays, static = eqx.partition((model, args), eqx.is_array)
+    if not any(map(spans_processes, jtu.tree_leaves(arrays))):
+        return run(model, args)
+    return jit(lambda arrays: run(*eqx.combine(arrays, static)))(arrays)
 
 
 def _check_named(watch: Observer) -> None:

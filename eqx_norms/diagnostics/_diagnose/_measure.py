@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ..._largest import largest
+from ..._processes import fetch, fetched, laid_out
 from .._capture._instrument import path
 from .._capture._interpret import Marked
 from .._layer_statistics import (
@@ -135,7 +136,7 @@ def measure(
         loss, ends, outputs, inputs, model_grads = run(dynamic)
         axes = _unit_axes(survey, model)
         by_call = {id(call): {} for call in survey.calls}
-        for alike, found in zip(kinds.values(), jax.device_get(ends), strict=True):
+        for alike, found in zip(kinds.values(), fetch(ends), strict=True):
             for i, call in enumerate(alike):
                 by_call[id(call)] = {name: numbers[i] for name, numbers in found.items()}
         calls = list(map(_of_call, axes, by_call.values(), outputs, inputs))
@@ -146,7 +147,7 @@ def measure(
             optim, opt_state = optimiser
             updates = compiled_updates(optim, model_grads, opt_state, trained, loss, value_fn)
         params = _of_parameters(model, model_grads, updates, _stacks(survey, model))
-    calls, params = jax.device_get((calls, params))
+    calls, params = fetch((calls, params))
     rows, by_call, not_taken = [], {}, []
     for call, parts in zip(survey.calls, calls, strict=True):
         made = _rows(call, parts, survey)
@@ -182,7 +183,7 @@ def measure(
 
 
 def _has_nan(x: Any) -> bool:
-    return eqx.is_inexact_array_like(x) and bool(jnp.isnan(jnp.asarray(x)).any())
+    return eqx.is_inexact_array_like(x) and bool(np.isnan(fetched(x)).any())
 
 
 def _moments_are_finite(state: PyTree) -> bool:
@@ -621,7 +622,7 @@ def _reached_from_elsewhere(
             leaf if path in idle - reached else _moved(leaf, noise)
             for path, leaf in zip(paths, leaves, strict=True)
         ]
-        found = jax.device_get(grads_are_there(moved, dynamic))
+        found = fetch(grads_are_there(moved, dynamic))
         reached |= {path for path, there in zip(paths, found, strict=True) if there} & idle
         if reached == idle:
             break
@@ -632,10 +633,15 @@ _TRIES = 4  # Of three factors in a row that start at zero, the last is reached 
 
 
 def _moved(leaf: Array, noise: np.random.Generator) -> Array:
-    size = activation_stats(leaf).rms
-    size = jnp.where(size > 0, size, 0.1).astype(leaf.dtype)
-    by = jax.device_put(noise.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
-    return leaf + size * by
+    by = laid_out(noise.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
+    return leaf + _size(leaf) * by
+
+
+@jit_once
+def _size(leaf: Array) -> Array:
+    """Its rms; of zeros 0.1."""
+    rms = activation_stats(leaf).rms
+    return jnp.where(rms > 0, rms, 0.1).astype(leaf.dtype)
 
 
 # ---- Rows, on the host.
@@ -699,7 +705,7 @@ def _parameters(model: PyTree, found: list[dict]) -> list[Parameter]:
         key = (leaf.shape, leaf.dtype, *(statistics[name] for name in ("mean", "std", "largest")))
         others = alike.setdefault(key, []) if statistics["std"] > 0 else []
         same = next((path for path, other in others if jnp.array_equal(leaf, other)), None)
-        same = same if same is not None and _looks_drawn(np.asarray(leaf, np.float64)) else None
+        same = same if same is not None and _looks_drawn(fetched(leaf).astype(np.float64)) else None
         others.append((where, leaf))
         made.append(Parameter(where, leaf.shape, str(leaf.dtype), statistics, same))
     return made

@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from ..._processes import fetch, fetched
 from .._capture._capture import _Program
 from .._capture._instrument import Where, path
 from .._capture._interpret import Marked, loops_around
@@ -94,8 +95,10 @@ class Watch:
                 "without one. Type `Watch(loss_fn, where=where, optimiser=optim)` and "
                 "`measure(model, batch, opt_state=opt_state)`."
             )
-        run = self._measure if _traced((model, args, opt_state)) else self._compiled
-        return run(model, args, opt_state)
+        if _traced((model, args, opt_state)):
+            return self._measure(model, args, opt_state)
+        look = self._compiled(model, args, opt_state)
+        return fetch(look) if jax.process_count() > 1 else look
 
     @ft.cached_property
     def _compiled(self) -> Callable[..., Look]:
@@ -159,8 +162,8 @@ def stacked(history: Look | Sequence[Look]) -> Look:
                 "`history` must have looks at one model, with the same submodules, but these "
                 "differ. Plot them apart."
             )
-        history = jtu.tree_map(lambda *leaves: np.stack([*map(np.asarray, leaves)]), *history)
-    look: Look = jtu.tree_map(np.asarray, history)
+        history = jtu.tree_map(lambda *leaves: np.stack([*map(fetched, leaves)]), *history)
+    look: Look = jtu.tree_map(fetched, history)
     if look.loss.ndim != 1:
         raise ValueError(
             "`history` must be looks one after the other, but the shape of their losses is "
