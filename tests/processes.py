@@ -56,7 +56,7 @@ def running_mean(x):
 
 
 def centred(x):
-    return x - x.mean(axis=0)
+    return x - x.mean(axis=0, keepdims=True)
 
 
 class Mixer(eqx.Module):
@@ -91,33 +91,31 @@ def x_split_over_time():
 @case
 def a_batch_that_is_split():
     x = put(drawn(0, B, T, D), "d")
-    along_time = [told(check_causal(jax.vmap(fn), x, axis=1)) for fn in (running_mean, centred)]
-    return [*along_time, told(assert_independent(jax.vmap(centred), x))]
+    along_time = told(check_causal(jax.vmap(running_mean), x, axis=1))
+    return [along_time, told(assert_independent(jax.vmap(centred), x))]
 
 
 @case
 def parameters_split_in_a_module():
-    return [told(check_causal(mixer(causal, "d"), drawn(0, T, D))) for causal in (True, False)]
+    return told(check_causal(mixer(False, "d"), drawn(0, T, D)))
 
 
 @case
 def parameters_split_by_closure():
     w, x = put(drawn(1, D, D), None, "d"), put(drawn(0, T, D), "d")
-    return [told(check_causal(lambda x, fn=fn: fn(x @ w), x)) for fn in (running_mean, centred)]
+    return told(check_causal(lambda x: running_mean(x @ w), x))
 
 
 @case
 def parameters_split_and_fixed():
     x = {"x": drawn(0, T, D), "w": put(drawn(1, D, D), "d")}
-    fns = running_mean, centred
-    return [told(check_causal(lambda x, fn=fn: fn(x["x"] @ x["w"]), x, fixed="w")) for fn in fns]
+    return told(check_causal(lambda x: centred(x["x"] @ x["w"]), x, fixed="w"))
 
 
 @case
 def perturbed_parameters():
     zero = Mixer(put(np.zeros((D, D), np.float32), "d"), causal=False)
-    checks = [check_causal(zero, drawn(0, T, D), perturb_params=size) for size in (None, 0.1)]
-    return [told(report) for report in checks]
+    return told(check_causal(zero, drawn(0, T, D), perturb_params=0.1))
 
 
 @case
@@ -125,7 +123,6 @@ def proofs():
     x = put(drawn(0, T, D), "d")
     return [
         told(assert_causal(mixer(True, "d"), x, prove="required")),
-        told(check_causal(mixer(False, "d"), x, prove=True)),
         told(assert_causal(lambda x: running_mean(jax.vmap(layer_norm)(x)), x, prove=True)),
     ]
 
@@ -135,7 +132,7 @@ def outputs_that_are_split():
     sharding = NamedSharding(mesh(), P("d"))
     fn = lambda x: jax.lax.with_sharding_constraint(running_mean(x), sharding)
     x = put(drawn(0, T, D))
-    return [told(check_causal(fn, x)), told(check_causal(lambda x: centred(fn(x)), x))]
+    return told(check_causal(fn, x))
 
 
 @case
@@ -155,7 +152,7 @@ def several_axes():
 @case
 def matrices():
     x = put(drawn(0, T, D), "d")
-    pairs = [(fn, method) for fn in (running_mean, centred) for method in ("perturb", "vjp")]
+    pairs = (centred, "perturb"), (running_mean, "vjp")
     return [(dependency_matrix(fn, x, method=method) > 0).tolist() for fn, method in pairs]
 
 
@@ -226,8 +223,8 @@ def captured():
 def diagnosed():
     x, model = put(drawn(0, 2 * T, D), "d"), mlp("d")
     dead = eqx.tree_at(lambda m: m.layers[0].bias, model, put(np.full(8, -30, np.float32)))
-    found = [diagnose(loss, m, x) for m in (model, dead)]
-    return [[[[f.kind, f.where] for f in one.findings], one.scalars()] for one in found]
+    diagnosis = diagnose(loss, dead, x)
+    return [[[found.kind, found.where] for found in diagnosis.findings], diagnosis.scalars()]
 
 
 @case
@@ -248,10 +245,9 @@ def explicit_axes():
     x = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     model = eqx.nn.Lambda(jnp.tanh)
     loss = lambda model, x: jnp.mean(jnp.sin(model(x)))
-    value, values, grads, _ = capture_grads(loss, model, x, where=eqx.nn.Lambda)
-    found = numbers([value, values, grads, activation_stats(x)[:4]])
-    fns = running_mean, centred
-    return [told(check_causal(jax.vmap(fn), x, axis=1)) for fn in fns] + [found]
+    run = jax.jit(lambda x: capture_grads(loss, model, x, where=eqx.nn.Lambda)[:3])
+    found = numbers([*jax.block_until_ready(run(x)), activation_stats(x)[:4]])
+    return [told(check_causal(jax.vmap(centred), x, axis=1)), found]
 
 
 @case
@@ -259,7 +255,7 @@ def beside_jax():
     x = put(drawn(0, T, D), "d")
     causal = told(check_causal(host(lambda x: np.cumsum(x, axis=0)), x))
     same = check_same(host(lambda x: np.cumsum(x, axis=0)), lambda x: jnp.cumsum(x, axis=0), x)
-    return [causal, told(check_causal(host(centred), x)), same.status]
+    return [causal, same.status]
 
 
 @case

@@ -15,7 +15,7 @@ import processes
 import pytest
 
 SCRIPT = pathlib.Path(processes.__file__)
-SECONDS = 500  # A program that waits for the other process waits forever.
+SECONDS = 900  # A program that waits for the other process waits forever.
 
 
 def in_two_processes(*cases):
