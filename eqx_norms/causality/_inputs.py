@@ -267,8 +267,8 @@ def perturbed(
         )
 
     def noisy(leaf: Array) -> Array:
-        noise = sigma * rng.standard_normal(leaf.shape)
-        return leaf + placed(noise.astype(leaf.dtype), leaf.sharding)
+        noise = np.asarray(sigma * rng.standard_normal(leaf.shape), leaf.dtype)
+        return leaf + placed(noise, leaf.sharding)
 
     rest, _ = named_leaves(static, is_leaf=_is_state)
     holds_floats = lambda node: any(map(eqx.is_inexact_array, jax.tree.leaves(node)))

@@ -633,8 +633,8 @@ _TRIES = 4  # Of three factors in a row that start at zero, the last is reached 
 
 
 def _moved(leaf: Array, noise: np.random.Generator) -> Array:
-    by = laid_out(noise.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
-    return leaf + _size(leaf) * by
+    by = np.asarray(noise.normal(size=leaf.shape), leaf.dtype)
+    return leaf + _size(leaf) * laid_out(by, leaf.sharding)
 
 
 @jit_once
