@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from eqx_norms import layer_norm, rms_norm
@@ -308,9 +309,8 @@ def layers_against_float64():
 
 
 def gathered(x):
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else x
+    split = isinstance(x, jax.Array) and not x.is_fully_addressable
+    return multihost_utils.process_allgather(x, tiled=True) if split else x
 
 
 def numbers(tree):
