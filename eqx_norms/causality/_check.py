@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
+from .._processes import fetched, jit, readable
 from .._real import Real
 from ._call import options_by_name
 from ._edits import (
@@ -587,7 +587,7 @@ def _given(problem: Problem, allowed: Any, required: Any) -> Rule:
 
 
 def _pairs(name: str, values: Any, problem: Problem) -> Bool[np.ndarray, "T_out T_in"]:
-    values, shape = np.asarray(values), (problem.out_length, problem.length)
+    values, shape = fetched(values), (problem.out_length, problem.length)
     if values.shape == (*problem.out_lengths, *problem.in_lengths):
         values = values.reshape(shape)
     if values.dtype != np.bool_:
@@ -627,8 +627,9 @@ def _proof(
     splits: Sequence[int] | str,
 ) -> Proof:
     closed, held = _with_parameters(fn, x, problem, how)
+    near = jex.ClosedJaxpr(closed.jaxpr, [*map(readable, closed.consts)])
     question = Question(
-        closed, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths, held
+        near, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths, held
     )
     proof = prove(question, rule.allowed, how.assume_bounded)
     if not proof.meetings:
@@ -700,8 +701,9 @@ def _require_same_trace(problem: Problem) -> None:
     if same_trace(problem.closed, again):
         return
     # The text of a trace may also differ by an address. Then only the values can tell.
-    one, two = (jax.jit(jex.jaxpr_as_fun(closed)) for closed in (problem.closed, again))
-    for a, b in zip(one(*problem.leaves), two(*problem.leaves), strict=True):
+    one, two = (jit(jex.jaxpr_as_fun(closed)) for closed in (problem.closed, again))
+    outs = (map(fetched, run(*problem.leaves)) for run in (one, two))
+    for a, b in zip(*outs, strict=True):
         if not np.array_equal(a, b, equal_nan=jnp.issubdtype(a.dtype, jnp.inexact)):
             raise ValueError(DIFFERS_FROM_ITSELF)
 

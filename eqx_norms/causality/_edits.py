@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray
 
+from .._processes import fetched
 from .._real import Real
 
 TokenValues = Sequence[int] | Mapping[str, Sequence[int]] | None
@@ -137,7 +138,7 @@ def make_editor(
     if not scales or not all(0 < scale < np.inf for scale in scales):
         raise ValueError(f"scales must be positive and finite, got {scales}; try (1., 10., 100.)")
     numbers = map(str, range(len(leaves)))
-    named = dict(zip(names or numbers, map(np.asarray, leaves), strict=True))
+    named = dict(zip(names or numbers, map(fetched, leaves), strict=True))
     given = _given_values("token_values", token_values, named)
     allowed = _given_values("allowed_values", allowed_values, named)
     described = []
@@ -339,4 +340,4 @@ def _entropy(key: PRNGKeyArray | None) -> tuple[int, ...]:
         return (0,)
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
-    return tuple(int(word) for word in np.asarray(key).reshape(-1))
+    return tuple(int(word) for word in fetched(key).reshape(-1))

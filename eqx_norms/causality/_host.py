@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._jaxprs import opened
+from .._processes import fetched, jit, readable
 from ._tensors import as_array
 
 _SEED = 0
@@ -112,7 +113,7 @@ class Host:
 
     def evaluate(self, x: PyTree, to: np.dtype | None = None) -> PyTree:
         """What comes back, as NumPy arrays."""
-        x = jax.tree.map(lambda leaf: np.array(leaf) if _is_array(leaf) else leaf, x)
+        x = jax.tree.map(lambda leaf: np.array(fetched(leaf)) if _is_array(leaf) else leaf, x)
         with _same_random_numbers() as drew:
             out = self.run(x, to)
         self.drew |= drew()
@@ -230,7 +231,7 @@ def is_beside(closed: jex.ClosedJaxpr) -> bool:
 def compiled(fn: Callable, closed: jex.ClosedJaxpr) -> Callable:
     """`fn`, which evaluates `closed`, under `jax.jit` if that is for it."""
     eagerly = lambda *leaves: fn(*map(jnp.asarray, leaves))
-    return eagerly if is_beside(closed) else jax.jit(fn)
+    return eagerly if is_beside(closed) else jit(fn)
 
 
 def remarks(closed: jex.ClosedJaxpr) -> list[str]:
@@ -267,6 +268,12 @@ def own_error(error: Exception) -> Exception:
     theirs = [one for one in _raised if f"{type(one).__name__}: {one}" in str(error)]
     _raised.clear()
     return theirs[-1] if theirs else error
+
+
+def within_reach(x: PyTree, *functions: Callable) -> PyTree:
+    """`x` where the functions can take it: one beside JAX needs the whole of it in its process."""
+    beside = any(isinstance(fn, Host) for fn in functions)
+    return jax.tree.map(readable, x) if beside else x
 
 
 def learn(fn: Callable, x: PyTree) -> None:

@@ -14,13 +14,15 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._jaxprs import is_ref
+from .._processes import everywhere_the_same, fetched, spans_processes
 from .._real import Integer, Real
 from ._call import call
 from ._edits import is_mask, require_names
-from ._host import learn
+from ._host import learn, within_reach
+from ._probe import placed
 from ._tensors import as_array
 from ._torch import TorchFunction
-from ._widen import trace
+from ._widen import is_key, trace
 
 Axes = Integer | tuple[Integer, ...]
 
@@ -72,7 +74,7 @@ def make_problem(
     """Checks `fn`, `x` and the axes by tracing `fn` once. It closes over the leaves in `fixed`."""
     if not callable(fn):
         raise TypeError(f"fn must be a function of one argument, got {type(fn).__name__}")
-    given = split_input(x, fixed)
+    given = split_input(within_reach(x, fn), fixed)
     if not given.leaves:
         raise ValueError(
             "fixed names every array of x; leave out those that edits are to replace"
@@ -100,6 +102,7 @@ def make_problem(
     leaves = tuple(map(_merged, edited, in_axes))
     learn(fn, given.whole(edited))
     closed = traced(apply, leaves)
+    require_agreement(given, closed)
     outs = _shapes(closed)
     if not outs:
         raise TypeError("fn returned no array; it must return an array or a pytree of arrays")
@@ -199,6 +202,21 @@ def traced(flat: Callable, leaves: Sequence[Array]) -> jex.ClosedJaxpr:
         raise
 
 
+def require_agreement(given: "Given", *functions: jex.ClosedJaxpr) -> None:
+    """Refuses an input that is another one on each process, where all of them run one program."""
+    leaves = [*given.leaves.values(), *filter(eqx.is_array, given.fixed.values())]
+    held = [const for closed in functions for const in closed.consts]
+    if not any(map(spans_processes, [*leaves, *held])):
+        return
+    own = [leaf for leaf in leaves if not spans_processes(leaf) and not is_key(leaf)]
+    if not everywhere_the_same(own):
+        raise ValueError(
+            "x must be the same on every process, because fn holds arrays of all of them, but "
+            "each has numbers of its own. If these are parts of one batch, write "
+            "jax.make_array_from_process_local_data(sharding, x) in the place of x"
+        )
+
+
 def _without_refs_of_others(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
     """Refuses a function that reads or writes a Ref that it has not made itself."""
     if any(map(is_ref, closed.consts)):
@@ -249,8 +267,8 @@ def perturbed(
         )
 
     def noisy(leaf: Array) -> Array:
-        noise = sigma * rng.standard_normal(leaf.shape)
-        return leaf + jnp.asarray(noise.astype(leaf.dtype))
+        noise = np.asarray(sigma * rng.standard_normal(leaf.shape), leaf.dtype)
+        return leaf + placed(noise, leaf.sharding)
 
     rest, _ = named_leaves(static, is_leaf=_is_state)
     holds_floats = lambda node: any(map(eqx.is_inexact_array, jax.tree.leaves(node)))
@@ -260,7 +278,7 @@ def perturbed(
 
 def _trainable(fn: Callable) -> PyTree:
     """Every float array except masks and what an Equinox layer keeps as its state."""
-    chosen = lambda leaf: eqx.is_inexact_array(leaf) and not is_mask(np.asarray(leaf), alone=True)
+    chosen = lambda leaf: eqx.is_inexact_array(leaf) and not is_mask(fetched(leaf), alone=True)
     return jax.tree.map(lambda node: not _is_state(node) and chosen(node), fn, is_leaf=_is_state)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from .._processes import fetch, fetched, jit
 from ._lines import line_of
 from ._widen import dtype_of, narrowed, widen
 
@@ -72,14 +73,14 @@ def _measured(closed: jex.ClosedJaxpr, row, leaf: int) -> tuple[list[_Step], lis
 
         return widen(closed, watch=watch)(*leaves)[leaf], numbers
 
-    compiled = jax.jit(run)
-    exact, numbers = jax.device_get(compiled(-1, *row))
+    compiled = jit(run)
+    exact, numbers = fetch(compiled(-1, *row))
     steps = [_Step(*names, *values) for names, values in zip(told, numbers, strict=True)]
     loss = np.array([-1 if step.inherited else step.error for step in steps])
     worst = [k for k in np.argsort(-loss, kind="stable")[:_CANDIDATES].tolist() if loss[k] >= 0]
     off = []
     for k in worst:
-        out = np.asarray(compiled(k, *row)[0])
+        out = fetched(compiled(k, *row)[0])
         with np.errstate(invalid="ignore"):  # inf - inf
             apart = np.abs(out - exact)
         off.append(float(np.where(np.isfinite(apart), apart, np.inf).max(initial=0)))

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .._largest import largest
+from .._processes import fetch, jit
 from .._real import Real
 from ._call import options_by_name
 from ._edits import Edit, Editor, TokenValues, at_one, make_editor, nothing, single_edits
@@ -324,7 +325,7 @@ def _vjp_matrix(problem: Problem, key: PRNGKeyArray) -> Float[np.ndarray, "T_out
         values = problem.fn(*leaves)
         return [values[i] for i in outs]
 
-    @jax.jit
+    @jit
     def gradients(leaves, positions, keys):
         values, pullback = jax.vjp(differentiable, *leaves)
 
@@ -337,8 +338,9 @@ def _vjp_matrix(problem: Problem, key: PRNGKeyArray) -> Float[np.ndarray, "T_out
 
     keys = jr.split(key, _COTANGENTS * problem.out_length)
     positions = jnp.tile(jnp.arange(problem.out_length), _COTANGENTS)
-    rows = [np.asarray(leaf, np.float64) for leaf in gradients(problem.leaves, positions, keys)]
-    return np.max(rows, 0).reshape(_COTANGENTS, problem.out_length, problem.length).max(0)
+    rows = fetch(gradients(problem.leaves, positions, keys))
+    largest = np.max([row.astype(np.float64) for row in rows], 0)
+    return largest.reshape(_COTANGENTS, problem.out_length, problem.length).max(0)
 
 
 def _float_axes(leaves: Sequence[Any], axes: Sequence[int]) -> dict[int, int]:

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from .._largest import largest
+from .._processes import fetch, fetched, jit, laid_out
 from ._edits import Edit, Editor
 
 
@@ -67,7 +68,7 @@ class Probe:
                 outs = self.run(inputs)
                 base = tuple(out[0] for out in outs) if base is None else base
                 rows.append(_distances(base, outs, self.out_axes))
-        rows = jax.device_get(rows)
+            rows = fetch(rows)
         leaves = [
             _Leaf(*map(np.concatenate, zip(*leaf, strict=True))) for leaf in zip(*rows, strict=True)
         ]
@@ -77,13 +78,13 @@ class Probe:
     def evaluate(self, edits: Sequence[Edit]) -> np.ndarray:
         """What the function, which here returns one array, gives for each edit."""
         rows = [self.run(self._inputs(batch)) for batch in _batches(edits, self.batch_size)]
-        return np.concatenate([np.asarray(row) for row in rows])[: len(edits)]
+        return np.concatenate([*map(fetched, rows)])[: len(edits)]
 
     def outputs(self, edits: Sequence[Edit]) -> list[np.ndarray]:
         """Of some edits every output, a leaf each; floats as float64."""
         with jax.enable_x64(True) if self.dtype else contextlib.nullcontext():
             batches = _batches(edits, self.batch_size)
-            rows = jax.device_get([self.run(self._inputs(batch)) for batch in batches])
+            rows = [fetch(self.run(self._inputs(batch))) for batch in batches]
         outs = [np.concatenate(leaf)[: len(edits)] for leaf in zip(*rows, strict=True)]
         return [out if np.iscomplexobj(out) else out.astype(np.float64) for out in outs]
 
@@ -100,7 +101,7 @@ def make_probe(
     fn, editor: Editor, out_axes, eps: float, batch_size: int, dtype=None, eager: bool = False
 ) -> Probe:
     """A probe of `fn`, which takes and returns flat leaves; `eager`, one call after the other."""
-    mapped = jax.jit(lambda batch: jax.lax.map(lambda leaves: fn(*leaves), batch))
+    mapped = jit(lambda batch: jax.lax.map(lambda leaves: fn(*leaves), batch))
     run = functools.partial(_one_by_one, fn) if eager else mapped
     return Probe(run, editor, tuple(out_axes), eps, batch_size, dtype and np.dtype(dtype))
 
@@ -118,7 +119,7 @@ class _Leaf(NamedTuple):
     discrete: Any
 
 
-@functools.partial(jax.jit, static_argnames="out_axes")
+@functools.partial(jit, static_argnums=2)
 def _distances(base, outs, out_axes: tuple[int, ...]) -> list[_Leaf]:
     return [_distance(*leaf) for leaf in zip(base, outs, out_axes, strict=True)]
 
@@ -189,7 +190,7 @@ def placed(values: np.ndarray, sharding: Any, *lead: None) -> np.ndarray | Array
     """
     if not isinstance(sharding, NamedSharding):
         return values
-    return jax.device_put(values, NamedSharding(sharding.mesh, P(*lead, *sharding.spec)))
+    return laid_out(values, NamedSharding(sharding.mesh, P(*lead, *sharding.spec)))
 
 
 def _batches(edits: Sequence[Edit], size: int) -> Iterator[list[Edit]]:
@@ -199,7 +200,7 @@ def _batches(edits: Sequence[Edit], size: int) -> Iterator[list[Edit]]:
 
 
 def _progress(batches: list, label: str):
-    if "PYTEST_CURRENT_TEST" in os.environ:
+    if "PYTEST_CURRENT_TEST" in os.environ or jax.process_index() > 0:
         return batches
     try:
         from tqdm import tqdm

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._jaxprs import called, is_foreign, is_jaxpr, is_ref, opened, scan_counts
+from .._processes import fetched
 from ._host import in_precision
 from ._loops import BODIES, rewritten
 
@@ -93,7 +94,7 @@ def coarsest(*functions: jex.ClosedJaxpr) -> np.dtype:
 
 def float_constants(closed: jex.ClosedJaxpr) -> list[np.ndarray]:
     """The constants of the traced function that are floats or complex, those in loops included."""
-    consts = [np.asarray(c) for c in _all_consts(closed) if not is_key(c)]
+    consts = [fetched(c) for c in _all_consts(closed) if not is_key(c)]
     return [const for const in consts if jnp.issubdtype(const.dtype, jnp.inexact)]
 
 
@@ -333,4 +334,4 @@ def is_key(value: Any) -> bool:
 def _same_bits(a: Any, b: Any) -> bool:
     if is_key(a):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
-    return np.array_equal(np.asarray(a), np.asarray(b), equal_nan=False) or a is b
+    return a is b or np.array_equal(fetched(a), fetched(b), equal_nan=False)

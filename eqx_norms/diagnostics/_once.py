@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from .._processes import jit
+
 
 def once() -> Any:
     """The `compiler_options` of a program that takes longer to compile than to run."""
@@ -17,6 +19,6 @@ def jit_once(fn: Callable, static_argnums: int | tuple[int, ...] = ()) -> Callab
 
     @ft.cache
     def compiled():  # Not before it is called, for this finds the devices.
-        return jax.jit(fn, static_argnums=static_argnums, compiler_options=once())
+        return jit(fn, static_argnums, once())
 
     return ft.wraps(fn)(lambda *args: compiled()(*args))

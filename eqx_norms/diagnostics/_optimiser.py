@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
@@ -40,7 +41,7 @@ def compiled_updates(
 ) -> PyTree:
     """As `next_updates`, compiled. For most optimisers that is once, without `value_fn`."""
     try:
-        return _updates()(optim, grads, opt_state, params)
+        return jax.block_until_ready(_updates()(optim, grads, opt_state, params))
     except TypeError:
         return eqx.filter_jit(next_updates)(optim, grads, opt_state, params, loss, value_fn)
 

@@ -13,10 +13,10 @@ import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from .._largest import largest
+from .._processes import fetched
 from .._real import Real
 from ._mesh import on_any_mesh
 
@@ -78,7 +78,7 @@ def activation_stats(
     variance = jnp.mean(rest**2) - jnp.mean(rest) ** 2
     std = jnp.sqrt(jnp.maximum(variance, 0))
     rms = jnp.sqrt(jnp.mean(u**2))
-    bands = np.percentile(on_the_host(x), percentiles) if percentiles else None
+    bands = np.percentile(fetched(x), percentiles) if percentiles else None
     return ActivationStats(mean * scale, std * scale, rms * scale, absmax, bands)
 
 
@@ -340,13 +340,6 @@ def _singular_values(x: Float[ArrayLike, "rows columns"]) -> Float[Array, " valu
     finite = jnp.isfinite(x).all()
     singular = jnp.linalg.svd(jnp.where(finite, x / scale, 0), compute_uv=False)
     return jnp.where(finite, singular, jnp.nan)
-
-
-def on_the_host(x: Float[Array, "*shape"]) -> np.ndarray:
-    if x.is_fully_addressable or x.is_fully_replicated:
-        return np.asarray(x)
-    # Split over processes, each of which calls this.
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def _wide(x: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ..._processes import fetched
 from ..._real import Real
 from .._host import compiled, own_error
 from .._lost import blame
@@ -303,7 +304,7 @@ class Judge:
         for closed, other, before in both:
             constants = map(_as_float64, float_constants(other))
             held = np.concatenate([[0.0], *map(np.ravel, constants)])
-            alone = lambda value, held=held: np.isin(value, held, invert=True)
+            alone = lambda value, held=held: np.isin(fetched(value), held, invert=True)
             if any((alone(c) & ~_is_exact(c)).any() for c in float_constants(closed)):
                 nudge = lambda value, alone=alone: _nudged(value, rng, where=alone(value))
                 after = _wide(closed, rows, nudge)
@@ -373,7 +374,7 @@ def _run(fn: Callable, rows: Sequence[Row]) -> Outputs:
 
 def host(leaves: Sequence[Array]) -> list[np.ndarray]:
     """NumPy arrays of the same values, of floats as float64."""
-    return [_as_float64(np.asarray(leaf)) for leaf in leaves]
+    return [_as_float64(fetched(leaf)) for leaf in leaves]
 
 
 def _as_float64(values: np.ndarray) -> np.ndarray:
@@ -398,7 +399,7 @@ def _nudged(
 
     That is half an eps of its size, and more below the smallest normal number.
     """
-    if is_key(value) or not jnp.issubdtype((values := np.asarray(value)).dtype, jnp.inexact):
+    if is_key(value) or not jnp.issubdtype((values := fetched(value)).dtype, jnp.inexact):
         return value
     limits, exact = jnp.finfo(values.dtype), _as_float64(values)
     own = np.where(exact == 0, 1, np.abs(exact))

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from ..._processes import fetched
 from ..._real import Integer, Real
 from .._call import call, options_by_name
 from .._edits import Edit, TokenValues, make_editor
-from .._host import compiled, is_beside, learn, remarks, running
-from .._inputs import Given, named_leaves, output_leaf, split_input, traced
+from .._host import compiled, is_beside, learn, remarks, running, within_reach
+from .._inputs import Given, named_leaves, output_leaf, require_agreement, split_input, traced
 from .._judge import DIFFERS_FROM_ITSELF
 from .._probe import placed
 from .._torch import understood
@@ -118,8 +119,9 @@ def assert_same(
         )
     one, two = understood(one), understood(two)
     with running(one, two):
-        given = split_input(x, fixed)
+        given = split_input(within_reach(x, one, two), fixed)
         first, second = (_traced(fn, given) for fn in (one, two))
+        require_agreement(given, first.closed, second.closed)
         _require_alike(first, second, axis)
         edits = (
             _edits(given, int(inputs), scales, token_values, allowed_values, key)
@@ -213,7 +215,7 @@ def _kind(dtype: Any) -> str:
 
 def _edits(given: Given, count: int, scales, token_values, allowed_values, key) -> Iterator[Row]:
     """Every leaf replaced as a whole, each time in another way."""
-    flat = [np.asarray(leaf).reshape(-1) for leaf in given.leaves.values()]
+    flat = [fetched(leaf).reshape(-1) for leaf in given.leaves.values()]
     names = [*given.leaves]
     together = make_editor(flat, [0] * len(flat), scales, token_values, key, names, allowed_values)
     editors = [dataclasses.replace(together, leaves=(leaf,)) for leaf in together.leaves]

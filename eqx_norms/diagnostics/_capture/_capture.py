@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
+from ..._processes import jit, spans_processes
 from ._instrument import Observer, Where
 from ._interpret import ArrayType, Edit, Marked, evaluate, marked_types
 from ._names import as_names
 from ._plan import Output, make_plan
 from ._replace import Replace, check_called, path_of, replacement
+from ._tag import Inputs
 
 
 def capture(
@@ -23,6 +25,7 @@ def capture(
     *args: Any,
     where: Where = (),
     names: str | Collection[str] = (),
+    inputs: bool = False,
     replace: Replace | None = None,
 ) -> tuple[Any, dict[str, PyTree]]:
     """Evaluates `fn(model, *args)` and hands out what the submodules of `model` returned.
@@ -61,6 +64,10 @@ def capture(
         `jax.ad_checkpoint.checkpoint_name(value, "scores")`: one name, or several. Each has an
         entry below, by its name. Further values of the same name, and the further arrays of a
         pytree that is named, have `#1`, `#2` and so on. `replace` takes them too.
+    - `inputs`: whether to capture as well what each matched submodule was given. Its entry is
+        `layers[0]:in`, and `layers[0]:in#1` of the second call. That is the array among the
+        arguments, or a tuple of several. Integers that `fn` closes over are left out. `replace`
+        takes these entries too.
     - `replace`: what `fn` uses in place of the output of a submodule, by the key that the value has
         below. Each call has its own key. The replacement is either a value of the same structure,
         shapes and dtypes as the value below, or a function of what the submodule returned,
@@ -121,8 +128,9 @@ def capture(
     - `NotImplementedError` if `fn` itself differentiates what is replaced. Differentiate `capture`,
         or use [`eqx_norms.diagnostics.capture_grads`][].
     """
-    program = _Program(fn, model, args, where, replace, as_names(names))
-    out, marked = program.run(model, args, program.no_shifts())
+    program = _Program(fn, model, args, where, replace, as_names(names), inputs)
+    run = lambda model, args: program.run(model, args, program.no_shifts())
+    out, marked = _by_all_processes(run, model, args)
     return out, program.by_path(marked)
 
 
@@ -132,6 +140,7 @@ def capture_grads(
     *args: Any,
     where: Where = (),
     names: str | Collection[str] = (),
+    inputs: bool = False,
     replace: Replace | None = None,
 ) -> tuple[Float[Array, ""], dict[str, PyTree], dict[str, PyTree], PyTree]:
     """Differentiates `loss_fn(model, *args)` with respect to the model and to what its submodules
@@ -146,7 +155,8 @@ def capture_grads(
     **Arguments:**
 
     - `loss_fn`: a function of the model and `args` that returns a floating-point scalar.
-    - `model`, `args`, `where`, `names`, `replace`: as for [`eqx_norms.diagnostics.capture`][].
+    - `model`, `args`, `where`, `names`, `inputs`, `replace`: as for
+        [`eqx_norms.diagnostics.capture`][].
 
     **Returns:**
 
@@ -168,8 +178,8 @@ def capture_grads(
     - `NotImplementedError` if `loss_fn` itself differentiates a `jax.checkpoint` in which a
         matched submodule is called. It is computed anew in there, out of reach of the added zero.
     """
-    program = _Program(loss_fn, model, args, where, replace, as_names(names))
-    loss, marked, grads, model_grads = program.backward(model, args)
+    program = _Program(loss_fn, model, args, where, replace, as_names(names), inputs)
+    loss, marked, grads, model_grads = _by_all_processes(program.backward, model, args)
     return loss, program.by_path(marked), program.by_path(grads), model_grads
 
 
@@ -184,6 +194,7 @@ class _Program:
         where: Where,
         replace: Replace | None,
         names: tuple[str, ...] = (),
+        inputs: bool = False,
     ):
         replace = {} if replace is None else replace
         if not isinstance(replace, Mapping):
@@ -193,7 +204,7 @@ class _Program:
                 "`replace={'layers[0]': jnp.zeros_like}`."
             )
         also = {path_of(key) for key in replace} - set(names)
-        watch = Observer(model, where, also, names)
+        watch = Observer(model, where, also, names, inputs)
         _check_arrays(model, args)
         jaxpr, self.out, self.static_out = watch.trace(fn, model, args)
         self.plan = make_plan(jaxpr, model, args, watch)
@@ -262,6 +273,14 @@ class _Program:
             )
 
 
+def _by_all_processes(run: Callable, model: PyTree, args: tuple) -> Any:
+    """`run(model, args)`; of what several processes hold, in one program and not step by step."""
+    arrays, static = eqx.partition((model, args), eqx.is_array)
+    if not any(map(spans_processes, jtu.tree_leaves(arrays))):
+        return run(model, args)
+    return jit(lambda arrays: run(*eqx.combine(arrays, static)))(arrays)
+
+
 def _check_named(watch: Observer) -> None:
     for name in watch.names:
         if name not in watch.named:
@@ -274,10 +293,11 @@ def _check_named(watch: Observer) -> None:
 
 
 def _keys(outputs: list[Output]) -> list[str]:
-    """`norm`, `norm#1` and so on: of each call, in the order of the calls."""
+    """`norm`, `norm#1` and so on: of each call, in the order of the calls; `norm:in` goes in."""
     calls, keys = Counter(), []
     for output in outputs:
         path = output.paths[0]  # of several, the evaluation will complain
+        path += ":in" * isinstance(output.call, Inputs)
         keys.append(f"{path}#{calls[path]}" if calls[path] else path)
         calls[path] += 1
     return keys

@@ -21,7 +21,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._names import batches_in_front
-from ._tag import Place, tag
+from ._tag import Place, tag, tag_inputs
 
 Where = type | tuple[type, ...] | Callable[[str, eqx.Module], bool] | Callable[[eqx.Module], bool]
 
@@ -35,9 +35,11 @@ class Observer:
         where: Where,
         also: Collection[str] = (),
         names: Collection[str] = (),
+        inputs: bool = False,
     ):
         """`also` are the paths of modules to look at whether `where` matches them or not, `names`
-        those of values to look at; `named` will be all that are there.
+        those of values to look at; `named` will be all that are there. With `inputs` what modules
+        are given is marked too.
         """
         matches = _as_predicate(where)
         self.modules = dict(_callable_modules((), model))
@@ -49,7 +51,7 @@ class Observer:
         if not self.matched and (where != () or not (also or names)):
             raise ValueError(_nothing_matches(self.modules))
         self.matched.update(paths[each] for each in also)
-        self.names, self.named = frozenset(names), {}
+        self.names, self.named, self.inputs = frozenset(names), {}, inputs
         both = self.names.intersection(map(path, self.matched))
         if both:
             raise ValueError(
@@ -74,19 +76,21 @@ class Observer:
 
         return eqx.filter_make_jaxpr(watched)(model, *args)
 
-    def call(self, module: eqx.Module, run: Callable[[], Any]) -> Any:
+    def call(self, module: eqx.Module, run: ft.partial) -> Any:
         """What `run()` returns, which calls `module`, with a tag if it is looked for."""
+        place, held = self._place(module)
+        looked_for = place if place is not None and self._may_match(module, place) else None
+        if looked_for is not None and self.inputs:
+            args, kwargs = tag_inputs((run.args, run.keywords), looked_for, held, self.level)
+            run = ft.partial(run.func, *args, **kwargs)
         if self.outer is not None:
             run = ft.partial(self.outer.call, module, run)
-        place, held = self._place(module)
         self._calls.append((module, place, held))
         try:
             out = run()
         finally:
             self._calls.pop()
-        if place is None or not self._may_match(module, place):
-            return out
-        return tag(out, place, held, self.level)
+        return out if looked_for is None else tag(out, looked_for, held, self.level)
 
     def _may_match(self, module: eqx.Module, place: Place) -> bool:
         if place.holder is None:
@@ -135,7 +139,7 @@ class Observer:
         matched = frozenset((keys, type(self.modules[keys])) for keys in self.matched)
         contents = frozenset(self._contents.items())
         outer = self.outer and self.outer._key()
-        key = _Key((type(self), matched, contents, self.names, outer))
+        key = _Key((type(self), matched, contents, self.names, self.inputs, outer))
         return _keys.setdefault(key, key)
 
 

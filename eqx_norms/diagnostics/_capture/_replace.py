@@ -18,8 +18,8 @@ Replace = Mapping[str, Callable[..., PyTree] | PyTree]
 
 
 def path_of(key: str) -> str:
-    """That of the submodule whose call has this key: `norm` for `norm#1`."""
-    return re.sub(r"#\d+$", "", key)
+    """That of the submodule whose call has this key: `norm` for `norm#1` and `norm:in#1`."""
+    return re.sub(r"(:in)?(#\d+)?$", "", key)
 
 
 def check_called(replace: Replace, keys: Sequence[str]) -> None:

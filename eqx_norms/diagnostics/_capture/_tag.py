@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.experimental import jet
@@ -65,7 +67,19 @@ class Call:
 
 
 class Inputs(Call):
-    """Marks what a submodule is given."""
+    """Marks what a submodule is given: the only array, or a tuple of several."""
+
+    def __init__(self, place: Place, level: int, count: int):
+        what = "what the submodule is given"
+        super().__init__(place, level, jtu.tree_structure(_alone([0] * count)), None, what)
+
+    def rebuild(self, leaves: list) -> PyTree:
+        """The arrays, in the order of the arguments."""
+        return _alone(leaves)
+
+
+def _alone(leaves: list) -> Any:
+    return leaves[0] if len(leaves) == 1 else tuple(leaves)
 
 
 def tag(out: PyTree, place: Place, held: Sequence[Array], level: int) -> PyTree:
@@ -83,6 +97,25 @@ def tag(out: PyTree, place: Place, held: Sequence[Array], level: int) -> PyTree:
     call = Call(place, level, structure, static)
     value = call.rebuild(mark([*leaves, *held], call))
     return value if state is None else (value, state)
+
+
+def tag_inputs(inputs: PyTree, place: Place, held: Sequence[Array], level: int) -> PyTree:
+    """`inputs`, whose arrays are marked. Those of modules and of a state in it are not."""
+    whole = lambda x: isinstance(x, eqx.Module | eqx.nn.State)
+    leaves, structure = jtu.tree_flatten(inputs, is_leaf=whole)
+    at = [i for i, leaf in enumerate(leaves) if _is_marked_input(leaf)]
+    if at:
+        call = Inputs(place, level, len(at))
+        for i, x in zip(at, mark([*(leaves[i] for i in at), *held], call), strict=True):
+            leaves[i] = x
+    return jtu.tree_unflatten(structure, leaves)
+
+
+def _is_marked_input(x: Any) -> bool:
+    """Python may look at what is not traced, as at a flag; nobody branches on a float array."""
+    if isinstance(x, jax.core.Tracer):
+        return not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return eqx.is_inexact_array(x)
 
 
 def mark(arrays: Sequence[Array], call: Call) -> list[Array]:

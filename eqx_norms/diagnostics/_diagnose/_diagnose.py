@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._capture._instrument import Where
 from .._mesh import on_any_mesh
+from .._once import jit_once
 from ._findings import Finding, find
 from ._measure import Parameter, Row, measure
 from ._plot import plot
@@ -204,6 +205,7 @@ def _place(bad: Bool[Array, "*shape"]) -> str:
     return f" at [{index}]; {count} of {len(bad)} along its first axis"
 
 
+@jit_once
 @on_any_mesh
 def _first_and_count(bad: Bool[Array, "examples *shape"]) -> tuple[Array, Array]:
     return bad.argmax(), bad.reshape(len(bad), -1).any(1).sum()

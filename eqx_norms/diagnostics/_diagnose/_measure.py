@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ..._largest import largest
+from ..._processes import fetch, fetched, laid_out
 from .._capture._instrument import path
 from .._capture._interpret import Marked
 from .._layer_statistics import each_step, is_floating
@@ -128,7 +129,7 @@ def measure(
         loss, ends, outputs, inputs, model_grads = run(dynamic)
         axes = _unit_axes(survey, model)
         by_call = {id(call): {} for call in survey.calls}
-        for alike, found in zip(kinds.values(), jax.device_get(ends), strict=True):
+        for alike, found in zip(kinds.values(), fetch(ends), strict=True):
             for i, call in enumerate(alike):
                 by_call[id(call)] = {name: x[i].ravel() for name, x in found.items()}
         calls = list(map(_of_call, axes, by_call.values(), outputs, inputs))
@@ -492,7 +493,7 @@ def _reached_from_elsewhere(
             leaf if path in idle - reached else _moved(leaf, noise)
             for path, leaf in zip(paths, leaves, strict=True)
         ]
-        found = jax.device_get(grads_are_there(moved, dynamic))
+        found = fetch(grads_are_there(moved, dynamic))
         reached |= {path for path, there in zip(paths, found, strict=True) if there} & idle
         if reached == idle:
             break
@@ -505,7 +506,7 @@ _TRIES = 4  # Of three factors in a row that start at zero, the last is reached 
 def _moved(leaf: Array, noise: np.random.Generator) -> Array:
     size = float(_numbers.rms(np.abs(_numbers.host(leaf))[None])[0]) or 0.1
     by = size * noise.normal(size=leaf.shape)
-    return leaf + jax.device_put(by.astype(leaf.dtype), leaf.sharding)
+    return leaf + laid_out(by.astype(leaf.dtype), leaf.sharding)
 
 
 # ---- Rows, on the host.
@@ -566,7 +567,7 @@ def _parameters(model: PyTree, found: list[dict]) -> list[Parameter]:
         key = (leaf.shape, leaf.dtype, *(statistics[name] for name in ("mean", "std", "largest")))
         others = alike.setdefault(key, []) if statistics["std"] > 0 else []
         same = next((path for path, other in others if jnp.array_equal(leaf, other)), None)
-        same = same if same is not None and _looks_drawn(np.asarray(leaf, np.float64)) else None
+        same = same if same is not None and _looks_drawn(fetched(leaf).astype(np.float64)) else None
         others.append((where, leaf))
         made.append(Parameter(where, leaf.shape, str(leaf.dtype), statistics, same))
     return made

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ..._processes import fetched
 from .._layer_statistics import RANK_EXAMPLES, drawn_rows
-from .._statistics import on_the_host
 from ._activations import Activation
 
 Statistics = dict[str, np.ndarray]
@@ -28,7 +28,7 @@ def in_steps(x: Array, loops: tuple[int, ...]) -> np.ndarray:
 
 
 def host(x: Array) -> np.ndarray:
-    found = on_the_host(x)
+    found = fetched(x)
     return found.astype(np.float32) if found.dtype.itemsize < 4 else found
 
 
@@ -254,7 +254,7 @@ def _identical(p: Steps, g: Steps, dtype: np.dtype) -> Bool[np.ndarray, " steps"
 @ignoring
 def of_update(param: Array, update: Array) -> dict[str, float]:
     """How large a step is, and which share of the entries does not move, though it should."""
-    p, u = on_the_host(param), on_the_host(update)
+    p, u = fetched(param), fetched(update)
     meant = u != 0
     lost = np.sum(meant & (p + u.astype(p.dtype) == p)) / max(np.sum(meant), 1)
     of_step = of_array(host(update)[None])

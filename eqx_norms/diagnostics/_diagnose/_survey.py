@@ -9,14 +9,13 @@ import dataclasses
 import functools as ft
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jax.extend.core import primitives
 from jaxtyping import Array, PyTree
 
@@ -25,7 +24,7 @@ from .._capture._capture import _check_arrays, _Program, _zero_shift
 from .._capture._instrument import Observer, Where, path
 from .._capture._interpret import ArrayType, Marked, loops_around, marked_types, supported
 from .._capture._plan import Output, Plan, Step, make_plan
-from .._capture._tag import Inputs, Place, mark, tag_p
+from .._capture._tag import Inputs, Place, tag_p
 from ._activations import Activation, activation_of, recognised
 from ._dataflow import Flow
 
@@ -149,15 +148,8 @@ class _Witness(Observer):
     """Tags inputs too. Where it cannot be told which module is called, none is."""
 
     def __init__(self, model: PyTree, where: Where):
-        super().__init__(model, where)
+        super().__init__(model, where, inputs=True)
         self.unclear = set()
-
-    def call(self, module: eqx.Module, run: Any) -> Any:
-        place, held = self._place(module)
-        if place is not None and self._may_match(module, place):
-            args, kwargs = _tagged((run.args, run.keywords), place, held, self.level)
-            run = ft.partial(run.func, *args, **kwargs)
-        return super().call(module, run)
 
     def _place_of_equal(self, module: eqx.Module) -> Place | None:
         try:
@@ -169,23 +161,6 @@ class _Witness(Observer):
 
 
 _UNCLEAR = "several equal ones without arrays are called in a tree that is built anew"
-
-
-def _tagged(inputs: PyTree, place: Place, held: Sequence[Array], level: int) -> PyTree:
-    """`inputs`, whose arrays are marked. Those of modules and of a state in it are not."""
-    whole = lambda x: isinstance(x, eqx.Module | eqx.nn.State)
-    leaves, structure = jtu.tree_flatten(inputs, is_leaf=whole)
-    at = [i for i, leaf in enumerate(leaves) if _is_traced_number(leaf)]
-    if at:
-        arrays = [leaves[i] for i in at]
-        call = Inputs(place, level, jtu.tree_structure(arrays), None)
-        for i, x in zip(at, mark([*arrays, *held], call), strict=True):
-            leaves[i] = x
-    return jtu.tree_unflatten(structure, leaves)
-
-
-def _is_traced_number(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer) and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 
 # ---- Of the plan, what can be handed out.

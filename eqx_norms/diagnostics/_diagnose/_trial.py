@@ -13,10 +13,10 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from ..._processes import fetched
 from .._layer_statistics import is_floating
 from .._once import jit_once
 from .._optimiser import compiled_updates
-from .._statistics import on_the_host
 from ._numbers import of_update
 
 SMALL, USUAL = 1e-5, 1e-3
@@ -107,7 +107,7 @@ def _largest_of_schedule(
 def _never_moves(update: Callable[[PyTree], PyTree], state: PyTree) -> bool:
     """Nor in another step of an optimiser that accumulates gradients over several."""
     tried = (update(_at_count(state, count)) for count in (*range(_EVERY), *_COUNTS))
-    return not any(np.any(on_the_host(u) != 0) for updates in tried for u in _floats(updates))
+    return not any(np.any(fetched(u) != 0) for updates in tried for u in _floats(updates))
 
 
 _EVERY = 64

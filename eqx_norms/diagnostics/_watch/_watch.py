@@ -1,7 +1,7 @@
 """What happens inside a model, over the steps of its training."""
 
 import functools as ft
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -12,9 +12,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from ..._processes import fetch, fetched
 from .._capture._capture import _Program
 from .._capture._instrument import Where, path
 from .._capture._interpret import Marked, loops_around
+from .._capture._names import as_names
 from .._layer_statistics import (
     as_examples,
     derivative_statistics,
@@ -57,12 +59,22 @@ class Watch:
         [`eqx_norms.diagnostics.capture_grads`][].
     - `where`: which submodules, as for that function. Dead units are counted in all of them, but
         they only mean something for activation functions, such as an `equinox.nn.Lambda`.
+    - `names`: values that the model names by `jax.ad_checkpoint.checkpoint_name`, as for that
+        function. Each has a row of its own, by its name.
     - `optimiser`: the optax optimiser that trains the model, for the size of its updates.
     """
 
-    def __init__(self, loss_fn: Callable, *, where: Where, optimiser: Any = None):
+    def __init__(
+        self,
+        loss_fn: Callable,
+        *,
+        where: Where = (),
+        names: str | Collection[str] = (),
+        optimiser: Any = None,
+    ):
         self.loss_fn = loss_fn
         self.where = where
+        self.names = as_names(names)
         self.optimiser = optimiser
 
     def measure(self, model: PyTree, *args: Any, opt_state: PyTree = None) -> Look:
@@ -94,8 +106,10 @@ class Watch:
                 "without one. Type `Watch(loss_fn, where=where, optimiser=optim)` and "
                 "`measure(model, batch, opt_state=opt_state)`."
             )
-        run = self._measure if _traced((model, args, opt_state)) else self._compiled
-        return run(model, args, opt_state)
+        if _traced((model, args, opt_state)):
+            return self._measure(model, args, opt_state)
+        look = self._compiled(model, args, opt_state)
+        return fetch(look) if jax.process_count() > 1 else look
 
     @ft.cached_property
     def _compiled(self) -> Callable[..., Look]:
@@ -103,7 +117,7 @@ class Watch:
         return eqx.filter_jit(self._measure, **options)
 
     def _measure(self, model: PyTree, args: tuple, opt_state: PyTree) -> Look:
-        program = _Program(self.loss_fn, model, args, self.where, None)
+        program = _Program(self.loss_fn, model, args, self.where, None, self.names)
         loss, marked, grads, model_grads = program.backward(model, args)
         params = eqx.filter(model, eqx.is_inexact_array)  # as those of the gradients
         updates = None
@@ -159,8 +173,8 @@ def stacked(history: Look | Sequence[Look]) -> Look:
                 "`history` must have looks at one model, with the same submodules, but these "
                 "differ. Plot them apart."
             )
-        history = jtu.tree_map(lambda *leaves: np.stack([*map(np.asarray, leaves)]), *history)
-    look: Look = jtu.tree_map(np.asarray, history)
+        history = jtu.tree_map(lambda *leaves: np.stack([*map(fetched, leaves)]), *history)
+    look: Look = jtu.tree_map(fetched, history)
     if look.loss.ndim != 1:
         raise ValueError(
             "`history` must be looks one after the other, but the shape of their losses is "
