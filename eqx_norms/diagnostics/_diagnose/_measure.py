@@ -391,7 +391,7 @@ def _activation_input(call: Seen, marked: Marked) -> Array | None:
 
 def _of_call(
     call_and_axis: tuple[Seen, int], ends: dict, output: tuple[Any, Any], x: Array | None
-) -> list[Numbers]:
+) -> list[_numbers.Statistics]:
     """For each array of the output its statistics, each with a number for each step."""
     call, axis = call_and_axis
     values, grads = output
@@ -415,11 +415,11 @@ def _of_call(
 _CENTRED = ("LayerNorm", "GroupNorm")  # A constant derivative at their output cancels.
 
 
-def _of_output(value: np.ndarray, axis: int) -> Numbers:
+def _of_output(value: np.ndarray, axis: int) -> _numbers.Statistics:
     return _numbers.of_array(value) | {"effective_rank": _numbers.effective_rank(value, axis)}
 
 
-def _of_value(value: np.ndarray, derivative: Array, call: Seen, axis: int) -> Numbers:
+def _of_value(value: np.ndarray, derivative: Array, call: Seen, axis: int) -> _numbers.Statistics:
     grad, of_type = _numbers.in_steps(derivative, call.loops), jnp.finfo(derivative.dtype)
     of_grad = _numbers.of_array(grad)
     found = _of_output(value, axis) | {
@@ -436,7 +436,7 @@ def _of_value(value: np.ndarray, derivative: Array, call: Seen, axis: int) -> Nu
     return found
 
 
-def _of_units(x: Array, y: np.ndarray, call: Seen, axis: int) -> Numbers:
+def _of_units(x: Array, y: np.ndarray, call: Seen, axis: int) -> _numbers.Statistics:
     if not call.units or call.activation is None or y.ndim <= 1 + call.examples:
         return {}
     time = tuple(i for i, kind in enumerate(call.kinds) if kind == "time")
