@@ -27,7 +27,7 @@ def in_steps(x: Array, loops: tuple[int, ...]) -> np.ndarray:
     return found.reshape(math.prod(loops), *found.shape[len(loops) :])
 
 
-def host(x: Array) -> np.ndarray:
+def host(x: Array | np.ndarray) -> np.ndarray:
     found = fetched(x)
     return found.astype(np.float32) if found.dtype.itemsize < 4 else found
 
@@ -205,6 +205,7 @@ def of_parameter(param: Array, grad: Array, stack: int) -> dict[str, float]:
     """Of which so many axes in front are for layers or members."""
     p, g = host(param), host(grad)
     one, of_grad = ({k: float(v[0]) for k, v in of_array(x[None]).items()} for x in (p, g))
+    tiny = share_below(g[None], float(jnp.finfo(grad.dtype).tiny))
     apart = lambda x: x.reshape(math.prod(x.shape[:stack]), *x.shape[stack:])
     p, g = apart(p), apart(g)
     return one | {
@@ -213,7 +214,7 @@ def of_parameter(param: Array, grad: Array, stack: int) -> dict[str, float]:
         "grad_rms": of_grad["rms"],
         "grad_largest": of_grad["largest"],
         "grad_non_finite": of_grad["non_finite"],
-        "tiny": float(share_below(host(grad)[None], float(jnp.finfo(grad.dtype).tiny))[0]),
+        "tiny": float(tiny[0]),
     }
 
 
@@ -257,8 +258,8 @@ def of_update(param: Array, update: Array) -> dict[str, float]:
     p, u = fetched(param), fetched(update)
     meant = u != 0
     lost = np.sum(meant & (p + u.astype(p.dtype) == p)) / max(np.sum(meant), 1)
-    of_step = of_array(host(update)[None])
-    size, step = float(rms(host(param)[None])[0]), float(of_step["rms"][0])
+    of_step = of_array(host(u)[None])
+    size, step = float(rms(host(p)[None])[0]), float(of_step["rms"][0])
     return {
         "update_rms": step,
         "update_ratio": float(np.divide(step, size)),
