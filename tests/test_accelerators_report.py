@@ -293,6 +293,7 @@ def test_what_is_asked_for():
         options(["--platform", "a100"])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     """Nothing is compiled: each program costs as much as its place, the fourth is Ctrl-C."""
     asked = []

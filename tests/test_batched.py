@@ -108,6 +108,7 @@ def test_kernels_inside_shard_map(platform, check_vma):
     assert len(found) == 2 and all(call.startswith("(tensor<5x40xf32>") for call in found)
 
 
+@pytest.mark.slow
 def test_in_a_shard_map_over_some_axes_the_plain_path_is_taken(getkey):
     mesh = jax.make_mesh((4, 2), ("d", "f"), axis_types=(AxisType.Auto,) * 2)
     f = over_batch(pallas_layer_norm)

@@ -223,6 +223,7 @@ def test_noise_leaves_a_mask_of_floats_alone(x, sigma):
     assert check_causal(leaky, x, perturb_params=sigma).leak
 
 
+@pytest.mark.slow
 def test_trainable_says_what_noise_moves(x):
     model = LinearAttention(0.5 * jnp.tri(T))
     report = check_causal(model, x, perturb_params=0.02)
@@ -416,6 +417,7 @@ def test_chosen_splits_end_chunks_of_every_length(length, every):
     assert rows == (splits - 1).tolist()
 
 
+@pytest.mark.slow
 def test_what_is_missed_at_odd_chunks_is_said_and_found_by_the_structure():
     """A read one ahead at every 131st of 600 positions: no split is a multiple of that."""
     where = np.arange(600) + (np.arange(600) % 131 == 130)

@@ -54,6 +54,7 @@ def test_a_single_pair_of_a_long_sequence_can_be_seen(axes):
     assert axes.get_title() == "leak: 1 forbidden pair (red)"
 
 
+@pytest.mark.slow
 def test_infinite_changes_and_examples_and_a_new_figure():
     poison = lambda x: x.at[0].set(jnp.where(x[3] > 5, jnp.nan, x[0]))
     report = check_independent(poison, normal(jr.key(seed(0)), (5, 1)))

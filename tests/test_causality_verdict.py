@@ -117,7 +117,8 @@ def quantised(x, axis):
     return (x / scale).astype(jnp.float8_e4m3fn).astype(x.dtype) * scale
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", slow("float32")])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dynamic_quantisation_over_time_is_a_leak(dtype, getkey):
     x = normal(getkey(), (T, D), dtype)
     assert check_causal(lambda x: quantised(x, (0, 1)), x).leak
@@ -143,6 +144,7 @@ def on_the_host(x):
     return jax.pure_callback(host, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
 
+@pytest.mark.slow
 def test_rounding_behind_a_callback_is_undecided(getkey):
     x = normal(getkey(), (T, D))
     with pytest.raises(CausalityError, match=r"^undecided: .* nothing tells which\.") as caught:
@@ -164,6 +166,7 @@ def test_a_large_leak_behind_a_callback_is_a_leak(getkey):
     assert check_causal(lambda x: leaky_mean(on_the_host(x)), x).leak
 
 
+@pytest.mark.slow
 def test_a_leak_behind_a_callback_in_bfloat16_does_not_pass(getkey):
     # The very change that may be a leak: below half of the output, which is 64 ulps of bfloat16.
     x = normal(getkey(), (T, D), jnp.bfloat16)
@@ -172,6 +175,7 @@ def test_a_leak_behind_a_callback_in_bfloat16_does_not_pass(getkey):
         assert_causal(faint, x)
 
 
+@pytest.mark.slow
 def test_a_failed_re_run_is_undecided(getkey, monkeypatch):
     def refuse(closed, to):
         raise NotImplementedError("no such thing in float64")
@@ -286,18 +290,19 @@ def left_of_nothing(x, total):
     return zoo.norm(total(x), 1).sum(1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fn, total, dtype",
     [
         (gated, up_to, "float64"),
-        slow(gated, up_to, "float32"),
-        slow(gated, up_to_in_a_tree, "float32"),
-        slow(gated, up_to_by_fft, "float32"),
-        slow(standardised, up_to, "float32"),
-        slow(standardised, up_to, "float64"),
-        slow(overwhelmed, up_to, "float64"),
-        slow(standardised, up_to_by_fft, "float32"),
-        slow(left_of_nothing, up_to, "float32"),
+        (gated, up_to, "float32"),
+        (gated, up_to_in_a_tree, "float32"),
+        (gated, up_to_by_fft, "float32"),
+        (standardised, up_to, "float32"),
+        (standardised, up_to, "float64"),
+        (overwhelmed, up_to, "float64"),
+        (standardised, up_to_by_fft, "float32"),
+        (left_of_nothing, up_to, "float32"),
     ],
 )
 def test_rounding_that_float64_shows_is_no_leak(fn, total, dtype, getkey):
@@ -407,6 +412,7 @@ def test_a_mapped_function_leaves_no_mesh_behind(getkey):
         assert not jax.typeof(jnp.full((), 1, dtype)).sharding.mesh.axis_names
 
 
+@pytest.mark.slow
 def test_no_features():
     x, other = jnp.ones((T, 0)), jnp.arange(1.0, T + 1)
     with pytest.raises(ValueError, match=r"x must hold numbers, got shapes \[\(16, 0\)\]"):

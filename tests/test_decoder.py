@@ -550,6 +550,7 @@ def test_errors_of_resuming(tmp_path):
             checkpoint.load(path, state, SMALL, DATA)
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_ends_the_training(tmp_path):
     broken = eqx.tree_at(lambda m: m.position, begin(SMALL).model, jnp.full((10, 8), jnp.nan))
     with pytest.raises(FloatingPointError, match="loss is nan at step 0; give a lower --rate"):

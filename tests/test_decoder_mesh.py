@@ -194,6 +194,7 @@ def test_checkpoints_are_for_any_mesh(tmp_path):
     } == {1}
 
 
+@pytest.mark.slow
 def test_devices_are_made():
     """In a process of its own, which has one CPU device unless it is asked for more."""
     make = "from examples.decoder import mesh; print(dict(mesh.make_mesh('4x2').shape))"

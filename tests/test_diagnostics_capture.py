@@ -442,6 +442,7 @@ def test_an_output_that_does_not_depend_on_the_mapped_input_has_no_batch_axis(ne
     assert_close(values["linear"], net.linear(jnp.ones(4)))
 
 
+@pytest.mark.slow
 def test_cond_gives_nan_for_the_branch_not_taken(net, getkey):
     def fn(net, x):
         other = lambda x: net.norm(net.linear(2 * x))
@@ -897,6 +898,7 @@ def test_a_loss_that_is_no_scalar(loss, net):
         capture_grads(loss, net, jnp.ones(4), where=LINEAR)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_the_loss_differentiates(net):
     def fn(net, x):
         return jnp.sum(jax.grad(lambda x: jnp.sum(jax.checkpoint(_forward)(net, x) ** 2))(x))

@@ -361,7 +361,7 @@ def test_rows_that_get_no_gradient_are_no_measure(used):
     assert found["outlier"] == (300 if used == 20 else 0)  # of fewer than 8, none is told apart
 
 
-@pytest.mark.parametrize("depth", [2, 20])
+@pytest.mark.parametrize("depth", [2, slow(20)])
 def test_the_table_fits_a_terminal(depth, getkey):
     layers = [eqx.nn.Linear(4, 4, key=getkey()) for _ in range(depth)]
     model = {"a_path_that_is_longer_than_its_column_has_room_for": eqx.nn.Sequential(layers)}
@@ -390,6 +390,7 @@ def test_nothing_found_is_one_line(getkey):
     assert str(found).splitlines()[0].endswith("; nothing found in 6 calls, 6 parameters")
 
 
+@pytest.mark.slow
 def test_under_debug_nans(getkey):
     case = zoo.root_of_zero_in_the_backward(getkey())
     with jax.debug_nans(True):
@@ -411,6 +412,7 @@ def test_bad_input(getkey):
         diagnose(loss_fn, model, x, where=eqx.nn.GRUCell)
 
 
+@pytest.mark.slow
 def test_plot(getkey):
     matplotlib.use("Agg")
     found = of(zoo.a_stop_gradient_too_many(getkey()))

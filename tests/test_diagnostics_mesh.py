@@ -42,6 +42,7 @@ def in_shards(fn, *args):
     return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec))(*args)
 
 
+@pytest.mark.slow
 def test_in_a_shard_map_each_shard_has_the_derivative_of_its_own_loss(getkey):
     linear = LINEAR(3, 3, key=getkey())
     x = normal(getkey(), (8, 3))

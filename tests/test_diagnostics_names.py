@@ -11,7 +11,6 @@ from draws import normal
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core.primitives import name_p
 from refused import refused
-from slow import slow
 
 from eqx_norms.diagnostics import capture, capture_grads
 
@@ -80,6 +79,7 @@ def test_named_values_and_their_derivatives(w_and_x):
         np.testing.assert_allclose(grads[name], np.cos(value), rtol=0, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.slow
 def test_named_values_are_replaced(w_and_x):
     """By functions, and by arrays, which are those of all steps and examples."""
     w, x = w_and_x
@@ -166,7 +166,8 @@ def test_bad_names(getkey):
         capture(fn, model, x, names="out", replace={"out": jnp.zeros(3)})
 
 
-@pytest.mark.parametrize("heads", [slow(1), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [1, 3])
 def test_attention_weights_are_the_output_of_the_dropout(heads, x64, getkey):
     """As docs/diagnosis.md says; queries and keys of different number, a mask for each head.
 

@@ -60,6 +60,7 @@ def test_constants_come_back_as_arrays(linear):
         assert values["[1]"][0] == 0
 
 
+@pytest.mark.slow
 def test_a_state_keeps_its_structure():
     norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, axis_name="batch", mode="ema")
     x = jnp.arange(12.0).reshape(4, 3)

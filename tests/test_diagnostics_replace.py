@@ -77,10 +77,7 @@ IN_LOOPS = {"map"}
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("plain", "jit", "vmap") else [])
-        for name in TRANSFORMED
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] if name != "map" else []) for name in TRANSFORMED],
 )
 def test_a_function_and_the_gradients_through_it(name, net, getkey):
     x, weights = normal(getkey(), (4,)), normal(getkey(), (4,))

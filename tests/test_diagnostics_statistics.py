@@ -230,6 +230,7 @@ def test_saturation_fraction(getkey):
 # update_ratio
 
 
+@pytest.mark.slow
 def test_update_ratio_of_optax_updates(getkey):
     params = {"w": normal(getkey(), (6, 4)), "norm": jnp.ones(4), "frozen": None}
     grads = {"w": normal(getkey(), (6, 4)), "norm": normal(getkey(), (4,)), "frozen": None}

@@ -223,6 +223,7 @@ def test_one_trace_of_a_jitted_function_for_several_modules(net, getkey):
     assert len(traces) == 2  # one for each `where`
 
 
+@pytest.mark.slow
 def test_a_loop_that_trains_the_model(net, getkey):
     x = normal(getkey(), (5, 4))
 

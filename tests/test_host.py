@@ -43,7 +43,7 @@ def total_minus_rest(x):
 # Who reads whom
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 def test_prefix_sums_are_causal_and_suffix_sums_are_not(dtype):
     x = floats(dtype=dtype)
     assert check_causal(host(lambda x: np.cumsum(x, 0)), x).status == "clear"

@@ -64,6 +64,7 @@ def test_left_padding_is_let_off(x):
     assert check_reads(forgotten, x, rule).leaking().sum() == 15
 
 
+@pytest.mark.slow
 def test_other_leaks_are_not_put_down_to_padding(x):
     all_read, packed = np.ones((T, T), bool), rules.segments(np.arange(T) // 4)
     for read, rule in [
@@ -101,7 +102,8 @@ def test_a_dead_row_is_named_in_every_report_and_error(x):
 # Other lengths
 
 
-@pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [True, False])
 def test_a_check_of_the_last_positions(x, strict):
     """As behind a cache: 3 queries, 8 keys."""
     rule = rules.causal(3, T, strict=strict, align="end")
@@ -131,6 +133,7 @@ def test_lengths_that_differ_need_align(x):
 # Heads
 
 
+@pytest.mark.slow
 def test_a_rule_of_each_head(x):
     """Where a function returns heads, `(H, T, T)` is the rule of its outputs along two axes."""
     heads = np.stack([CAUSAL, CAUSAL & rules.window(T, 2), rules.independent(T)])
@@ -193,6 +196,7 @@ def test_a_mask_of_floats_is_named_among_the_obstacles(x):
     assert_causal(flax_attention(mask > 0), x, prove="required")
 
 
+@pytest.mark.slow
 def test_what_else_is_in_the_way_is_named_beside_it(x):
     mask = nnx.make_causal_mask(jnp.ones((1, T)))
     rescaled = lambda x: flax_attention(mask)(x / x.max()) * x.max()

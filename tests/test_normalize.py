@@ -249,6 +249,7 @@ def test_jacobian_rows_sum_to_zero_and_gradients_flow_all_the_same(x64, getkey):
     assert jnp.linalg.norm(dx) > 0.01 * jnp.linalg.norm(g)
 
 
+@pytest.mark.slow
 def test_mean_and_sigma_are_no_constants(x64, getkey):
     """The frequent slip dx = g * rstd, with the statistics held fixed, is another vector."""
     x, g = normal(getkey(), (2, 7))
@@ -308,6 +309,7 @@ def test_parameters_that_only_some_examples_share(getkey):
         assert_close((y[None], dx[None], dweight, dbias), exact_norm(*args), terms(*args), 5)
 
 
+@pytest.mark.slow
 def test_filter_grad_of_a_frozen_layer(getkey):
     """With the parameters partitioned away nothing but x takes a gradient."""
     layer = LayerNorm(5)

@@ -129,7 +129,7 @@ def params_or_none(params, present):
 
 
 @each_kernel
-@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+@pytest.mark.parametrize("dtype", ("bfloat16", slow("float16")))
 @pytest.mark.parametrize("offset", (0, 10))
 def test_half_precision_is_rounded_once(dtype, offset, platform):
     x, weight, bias, g = draw(ROWS, N)

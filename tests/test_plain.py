@@ -69,6 +69,7 @@ def test_values_and_gradients_are_the_same(name, offset, getkey):
             assert_alike(a, b, N)
 
 
+@pytest.mark.slow
 def test_what_refuses_custom_derivatives_takes_them(getkey):
     x, v = normal(getkey(), (2, N))
     with plain():

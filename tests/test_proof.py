@@ -895,6 +895,7 @@ def test_our_norms_are_proved(norm):
     assert check_causal(per_token, floats(), prove=True).status == "proved"
 
 
+@pytest.mark.slow
 def test_our_norm_over_everything_is_not():
     leaking = check_causal(LayerNorm((LENGTH, 4)), floats(), prove=True)
     assert leaking.leak

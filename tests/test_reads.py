@@ -127,6 +127,7 @@ def test_any_boolean_array_will_do(x):
     assert pairs(check_reads(attend(other), x, allowed).pairs()) == where(other & ~allowed)
 
 
+@pytest.mark.slow
 def test_tokens_and_several_arrays(x):
     tokens = jr.randint(jr.key(seed(3)), (T,), 1, 16)
 
@@ -664,6 +665,7 @@ def test_a_rule_that_is_turned_gets_a_remark(x):
         check_reads(attend(rules.strided(T, 3)), x, rules.strided(T, 3).T)
 
 
+@pytest.mark.slow
 def test_messages_name_positions_of_several_axes(x):
     everything = np.ones((32, 32), bool)
     with refused(ValueError, re.escape("output (0, 0) must read input (0, 1), which it may not")):

@@ -116,6 +116,7 @@ def test_shared_layers_stay_shared(x64, getkey):
     assert {type(layer) for layer in new()} == {LayerNorm, eqx.nn.Linear}
 
 
+@pytest.mark.slow
 def test_models_with_state(x64, getkey):
     def make():
         batch_norm = eqx.nn.BatchNorm(4, "batch", mode="batch")

@@ -154,7 +154,8 @@ def test_the_promoted_dtype_comes_back(of_x, of_weight, of_y, x64):
     assert off.mean() < (0.01 if of_x == jnp.bfloat16 else 1e-9)
 
 
-@pytest.mark.parametrize("cls", [RMSNorm, pytest.param(LayerNorm, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [RMSNorm, LayerNorm])
 def test_derivatives_are_those_of_the_formula_without_roundings(cls):
     """Each rounded once: a norm's terms cancel, and one that was rounded before leaves nothing."""
     dtype = ml_dtypes.bfloat16

@@ -12,7 +12,7 @@ import pytest
 from draws import normal, seed
 from oracles import Exact, assert_close, exact_norm, terms
 from refused import refused
-from slow import few, slow
+from slow import few
 
 from eqx_norms import SegmentNorm, segment_norm
 from eqx_norms.causality import check_reads, rules
@@ -73,7 +73,8 @@ def test_float32(groups, mask):
         assert not np.asarray(got[0])[hidden].any() and not np.asarray(got[1])[hidden].any()
 
 
-@pytest.mark.parametrize("order", (1, slow(3)))
+@pytest.mark.slow
+@pytest.mark.parametrize("order", (1, 3))
 def test_derivatives_of_every_order(order, getkey):
     """Against each segment by itself, differentiated by JAX."""
     with jax.enable_x64(True):
@@ -129,6 +130,7 @@ def test_kept_are_x_and_three_numbers_a_token():
     assert held <= x.size * 2 + 50 * (2 * 12 + 4 + 1) + 64 * 4
 
 
+@pytest.mark.slow
 def test_batches_and_counted_segments():
     """Ids of each example its own; where they are known, so is their number."""
     x = normal(jax.random.key(seed(4)), (2, 3, 2))

@@ -212,8 +212,9 @@ def test_derivatives_of_a_root(find, solver, both, getkey):
 # ---- lineax
 
 
-@pytest.mark.parametrize("jac", ["fwd", pytest.param("bwd", marks=slow)])
-@pytest.mark.parametrize("norm", [LayerNorm, pytest.param(RMSNorm, marks=slow)])
+@slow
+@pytest.mark.parametrize("jac", ["fwd", "bwd"])
+@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
 def test_operator_of_a_norm(norm, jac, getkey):
     norm, (x, v) = norm(WIDTH), normal(getkey(), (2, WIDTH))
     norm = eqx.tree_at(lambda n: n.weight, norm, normal(getkey(), (WIDTH,)))

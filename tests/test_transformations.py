@@ -209,6 +209,7 @@ COSTLY = (
     *("grad_of_shard_map_check_vma_False", "shard_map_of_weights_check_vma_False"),
     *("checkpoint_saving_nothing", "scan_checkpoint_grad", "reverse_over_forward"),
     *("gauss_newton_product", "laplacian", "value_and_grad_of_batch", "jvp_of_jvp"),
+    *("export", "explicit_sharding_over_batch", "grad_of_grad", "cond_grad", "checkpoint_hvp"),
 )
 assert {*COSTLY} <= {*NAMES}
 

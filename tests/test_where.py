@@ -139,13 +139,9 @@ def test_bad_masks(layer):
             layer(N)(jnp.ones(N), where=mask)
 
 
-@pytest.mark.parametrize(
-    "norm, ensemble",
-    [
-        (layer_norm, False),
-        *(slow(*case) for case in ((layer_norm, True), (rms_norm, False), (rms_norm, True))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ensemble", (False, True))
+@pytest.mark.parametrize("norm", (layer_norm, rms_norm))
 def test_of_a_fully_masked_example_without_eps(norm, ensemble, getkey):
     """1 / sigma is not there to be had; it made dweight of the whole batch 0 * (0 * inf)."""
     with jax.enable_x64(True):
@@ -167,6 +163,7 @@ def test_of_a_fully_masked_example_without_eps(norm, ensemble, getkey):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(b).max())
 
 
+@pytest.mark.slow
 @LAYERS
 def test_what_is_masked_of_a_constant_example_without_eps(layer):
     """What counts has no answer there. Under the mask all is zero, in dweight too."""
