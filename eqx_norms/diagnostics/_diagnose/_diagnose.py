@@ -12,7 +12,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._capture._instrument import Where
+from .._capture._instrument import Where, everything
+from .._capture._library import as_model
 from .._mesh import on_any_mesh
 from .._once import jit_once
 from ._findings import Finding, find
@@ -157,8 +158,11 @@ def diagnose(
         other transformations, because it returns floats.
     """
     _check(model, args, optimiser, classes)
-    survey = Survey(loss_fn, model, args, where or (lambda path, module: True))
-    measured = measure(survey, loss_fn, model, args, optimiser)
+    seen = as_model(model)
+    survey = Survey(loss_fn, seen, args, where or everything)
+    if optimiser is not None:
+        optimiser = optimiser[0], seen.optimiser_state(optimiser[1])
+    measured = measure(survey, seen.of_tree(loss_fn), args, optimiser)
     not_looked_at = dict(survey.not_looked_at)
     not_looked_at |= dict.fromkeys(survey.never_called, "it is never called")
     not_looked_at |= dict.fromkeys(measured.not_taken, "its branch was not taken")
