@@ -40,8 +40,9 @@ class Observer:
         lenient: bool = False,
     ):
         """`also` are the paths of modules to look at whether `where` matches them or not, `names`
-        those of values to look at; `named` will be all that are there. With `inputs` what modules are given is marked too. If it is
-        `lenient`, of which module it cannot be told that it is called is no error, but `unclear`.
+        those of values to look at; `named` will be all that are there. With `inputs` what modules
+        are given is marked too. If it is `lenient`, it is no error that it cannot be told which of
+        several modules is called: they are `unclear`.
         """
         self.model = model
         self._where, self._also, self._matches = where, frozenset(also), _as_predicate(where)

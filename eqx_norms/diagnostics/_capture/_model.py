@@ -25,14 +25,12 @@ class Model:
 
     - `tree`: the pytree of arrays that a program of the model is a function of.
     - `known`: whether its submodules are known before a function calls them.
-    - `channels_last`: whether units are the last axis, of outputs and of weights.
     - `nothing_there`: what is wrong with a model without submodules.
     - `to_share`: what people type to have one parameter at two places.
     """
 
     known = True
     to_share = "type `equinox.nn.Shared`"
-    channels_last = False
     nothing_there = (
         "the second argument, the model, has none: only an `equinox.Module` or a `flax.nnx.Module` "
         "with a `__call__` is one. The first is a function of the model: type for instance "
@@ -49,6 +47,10 @@ class Model:
     def of_tree(self, fn: Callable) -> Callable:
         """`fn(model, *args)` as a function of `tree` and `args`."""
         return lambda tree, *args: fn(self.build(tree), *args)
+
+    def apart(self) -> PyTree:
+        """As it can go into `jax.jit`; `as_model` takes it as well."""
+        return self.given
 
     # ---- Its arrays.
 
@@ -80,6 +82,10 @@ class Model:
     def optimiser_state(self, state: PyTree) -> PyTree:
         """As it fits to what `trained` returns."""
         return state
+
+    def has_units_last(self, where: str) -> bool:
+        """Whether the units of the parameter there are its last axis, and not its first."""
+        return False
 
     # ---- Its modules.
 
@@ -141,6 +147,11 @@ def as_attributes(keys: tuple) -> tuple:
         else:
             found.append(jtu.SequenceKey(name) if isinstance(name, int) else key)
     return tuple(found)
+
+
+def is_kernel(where: str) -> bool:
+    """Of Flax, or the `w` of Haiku: units are their last axis. Those of an embedding are not."""
+    return where.rpartition(".")[2] in ("kernel", "w")
 
 
 def flax_linear_shape(kind: str, kernel: Any, groups: int) -> LinearShape | None:

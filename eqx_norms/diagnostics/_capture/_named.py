@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._instrument import Observer, innermost
-from ._model import LinearShape, Model, as_attributes, flax_linear_shape
+from ._model import LinearShape, Model, as_attributes, flax_linear_shape, is_kernel
 from ._tag import Place
 
 _PARAMS = jtu.GetAttrKey("params")
@@ -26,7 +26,6 @@ class NamedModel(Model):
 
     known = False
     to_share = "call the one module at both places"
-    channels_last = True
     nothing_there = (
         "`fn` calls no module with parameters of the second argument, a tree of arrays. That is an "
         "`equinox.Module` or a `flax.nnx.Module`; or, for `flax.linen` and Haiku, the parameters "
@@ -60,6 +59,9 @@ class NamedModel(Model):
 
     def owns(self, module: Any) -> bool:
         return any(isinstance(module, library.kind) for library in libraries())
+
+    def has_units_last(self, where: str) -> bool:
+        return is_kernel(where)
 
     def linear_shape(self, keys: tuple, module: Any) -> LinearShape | None:
         kernel = self.arrays.get((*keys, jtu.GetAttrKey("kernel")))

@@ -1,19 +1,20 @@
 """Models of `flax.nnx`: modules are objects in a graph, which `fn` may update."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.tree_util as jtu
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from ._model import LinearShape, Model, as_attributes, flax_linear_shape, path
+from ._model import LinearShape, Model, as_attributes, flax_linear_shape, is_kernel, path
 
 
 def holds_modules(model: PyTree) -> bool:
     is_module = lambda x: isinstance(x, nnx.Module)
-    return any(map(is_module, jtu.tree_leaves(model, is_leaf=is_module)))
+    leaves = jtu.tree_leaves(model, is_leaf=is_module)
+    return isinstance(model, Split) or any(map(is_module, leaves))
 
 
 def refuse_states(model: PyTree) -> None:
@@ -30,6 +31,13 @@ def _is_state(x: Any) -> bool:
     return isinstance(x, nnx.State)
 
 
+class Split(NamedTuple):
+    """A model as it goes into `jax.jit`, which would make two arrays of what is shared in it."""
+
+    graphdef: Any
+    states: tuple
+
+
 class NnxModel(Model):
     """An `nnx.Module`, or a pytree of several.
 
@@ -38,9 +46,10 @@ class NnxModel(Model):
     """
 
     to_share = "give both places the one `nnx.Param`, or the one module"
-    channels_last = True
 
     def __init__(self, model: PyTree):
+        if isinstance(model, Split):
+            model = nnx.merge(model.graphdef, *model.states)
         self.given = model
         self.graphdef, *self.states = nnx.split(model, nnx.Param, ...)
         self.tree = tuple(map(nnx.as_pure, self.states))
@@ -52,6 +61,9 @@ class NnxModel(Model):
     def build(self, tree: PyTree) -> PyTree:
         states = jtu.tree_unflatten(jtu.tree_structure(tuple(self.states)), jtu.tree_leaves(tree))
         return nnx.merge(self.graphdef, *states)
+
+    def apart(self) -> PyTree:
+        return Split(self.graphdef, tuple(self.states))
 
     def keys(self, tree: PyTree) -> list[tuple]:
         return self._keys
@@ -99,6 +111,9 @@ class NnxModel(Model):
     def equal(self, module: Any, other: Any) -> bool:
         bare = type(module) is type(other) and not self.held(other)[1]
         return bare and nnx.graphdef(module) == nnx.graphdef(other)
+
+    def has_units_last(self, where: str) -> bool:
+        return is_kernel(where)
 
     def linear_shape(self, keys: tuple, module: Any) -> LinearShape | None:
         kernel = self.arrays.get((*keys, jtu.GetAttrKey("kernel")))

@@ -142,7 +142,8 @@ def diagnose(
     - `loss_fn`: a function of the model and `args` that returns a floating-point scalar.
     - `model`, `args`: as for [`eqx_norms.diagnostics.capture`][].
     - `where`: as for [`eqx_norms.diagnostics.capture`][]. By default everything that can be called.
-    - `optimiser`: a pair of an optax optimiser and its state, for the update that comes next.
+    - `optimiser`: a pair of an optax optimiser and its state, for the update that comes next. Of
+        an `nnx.Optimizer` type `(optimizer.tx, optimizer.opt_state)`.
     - `classes`: the number of classes of a classifier.
 
     **Returns:**
@@ -160,8 +161,7 @@ def diagnose(
     _check(model, args, optimiser, classes)
     seen = as_model(model)
     survey = Survey(loss_fn, seen, args, where or everything)
-    if optimiser is not None:
-        optimiser = optimiser[0], seen.optimiser_state(optimiser[1])
+    optimiser = None if optimiser is None else (optimiser[0], seen.optimiser_state(optimiser[1]))
     measured = measure(survey, seen.of_tree(loss_fn), args, optimiser)
     not_looked_at = dict(survey.not_looked_at)
     not_looked_at |= dict.fromkeys(survey.never_called, "it is never called")

@@ -88,6 +88,7 @@ class Parameter(NamedTuple):
 
 class Measured(NamedTuple):
     loss: float
+    to_share: str  # what people type to have one parameter at two places
     rows: list[Row]  # in the order in which the calls begin
     returns: list[Row]  # those of submodules, in the order in which they return
     parameters: list[Parameter]
@@ -167,6 +168,7 @@ def measure(
             )
     return Measured(
         float(loss),
+        model.to_share,
         rows,
         returns,
         parameters,
@@ -438,9 +440,12 @@ def _of_parameters(
     model: Model, grads: PyTree, updates: PyTree | None, stacks: list[int]
 ) -> list[dict[str, float]]:
     leaves = jtu.tree_leaves(model.trained(model.tree))
+    rows = zip(model.paths(), leaves, jtu.tree_leaves(grads), stacks, strict=True)
     found = [
-        _numbers.of_parameter(param, grad, stack) if is_floating(param) else {}
-        for param, grad, stack in zip(leaves, jtu.tree_leaves(grads), stacks, strict=True)
+        _numbers.of_parameter(param, grad, stack, model.has_units_last(where))
+        if is_floating(param)
+        else {}
+        for where, param, grad, stack in rows
     ]
     if updates is not None:
         for param, update, figures in zip(leaves, jtu.tree_leaves(updates), found, strict=True):

@@ -109,7 +109,7 @@ class Watch:
             )
         if _traced((model, args, opt_state)):
             return self._measure(model, args, opt_state)
-        look = self._compiled(model, args, opt_state)
+        look = self._compiled(as_model(model).apart(), args, opt_state)
         return fetch(look) if jax.process_count() > 1 else look
 
     @ft.cached_property
