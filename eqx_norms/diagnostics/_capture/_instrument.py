@@ -8,6 +8,7 @@ import contextlib
 import functools as ft
 import inspect
 import re
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -342,5 +343,7 @@ def _listed(modules: dict[tuple, Any]) -> str:
 
 def _full_name(cls: type) -> str:
     """With the module that it is imported from, because many libraries have a LayerNorm."""
-    public = re.sub(r"\._.*", "", cls.__module__)
-    return f"{public}.{cls.__qualname__}"
+    parts = re.sub(r"\._.*", "", cls.__module__).split(".")
+    names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    exports = lambda name: getattr(sys.modules.get(name), cls.__qualname__, None) is cls
+    return f"{next(filter(exports, names), names[-1])}.{cls.__qualname__}"

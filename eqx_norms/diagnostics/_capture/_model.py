@@ -25,12 +25,14 @@ class Model:
 
     - `tree`: the pytree of arrays that a program of the model is a function of.
     - `known`: whether its submodules are known before a function calls them.
+    - `batches_first`: whether submodules are given batches, and not one example.
     - `nothing_there`: what is wrong with a model without submodules.
     - `to_share`: what people type to have one parameter at two places.
     """
 
     known = True
     to_share = "type `equinox.nn.Shared`"
+    batches_first = False
     nothing_there = (
         "the second argument, the model, has none: only an `equinox.Module` or a `flax.nnx.Module` "
         "with a `__call__` is one. The first is a function of the model: type for instance "

@@ -25,6 +25,7 @@ class NamedModel(Model):
     """The `params`, or all variables, of modules that the function closes over."""
 
     known = False
+    batches_first = True
     to_share = "call the one module at both places"
     nothing_there = (
         "`fn` calls no module with parameters of the second argument, a tree of arrays. That is an "

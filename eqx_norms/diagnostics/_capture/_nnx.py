@@ -45,6 +45,7 @@ class NnxModel(Model):
     that it is traced, so that what it updates in there is no part of the model itself.
     """
 
+    batches_first = True
     to_share = "give both places the one `nnx.Param`, or the one module"
 
     def __init__(self, model: PyTree):

@@ -280,6 +280,8 @@ def _kinds_of_inputs(survey: Survey) -> dict[tuple, list[Seen]]:
             types, axes = survey.types[call.given], survey.flow.vmaps.get(call.given, [])
             around = len(call.loops)
             mapped = [i for i, each in enumerate(axes) if "example" in each]
+            if survey.model.batches_first and not any(axes):
+                mapped = [i for i, kind in enumerate(types) if len(kind.shape) > around + 1]
             mapped = tuple(i for i in mapped if types[i].shape[around] >= ALIKE)
             shapes = tuple((kind.shape, kind.dtype) for kind in types)
             lead = _examples_shape(call, survey)
