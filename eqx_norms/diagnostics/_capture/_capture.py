@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, PyTree
 from ..._processes import jit, spans_processes
 from ._instrument import Observer, Where
 from ._interpret import ArrayType, Edit, Marked, evaluate, marked_types
+from ._library import as_model, observe
+from ._model import Model
 from ._names import as_names
 from ._plan import Output, make_plan
 from ._replace import Replace, check_called, path_of, replacement
@@ -128,9 +130,9 @@ def capture(
     - `NotImplementedError` if `fn` itself differentiates what is replaced. Differentiate `capture`,
         or use [`eqx_norms.diagnostics.capture_grads`][].
     """
-    program = _Program(fn, model, args, where, replace, as_names(names), inputs)
-    run = lambda model, args: program.run(model, args, program.no_shifts())
-    out, marked = _by_all_processes(run, model, args)
+    program = _Program(fn, as_model(model), args, where, replace, as_names(names), inputs)
+    run = lambda tree, args: program.run(tree, args, program.no_shifts())
+    out, marked = _by_all_processes(run, program.model.tree, args)
     return out, program.by_path(marked)
 
 
@@ -178,8 +180,10 @@ def capture_grads(
     - `NotImplementedError` if `loss_fn` itself differentiates a `jax.checkpoint` in which a
         matched submodule is called. It is computed anew in there, out of reach of the added zero.
     """
-    program = _Program(loss_fn, model, args, where, replace, as_names(names), inputs)
-    loss, marked, grads, model_grads = _by_all_processes(program.backward, model, args)
+    program = _Program(loss_fn, as_model(model), args, where, replace, as_names(names), inputs)
+    backward = _by_all_processes(program.backward, program.model.tree, args)
+    loss, marked, grads, model_grads = backward
+    model_grads = program.model.gradients(model_grads)
     return loss, program.by_path(marked), program.by_path(grads), model_grads
 
 
@@ -189,7 +193,7 @@ class _Program:
     def __init__(
         self,
         fn: Callable,
-        model: PyTree,
+        model: Model,
         args: tuple,
         where: Where,
         replace: Replace | None,
@@ -203,11 +207,12 @@ class _Program:
                 f"return, but it is {replace!r}. Type for instance "
                 "`replace={'layers[0]': jnp.zeros_like}`."
             )
+        self.model = model
         also = {path_of(key) for key in replace} - set(names)
-        watch = Observer(model, where, also, names, inputs)
-        _check_arrays(model, args)
-        jaxpr, self.out, self.static_out = watch.trace(fn, model, args)
-        self.plan = make_plan(jaxpr, model, args, watch)
+        watch = observe(model, where, also, names, inputs)
+        _check_arrays(model.tree, args)
+        jaxpr, self.out, self.static_out = watch.trace(fn, args)
+        self.plan = make_plan(jaxpr, args, watch)
         _check_named(watch)
         if not self.plan.outputs:
             raise ValueError(
@@ -226,25 +231,26 @@ class _Program:
             if key in replace
         }
 
-    def run(self, model: PyTree, args: tuple, shifts: Marked) -> tuple[Any, Marked]:
-        arrays = jtu.tree_leaves(eqx.filter((model, args), eqx.is_array))
+    def run(self, tree: PyTree, args: tuple, shifts: Marked) -> tuple[Any, Marked]:
+        arrays = jtu.tree_leaves(eqx.filter((tree, args), eqx.is_array))
         edits = [Edit(shift, self.replacements.get(n)) for n, shift in enumerate(shifts)]
         outs, marked = evaluate(self.plan, arrays, edits)
         out = jtu.tree_unflatten(jtu.tree_structure(self.out), outs)
         return eqx.combine(out, self.static_out), marked
 
     def backward(
-        self, model: PyTree, args: tuple
+        self, tree: PyTree, args: tuple
     ) -> tuple[Float[Array, ""], Marked, Marked, PyTree]:
-        """The loss, what is marked, and the derivatives there and of the model."""
+        """The loss, what is marked, and the derivatives there and of what is trained."""
         self.check_differentiable()
 
         @eqx.filter_value_and_grad(has_aux=True)
-        def loss(model_and_shifts):
-            model, shifts = model_and_shifts
-            return self.run(model, args, shifts)
+        def loss(trained_and_shifts):
+            trained, shifts = trained_and_shifts
+            return self.run(self.model.with_trained(tree, trained), args, shifts)
 
-        (value, marked), (model_grads, grads) = loss((model, self.zero_shifts()))
+        trained = self.model.trained(tree)
+        (value, marked), (model_grads, grads) = loss((trained, self.zero_shifts()))
         return value, marked, grads, model_grads
 
     def by_path(self, marked: Marked) -> dict[str, PyTree]:

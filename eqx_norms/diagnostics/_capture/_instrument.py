@@ -8,22 +8,24 @@ import contextlib
 import functools as ft
 import inspect
 import re
+import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from ._model import Model, path
 from ._names import batches_in_front
 from ._tag import Place, tag, tag_inputs
 
-Where = type | tuple[type, ...] | Callable[[str, eqx.Module], bool] | Callable[[eqx.Module], bool]
+Where = type | tuple[type, ...] | Callable[[str, Any], bool] | Callable[[Any], bool]
 
 
 class Observer:
@@ -31,60 +33,85 @@ class Observer:
 
     def __init__(
         self,
-        model: PyTree,
+        model: Model,
         where: Where,
         also: Collection[str] = (),
         names: Collection[str] = (),
         inputs: bool = False,
+        lenient: bool = False,
     ):
         """`also` are the paths of modules to look at whether `where` matches them or not, `names`
         those of values to look at; `named` will be all that are there. With `inputs` what modules
-        are given is marked too.
+        are given is marked too. If it is `lenient`, it is no error that it cannot be told which of
+        several modules is called: they are `unclear`.
         """
-        matches = _as_predicate(where)
-        self.modules = dict(_callable_modules((), model))
-        paths = {path(keys): keys for keys in self.modules}
-        for each in also:
+        self.model = model
+        self._where, self._also, self._matches = where, frozenset(also), _as_predicate(where)
+        self._by_where, self._lenient, self.unclear = False, lenient, set()
+        self.modules = dict(model.modules(model.given))
+        self.matched = {keys for keys, module in self.modules.items() if self._asks(keys, module)}
+        self.names, self.named, self.inputs = frozenset(names), {}, inputs
+        if model.known:
+            self.check_matched()
+        self.outer = _watch.get()
+        self.level = 0 if self.outer is None else self.outer.level + 1
+        self._places = {}
+        self._calls = []
+        self._contents = {
+            keys: _content(model, module)
+            for keys, module in self.modules.items()
+            if not model.held(module)[1]
+        }
+
+    def _asks(self, keys: tuple, module: Any) -> bool:
+        by_where = bool(self._matches(path(keys), module))
+        self._by_where |= by_where
+        return by_where or path(keys) in self._also
+
+    def check_matched(self) -> None:
+        """Raises `ValueError` unless what was asked for is among the modules."""
+        paths = set(map(path, self.modules))
+        for each in self._also:
             if each not in paths:
                 raise ValueError(_not_there(each, self.modules))
-        self.matched = {keys for each, keys in paths.items() if matches(each, self.modules[keys])}
-        if not self.matched and (where != () or not (also or names)):
-            raise ValueError(_nothing_matches(self.modules))
-        self.matched.update(paths[each] for each in also)
-        self.names, self.named, self.inputs = frozenset(names), {}, inputs
+        if not self._by_where and (self._where != () or not (self._also or self.names)):
+            trained = jtu.tree_leaves(self.model.trained(self.model.tree))
+            if self._where is not everything or not trained:
+                raise ValueError(_nothing_matches(self.model, self.modules))
         both = self.names.intersection(map(path, self.matched))
         if both:
             raise ValueError(
                 f"`names` must differ from the paths of the submodules that are captured, but "
                 f"{min(both)!r} is both. Type a `where` that leaves it out, or another name."
             )
-        self.outer = _watch.get()
-        self.level = 0 if self.outer is None else self.outer.level + 1
-        self._places = {}
-        self._calls = []
-        self._contents = _contents(self.modules)
 
-    def trace(self, fn: Callable, model: PyTree, args: tuple) -> tuple[Any, PyTree, PyTree]:
+    def trace(self, fn: Callable, args: tuple) -> tuple[Any, PyTree, PyTree]:
         """As `equinox.filter_make_jaxpr(fn)(model, *args)`, with tags in it."""
 
-        def watched(model, *args):
+        def watched(tree, *args):
             # The copy that `fn` gets is alive until it returns, so ids stay distinct.
-            self._places = {id(m): keys for keys, m in _callable_modules((), model)}
+            model = self.model.build(tree)
+            self._places = {id(m): keys for keys, m in self.model.modules(model)}
             names = batches_in_front() if self.names else contextlib.nullcontext()
-            with _set(_watch, self), _traces(self._key()), _exchanged(self._classes), names:
+            with _set(_watch, self), _traces(self._key()), self._hearing(), names:
                 return fn(model, *args)
 
-        return eqx.filter_make_jaxpr(watched)(model, *args)
+        return eqx.filter_make_jaxpr(watched)(self.model.tree, *args)
 
-    def call(self, module: eqx.Module, run: ft.partial) -> Any:
+    def _hearing(self) -> contextlib.AbstractContextManager:
+        """Within it this observer is told of every call of a module."""
+        return _exchanged({type(module) for module in self.modules.values()})
+
+    def told(self, module: Any, run: ft.partial) -> Any:
         """What `run()` returns, which calls `module`, with a tag if it is looked for."""
-        place, held = self._place(module)
+        place, held = self._place(module) if self.model.owns(module) else (None, ())
         looked_for = place if place is not None and self._may_match(module, place) else None
         if looked_for is not None and self.inputs:
-            args, kwargs = tag_inputs((run.args, run.keywords), looked_for, held, self.level)
+            given = (run.args, run.keywords)
+            args, kwargs = tag_inputs(given, looked_for, held, self.level, self.model.is_whole)
             run = ft.partial(run.func, *args, **kwargs)
         if self.outer is not None:
-            run = ft.partial(self.outer.call, module, run)
+            run = ft.partial(self.outer.told, module, run)
         self._calls.append((module, place, held))
         try:
             out = run()
@@ -92,23 +119,21 @@ class Observer:
             self._calls.pop()
         return out if looked_for is None else tag(out, looked_for, held, self.level)
 
-    def _may_match(self, module: eqx.Module, place: Place) -> bool:
+    def _may_match(self, module: Any, place: Place) -> bool:
         if place.holder is None:
             return place.keys in self.matched
         return any(type(self.modules[keys]) is type(module) for keys in self.matched)
 
-    def _place(self, module: eqx.Module) -> tuple[Place | None, Sequence[Array]]:
+    def _place(self, module: Any) -> tuple[Place | None, Sequence[Array]]:
         if id(module) in self._places:
             keys = self._places[id(module)]
             return Place(keys, equals=self._equals(keys)), ()
         # `fn` has built it anew, as `jax.jit` and `equinox.combine` do.
-        opened = jtu.tree_map(_opened, eqx.filter(module, eqx.is_array))
-        leaves, _ = jtu.tree_flatten_with_path(opened)
-        if leaves:
-            names, held = zip(*leaves, strict=True)
-            return Place((), type(module), names), held
+        names, held = self.model.held(module)
+        if held:
+            return Place((), type(module), tuple(names)), held
         for caller, place, held in reversed(self._calls):
-            for keys, child in _callable_modules((), caller):
+            for keys, child in self.model.modules(caller):
                 if child is module:
                     return place and place._replace(keys=(*place.keys, *keys)), held
         return self._place_of_equal(module), ()
@@ -119,9 +144,12 @@ class Observer:
         others = self._contents.items()
         return tuple(other for other, each in others if each == same and other != keys)
 
-    def _place_of_equal(self, module: eqx.Module) -> Place | None:
-        equal = [keys for keys, other in self.modules.items() if _equal(module, other)]
-        if len(equal) > 1 and self.matched.intersection(equal):
+    def _place_of_equal(self, module: Any) -> Place | None:
+        equal = [keys for keys, other in self.modules.items() if self.model.equal(module, other)]
+        if len(equal) > 1 and self._lenient:
+            same = [keys for keys in self.matched if type(self.modules[keys]) is type(module)]
+            self.unclear.update(map(path, same))
+        elif len(equal) > 1 and self.matched.intersection(equal):
             paths = ", ".join(repr(path(keys)) for keys in equal)
             raise NotImplementedError(
                 f"`fn` calls a {type(module).__name__} in a tree that it has built anew, and which "
@@ -130,27 +158,35 @@ class Observer:
             )
         return Place(equal[0]) if len(equal) == 1 else None
 
-    @property
-    def _classes(self) -> set[type[eqx.Module]]:
-        return {type(module) for module in self.modules.values()}
+    def holders(self, place: Place, held: list[int], arrays: dict[tuple, int]) -> list[tuple]:
+        """The modules that hold the most of the arrays that the called one holds.
+
+        `held` are the origins of these, and `arrays` those of the model's arrays.
+        """
+        if place.holder is None:
+            return [()]
+        scores = {}
+        for keys, module in self.modules.items():
+            if type(module) is place.holder:
+                own = [arrays.get((*keys, *name), 0) for name in place.names]
+                both = [(a, b) for a, b in zip(own, held, strict=True) if a & b]
+                # An array that comes from there alone says more than one that others are in too.
+                scores[keys] = (sum(a == b for a, b in both), len(both))
+        best = max(scores.values(), default=(0, 0))
+        return [keys for keys, score in scores.items() if score == best != (0, 0)]
+
+    def looks_for(self, found: list[tuple], place: Place) -> bool:
+        """Whether one of the modules there is looked for, of which a call was tagged."""
+        return bool(self.matched.intersection(found))
 
     def _key(self) -> "_Key":
         """What tags depend on besides the arguments of a function and its own code."""
         matched = frozenset((keys, type(self.modules[keys])) for keys in self.matched)
         contents = frozenset(self._contents.items())
         outer = self.outer and self.outer._key()
-        key = _Key((type(self), matched, contents, self.names, self.inputs, outer))
+        kind = type(self), self.inputs, self._lenient
+        key = _Key((kind, matched, contents, self.names, outer))
         return _keys.setdefault(key, key)
-
-
-def _opened(leaf: Any) -> Any:
-    """The arrays that a parameter consists of, if it is a pytree that Quax traces as one array.
-
-    Some, as a LoRA matrix, refuse to be made one, which a tag would ask of them.
-    """
-    value = getattr(leaf, "value", None)  # of a tracer of Quax's; other arrays have one array there
-    parts = isinstance(value, eqx.Module) and len(jtu.tree_leaves(value)) > 1
-    return value if parts else leaf
 
 
 # The innermost capture whose function is being traced, in this thread.
@@ -159,6 +195,14 @@ _watch: ContextVar[Observer | None] = ContextVar("watch", default=None)
 # by, so that none with our tags in it is used where nothing is captured, where other things are, or
 # in another model, nor the other way round.
 _traces = jax.make_user_context()
+
+
+def innermost(kind: type) -> Observer | None:
+    """The innermost capture of this kind whose function is being traced."""
+    watch = _watch.get()
+    while watch is not None and not isinstance(watch, kind):
+        watch = watch.outer
+    return watch
 
 
 class _Key:
@@ -179,24 +223,8 @@ class _Key:
 _keys = weakref.WeakValueDictionary()
 
 
-class _Content(NamedTuple):
-    """What a module without arrays consists of; two that are equal cannot be told apart."""
-
-    structure: Any
-    leaves: tuple
-
-
-def _contents(modules: dict[tuple, eqx.Module]) -> dict[tuple, Any]:
-    return {keys: _content(module) for keys, module in modules.items() if _is_bare(module)}
-
-
-def _is_bare(module: eqx.Module) -> bool:
-    return not any(map(eqx.is_array, jtu.tree_leaves(module)))
-
-
-def _content(module: eqx.Module) -> _Content | object:
-    leaves, structure = jtu.tree_flatten(module)
-    content = _Content(structure, tuple(leaves))
+def _content(model: Model, module: Any) -> Any:
+    content = model.content(module)
     try:
         hash(content)
     except TypeError:
@@ -249,7 +277,7 @@ def _exchange(cls: type) -> None:
         run = ft.partial(original.__get__(self, type(self)), *args, **kwargs)
         watch = _watch.get()
         # A subclass that asks its superclass is one call, not two.
-        return run() if watch is None or type(self) is not cls else watch.call(self, run)
+        return run() if watch is None or type(self) is not cls else watch.told(self, run)
 
     setattr(cls, "__call__", watched_call)  # noqa: B010
 
@@ -262,11 +290,12 @@ def _restore(cls: type) -> None:
         delattr(cls, "__call__")
 
 
-def path(keys: tuple) -> str:
-    return jtu.keystr(keys).removeprefix(".")
+def everything(path: str, module: Any) -> bool:
+    """A `where` that matches all modules there are, if there are any."""
+    return True
 
 
-def _as_predicate(where: Where) -> Callable[[str, eqx.Module], bool]:
+def _as_predicate(where: Where) -> Callable[[str, Any], bool]:
     classes = where if isinstance(where, tuple) else (where,)
     if all(isinstance(cls, type) for cls in classes):
         return lambda path, module: isinstance(module, classes)  # pyright: ignore
@@ -289,21 +318,17 @@ def _takes_a_path(where: Callable) -> bool:
     return True
 
 
-def _nothing_matches(modules: dict[tuple, eqx.Module]) -> str:
+def _nothing_matches(model: Model, modules: dict[tuple, Any]) -> str:
     must = "`where` must match at least one submodule that can be called, but "
     if not modules:
-        return (
-            f"{must}the second argument, the model, has none: only an `equinox.Module` with a "
-            "`__call__` is one. The first is a function of the model: type for instance "
-            "`capture(lambda model, x: model(x), model, x, where=where)`."
-        )
+        return must + model.nothing_there
     return (
         f"{must}it matches none. The "
         f"model has {_listed(modules)}: type one of these types, or a function of (path, module)."
     )
 
 
-def _not_there(path: str, modules: dict[tuple, eqx.Module]) -> str:
+def _not_there(path: str, modules: dict[tuple, Any]) -> str:
     return (
         "`replace` must name submodules that can be called, but at "
         f"{path!r} there is none. The model has {_listed(modules)}: type one of these paths. "
@@ -311,25 +336,14 @@ def _not_there(path: str, modules: dict[tuple, eqx.Module]) -> str:
     )
 
 
-def _listed(modules: dict[tuple, eqx.Module]) -> str:
+def _listed(modules: dict[tuple, Any]) -> str:
     here = [f"{path(keys)!r}: {_full_name(type(module))}" for keys, module in modules.items()]
     return f"{{{', '.join(here[:20])}{', ...' if len(here) > 20 else ''}}}"
 
 
 def _full_name(cls: type) -> str:
     """With the module that it is imported from, because many libraries have a LayerNorm."""
-    public = re.sub(r"\._.*", "", cls.__module__)
-    return f"{public}.{cls.__qualname__}"
-
-
-def _callable_modules(keys: tuple, node: Any) -> Iterator[tuple[tuple, eqx.Module]]:
-    if isinstance(node, eqx.Module) and callable(node):
-        yield keys, node
-    children, _ = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
-    for key, child in children:
-        if child is not node:
-            yield from _callable_modules((*keys, *key), child)
-
-
-def _equal(module: eqx.Module, other: eqx.Module) -> bool:
-    return type(module) is type(other) and bool(eqx.tree_equal(module, other))
+    parts = re.sub(r"\._.*", "", cls.__module__).split(".")
+    names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    exports = lambda name: getattr(sys.modules.get(name), cls.__qualname__, None) is cls
+    return f"{next(filter(exports, names), names[-1])}.{cls.__qualname__}"

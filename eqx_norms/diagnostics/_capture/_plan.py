@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.tree_util as jtu
 from jax.extend.core import Literal, primitives
-from jaxtyping import PyTree
 
 from ..._jaxprs import is_jaxpr, opened, scan_counts
-from ._instrument import Observer, path
+from ._instrument import Observer
+from ._model import path
 from ._names import named_call
 from ._tag import Call, tag_p
 
@@ -72,27 +72,25 @@ class Plan:
         return last[::-1]
 
 
-def make_plan(jaxpr: Any, model: PyTree, args: tuple, watch: Observer) -> Plan:
-    """The plan of a jaxpr whose operands are the arrays of `model` and of `args`."""
-    planner = _Planner(jaxpr, model, watch)
+def make_plan(jaxpr: Any, args: tuple, watch: Observer) -> Plan:
+    """The plan of a jaxpr whose operands are the arrays of the model and of `args`."""
+    planner = _Planner(jaxpr, watch)
     origins = list(planner.arrays.values())
     for arg in args:
         # What `equinox.partition` has taken out of the model stands there in an argument.
-        same = type(arg) is type(model)
-        origins += [planner.add(keys) if same else 0 for keys in _array_keys(arg)]
+        more = watch.model.holds_more_of_it(arg)
+        count = len(jtu.tree_leaves(eqx.filter(arg, eqx.is_array)))
+        origins += [planner.add(keys) for keys in watch.model.keys(arg)] if more else [0] * count
     plan, _ = planner.plan(jaxpr, tuple(origins))
+    if not watch.model.known:
+        watch.check_matched()
     return plan
 
 
-def _array_keys(tree: PyTree) -> list[tuple]:
-    leaves, _ = jtu.tree_flatten_with_path(eqx.filter(tree, eqx.is_array))
-    return [keys for keys, _ in leaves]
-
-
 class _Planner:
-    def __init__(self, jaxpr: Any, model: PyTree, watch: Observer):
+    def __init__(self, jaxpr: Any, watch: Observer):
         self.repeated = _repeated(jaxpr)
-        self.arrays = {keys: 1 << i for i, keys in enumerate(_array_keys(model))}
+        self.arrays = {keys: 1 << i for i, keys in enumerate(watch.model.keys(watch.model.tree))}
         self.watch = watch
         self.plans = {}
 
@@ -172,28 +170,13 @@ class _Planner:
         if eqn.primitive is not tag_p or call.level != self.watch.level:
             return []
         held = [read(atom) for atom in eqn.invars[len(eqn.outvars) :]]
-        holders = self._holders(call, held)
+        holders = self.watch.holders(call.place, held, self.arrays)
         # Modules that are static arguments share a trace if they are equal.
         ends = [call.place.keys, *(call.place.equals if repeated else ())]
         found = [(*keys, *end) for keys in holders for end in ends]
-        if not self.watch.matched.intersection(found):
+        if not self.watch.looks_for(found, call.place):
             return []
         return [Output(tuple(path(keys) for keys in found), call)]
-
-    def _holders(self, call: Call, held: list[int]) -> list[tuple]:
-        """The modules that hold the most of the arrays that the called one holds."""
-        cls, names = call.place.holder, call.place.names
-        if cls is None:
-            return [()]
-        scores = {}
-        for keys, module in self.watch.modules.items():
-            if type(module) is cls:
-                own = [self.arrays.get((*keys, *name), 0) for name in names]
-                both = [(a, b) for a, b in zip(own, held, strict=True) if a & b]
-                # An array that comes from there alone says more than one that others are in too.
-                scores[keys] = (sum(a == b for a, b in both), len(both))
-        best = max(scores.values(), default=(0, 0))
-        return [keys for keys, score in scores.items() if score == best != (0, 0)]
 
 
 def _repeated(jaxpr: Any) -> set[int]:

@@ -1,7 +1,7 @@
 """An identity that survives tracing: it marks in a jaxpr which arrays a submodule returned."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -20,13 +20,15 @@ class Place(NamedTuple):
 
     At `keys`; or, where `holder` is not `None`, at `keys` within a module of that class. Which one
     of that class is seen from the arrays it holds, at `names`: the tag has them as operands.
-    A module without arrays may have `equals`: where those stand that are equal to it.
+    A module without arrays may have `equals`: where those stand that are equal to it. `module` is
+    the called one where it is not in the model.
     """
 
     keys: tuple
     holder: type | None = None
     names: tuple = ()
     equals: tuple[tuple, ...] = ()
+    module: Any = None
 
 
 class Call:
@@ -99,10 +101,13 @@ def tag(out: PyTree, place: Place, held: Sequence[Array], level: int) -> PyTree:
     return value if state is None else (value, state)
 
 
-def tag_inputs(inputs: PyTree, place: Place, held: Sequence[Array], level: int) -> PyTree:
-    """`inputs`, whose arrays are marked. Those of modules and of a state in it are not."""
-    whole = lambda x: isinstance(x, eqx.Module | eqx.nn.State)
-    leaves, structure = jtu.tree_flatten(inputs, is_leaf=whole)
+def tag_inputs(
+    inputs: PyTree, place: Place, held: Sequence[Array], level: int, is_whole: Callable[[Any], bool]
+) -> PyTree:
+    """`inputs`, whose arrays are marked. Those of modules and of a state, which `is_whole` knows,
+    are not.
+    """
+    leaves, structure = jtu.tree_flatten(inputs, is_leaf=is_whole)
     at = [i for i, leaf in enumerate(leaves) if _is_marked_input(leaf)]
     if at:
         call = Inputs(place, level, len(at))

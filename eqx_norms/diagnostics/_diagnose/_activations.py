@@ -85,7 +85,8 @@ def recognised(jaxpr: Any, i: int) -> tuple[Activation, int] | None:
         return activation_of(_PRIMITIVES[name], _PRIMITIVES[name].__name__), 0
     if name == "max" and not eqn.outvars[0].aval.weak_type:
         zero = [isinstance(a, Literal) and np.ndim(a.val) == 0 and a.val == 0 for a in eqn.invars]
-        if sum(zero) == 1 and eqn.outvars[0].aval.shape:
+        is_layer = eqn.outvars[0].aval.shape and not _is_variance(jaxpr, i)
+        if sum(zero) == 1 and is_layer:
             return activation_of(jax.nn.relu, "relu"), zero.index(False)
     if name == "mul" and (half := _half_of_gelu(jaxpr, i)) is not None:
         return activation_of(jax.nn.gelu, "gelu"), half
@@ -94,6 +95,20 @@ def recognised(jaxpr: Any, i: int) -> tuple[Activation, int] | None:
     if fn is not None and eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape:
         return activation_of(fn, fn.__name__), 0
     return None
+
+
+def _is_variance(jaxpr: Any, i: int) -> bool:
+    """Whether equation `i` takes the maximum of 0 and of a difference of which a square is
+    subtracted, as Flax does with the mean square and the mean.
+    """
+    made = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns[max(0, i - 8) : i] if eqn.outvars}
+    made_by = lambda atom: None if isinstance(atom, Literal) else made.get(atom)
+    for difference in map(made_by, jaxpr.eqns[i].invars):
+        if difference is not None and difference.primitive.name == "sub":
+            square = made_by(difference.invars[1])
+            if square is not None and square.primitive.name in ("square", "integer_pow", "mul"):
+                return len(set(map(id, square.invars))) == 1
+    return False
 
 
 def _half_of_gelu(jaxpr: Any, i: int) -> int | None:

@@ -12,7 +12,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._capture._instrument import Where
+from .._capture._instrument import Where, everything
+from .._capture._library import as_model
 from .._mesh import on_any_mesh
 from .._once import jit_once
 from ._findings import Finding, find
@@ -141,7 +142,8 @@ def diagnose(
     - `loss_fn`: a function of the model and `args` that returns a floating-point scalar.
     - `model`, `args`: as for [`eqx_norms.diagnostics.capture`][].
     - `where`: as for [`eqx_norms.diagnostics.capture`][]. By default everything that can be called.
-    - `optimiser`: a pair of an optax optimiser and its state, for the update that comes next.
+    - `optimiser`: a pair of an optax optimiser and its state, for the update that comes next. Of
+        an `nnx.Optimizer` type `(optimizer.tx, optimizer.opt_state)`.
     - `classes`: the number of classes of a classifier.
 
     **Returns:**
@@ -157,8 +159,10 @@ def diagnose(
         other transformations, because it returns floats.
     """
     _check(model, args, optimiser, classes)
-    survey = Survey(loss_fn, model, args, where or (lambda path, module: True))
-    measured = measure(survey, loss_fn, model, args, optimiser)
+    seen = as_model(model)
+    survey = Survey(loss_fn, seen, args, where or everything)
+    optimiser = None if optimiser is None else (optimiser[0], seen.optimiser_state(optimiser[1]))
+    measured = measure(survey, seen.of_tree(loss_fn), args, optimiser)
     not_looked_at = dict(survey.not_looked_at)
     not_looked_at |= dict.fromkeys(survey.never_called, "it is never called")
     not_looked_at |= dict.fromkeys(measured.not_taken, "its branch was not taken")

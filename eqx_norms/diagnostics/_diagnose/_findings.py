@@ -111,7 +111,7 @@ def find(
         *_collapsed(measured.rows),
         *_out_of_range(measured),
         *_updates(measured),
-        *_tied(measured.parameters),
+        *_tied(measured),
         *_initial_loss(measured, classes),
     ]
     return tuple(sorted(found, key=_severity))
@@ -239,7 +239,7 @@ def _overflows(row: Row) -> bool:
     return _of(row, "inf") or (row.type in _LINEAR and _of(row, "non_finite"))
 
 
-_LINEAR = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+_LINEAR = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Dense", "DenseGeneral", "LinearGeneral", "Conv")
 
 
 def _birth_in_the_backward(measured: Measured, unseen: Collection[str]) -> Finding:
@@ -668,14 +668,15 @@ def _updates(measured: Measured) -> Iterator[Finding]:
     yield Finding("update ratio", worst[1], middle, limit, advice)
 
 
-def _tied(parameters: Sequence[Parameter]) -> Iterator[Finding]:
+def _tied(measured: Measured) -> Iterator[Finding]:
+    parameters = measured.parameters
     trained = {p.path for p in parameters if p.statistics["grad_largest"] > 0}
     for p in parameters:
         if p.same_as is not None and {p.path, p.same_as} <= trained:
             advice = (
                 f"It holds the numbers of {p.same_as}. They were drawn with the same key, or are "
                 "meant to be tied. Two tied arrays are two parameters, which take different steps "
-                "and drift apart: type `equinox.nn.Shared`."
+                f"and drift apart: {measured.to_share}."
             )
             yield Finding("update ratio", p.path, 2, THRESHOLDS["tied"], advice)
 

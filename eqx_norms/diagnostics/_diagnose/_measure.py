@@ -16,8 +16,8 @@ from jaxtyping import Array, PyTree
 
 from ..._largest import largest
 from ..._processes import fetch, fetched, laid_out
-from .._capture._instrument import path
 from .._capture._interpret import Marked
+from .._capture._model import Model
 from .._layer_statistics import each_step, is_floating
 from .._mesh import on_any_mesh
 from .._once import jit_once
@@ -88,6 +88,7 @@ class Parameter(NamedTuple):
 
 class Measured(NamedTuple):
     loss: float
+    to_share: str  # what people type to have one parameter at two places
     rows: list[Row]  # in the order in which the calls begin
     returns: list[Row]  # those of submodules, in the order in which they return
     parameters: list[Parameter]
@@ -102,19 +103,23 @@ class Measured(NamedTuple):
 def measure(
     survey: Survey,
     loss_fn: Callable,
-    model: PyTree,
     args: tuple,
     optimiser: tuple[Any, PyTree] | None,
 ) -> Measured:
-    """One forward and one backward pass, of which only statistics come back."""
+    """One forward and one backward pass, of which only statistics come back.
+
+    **Arguments:**
+
+    - `loss_fn`: of the model's tree of arrays, and of `args`.
+    """
+    model = survey.model
     # As `trace` parts them: NumPy arrays are no operands of its jaxpr.
-    dynamic, static = eqx.partition((model, args), eqx.is_array)
+    dynamic, static = eqx.partition((model.tree, args), eqx.is_array)
     kinds = _kinds_of_inputs(survey)
 
     @jit_once
     def run(dynamic):
-        model, args = eqx.combine(dynamic, static)
-        loss, marked, grads, model_grads = survey.backward(model, args)
+        loss, marked, grads, model_grads = survey.backward(*eqx.combine(dynamic, static))
         of = lambda marks, calls: [marks[call.given] for call in calls]
         ends = [
             _ends(of(marked, calls), of(grads, calls), calls[0].loops, lead, mapped, computed)
@@ -127,19 +132,19 @@ def measure(
     # What is not finite is what we are here to see, and a branch that is not taken is NaN.
     with jax.debug_nans(False), jax.debug_infs(False):
         loss, ends, outputs, inputs, model_grads = run(dynamic)
-        axes = _unit_axes(survey, model)
+        axes = _unit_axes(survey)
         by_call = {id(call): {} for call in survey.calls}
         for alike, found in zip(kinds.values(), fetch(ends), strict=True):
             for i, call in enumerate(alike):
                 by_call[id(call)] = {name: x[i].ravel() for name, x in found.items()}
         calls = list(map(_of_call, axes, by_call.values(), outputs, inputs))
-        value_fn = lambda params: loss_fn(eqx.combine(params, model), *args)
-        trained = eqx.filter(model, eqx.is_inexact_array)
+        value_fn = lambda params: loss_fn(model.with_trained(model.tree, params), *args)
+        trained = model.trained(model.tree)
         updates = None
         if optimiser is not None:
             optim, opt_state = optimiser
             updates = compiled_updates(optim, model_grads, opt_state, trained, loss, value_fn)
-        params = _of_parameters(model, model_grads, updates, _stacks(survey, model))
+        params = _of_parameters(model, model_grads, updates, _stacks(survey))
     rows, by_call, not_taken = [], {}, []
     for call, parts in zip(survey.calls, calls, strict=True):
         made = _rows(call, parts, survey)
@@ -163,6 +168,7 @@ def measure(
             )
     return Measured(
         float(loss),
+        model.to_share,
         rows,
         returns,
         parameters,
@@ -197,7 +203,8 @@ def _linear_pairs(survey: Survey) -> list[tuple[str, str]]:
     convolutions only such as have one kernel are meant: others are factors of one, on purpose.
     """
     pairs = {}
-    linear = {k: shape for k, m in survey.modules.items() if (shape := _linear_shape(m))}
+    # Convolutions of width 1 are often factors of one matrix, on purpose.
+    linear = {k: s for k, s in survey.linear.items() if not s.kernel or min(s.kernel) > 1}
     calls = [call for call in survey.calls if call.path in linear]
     by_mark = {call.returned: call for call in calls if call.returned is not None}
     for call in calls:
@@ -212,26 +219,11 @@ def _linear_pairs(survey: Survey) -> list[tuple[str, str]]:
     return list(pairs)
 
 
-class _LinearShape(NamedTuple):
-    ins: int
-    outs: int
-    kernel: tuple[int, ...] = ()
-
-
-def _linear_shape(module: eqx.Module) -> _LinearShape | None:
-    if isinstance(module, eqx.nn.Linear):
-        ins, outs = module.in_features, module.out_features
-        return None if ins == "scalar" or outs == "scalar" else _LinearShape(ins, outs)
-    if isinstance(module, eqx.nn.Conv) and module.groups == 1 and min(module.kernel_size) > 1:
-        return _LinearShape(module.in_channels, module.out_channels, tuple(module.kernel_size))
-    return None
-
-
 def _parent(path: str) -> str:
     return re.sub(r"(^|\.)\w*(\[[^\]]*\])*$", "", path)
 
 
-def _stacks(survey: Survey, model: PyTree) -> list[int]:
+def _stacks(survey: Survey) -> list[int]:
     """For each parameter how many axes ahead it has for layers of a scan or for an ensemble."""
     ahead = {}
     for call in survey.calls:
@@ -240,7 +232,7 @@ def _stacks(survey: Survey, model: PyTree) -> list[int]:
             ahead[call.path] = max(count, ahead.get(call.path, 0))
     return [
         max((n for where, n in ahead.items() if is_in(each, where)), default=0)
-        for each in _parameter_paths(model)
+        for each in survey.model.paths()
     ]
 
 
@@ -252,12 +244,12 @@ def is_in(parameter: str, module: str) -> bool:
 # ---- Statistics, traced.
 
 
-def _unit_axes(survey: Survey, model: PyTree) -> list[tuple[Seen, int]]:
+def _unit_axes(survey: Survey) -> list[tuple[Seen, int]]:
     """With each call the axis of its output on which the units stand.
 
     That is the last one, but the channels of a convolution and of what follows it in that shape.
     """
-    modules = jtu.tree_leaves(model, is_leaf=lambda x: isinstance(x, _CONVOLUTIONS))
+    modules = survey.modules.values()
     ranks = {type(m): m.num_spatial_dims for m in modules if isinstance(m, _CONVOLUTIONS)}
     by_name = {cls.__name__: rank for cls, rank in ranks.items()}
     types = survey.types
@@ -288,6 +280,8 @@ def _kinds_of_inputs(survey: Survey) -> dict[tuple, list[Seen]]:
             types, axes = survey.types[call.given], survey.flow.vmaps.get(call.given, [])
             around = len(call.loops)
             mapped = [i for i, each in enumerate(axes) if "example" in each]
+            if survey.model.batches_first and not any(axes):
+                mapped = [i for i, kind in enumerate(types) if len(kind.shape) > around + 1]
             mapped = tuple(i for i in mapped if types[i].shape[around] >= ALIKE)
             shapes = tuple((kind.shape, kind.dtype) for kind in types)
             lead = _examples_shape(call, survey)
@@ -445,12 +439,15 @@ def _of_units(x: Array, y: np.ndarray, call: Seen, axis: int) -> _numbers.Statis
 
 
 def _of_parameters(
-    model: PyTree, grads: PyTree, updates: PyTree | None, stacks: list[int]
+    model: Model, grads: PyTree, updates: PyTree | None, stacks: list[int]
 ) -> list[dict[str, float]]:
-    leaves = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
+    leaves = jtu.tree_leaves(model.trained(model.tree))
+    rows = zip(model.paths(), leaves, jtu.tree_leaves(grads), stacks, strict=True)
     found = [
-        _numbers.of_parameter(param, grad, stack) if is_floating(param) else {}
-        for param, grad, stack in zip(leaves, jtu.tree_leaves(grads), stacks, strict=True)
+        _numbers.of_parameter(param, grad, stack, model.has_units_last(where))
+        if is_floating(param)
+        else {}
+        for where, param, grad, stack in rows
     ]
     if updates is not None:
         for param, update, figures in zip(leaves, jtu.tree_leaves(updates), found, strict=True):
@@ -468,7 +465,7 @@ def _floats(arrays: list[Any]) -> list[Array]:
 
 
 def _reached_from_elsewhere(
-    loss_fn: Callable, model: PyTree, args: tuple, idle: set[str]
+    loss_fn: Callable, model: Model, args: tuple, idle: set[str]
 ) -> set[str]:
     """Which of the parameters without a gradient get one when the others have moved.
 
@@ -476,15 +473,15 @@ def _reached_from_elsewhere(
     on purpose, and an expert may be chosen by no example of a batch. Two factors that are both
     zero never move.
     """
-    paths = _parameter_paths(model)
-    leaves, structure = jtu.tree_flatten(eqx.filter(model, eqx.is_inexact_array))
-    dynamic, static = eqx.partition((model, args), eqx.is_array)
+    paths = model.paths()
+    leaves, structure = jtu.tree_flatten(model.trained(model.tree))
+    dynamic, static = eqx.partition((model.tree, args), eqx.is_array)
 
     @jit_once
     def grads_are_there(leaves, dynamic):
-        model, args = eqx.combine(dynamic, static)
-        model = eqx.combine(jtu.tree_unflatten(structure, leaves), model)
-        grads = eqx.filter_grad(loss_fn)(model, *args)
+        tree, args = eqx.combine(dynamic, static)
+        loss = lambda trained: loss_fn(model.with_trained(tree, trained), *args)
+        grads = eqx.filter_grad(loss)(jtu.tree_unflatten(structure, leaves))
         return [jnp.any((grad != 0) & jnp.isfinite(grad)) for grad in jtu.tree_leaves(grads)]
 
     reached, noise = set(), np.random.default_rng(0)
@@ -557,10 +554,10 @@ def _taken(row: Row) -> bool:
     return bool(numbers.get("grad_rms", 0.0) != 0 or not numbers.get("input_non_finite", True))
 
 
-def _parameters(model: PyTree, found: list[dict]) -> list[Parameter]:
-    leaves = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
+def _parameters(model: Model, found: list[dict]) -> list[Parameter]:
+    leaves = jtu.tree_leaves(model.trained(model.tree))
     made, alike = [], {}
-    for where, leaf, statistics in zip(_parameter_paths(model), leaves, found, strict=True):
+    for where, leaf, statistics in zip(model.paths(), leaves, found, strict=True):
         if not statistics:
             continue
         # Only what has the same statistics is compared, number by number.
@@ -586,8 +583,3 @@ def _neighbours(x: np.ndarray) -> float:
     """The correlation of each entry with the next one along the last axis."""
     x = x - x.mean()
     return float(np.mean(x[..., 1:] * x[..., :-1]) / np.mean(x**2)) if x.shape[-1] > 2 else 0.0
-
-
-def _parameter_paths(model: PyTree) -> list[str]:
-    leaves, _ = jtu.tree_flatten_with_path(eqx.filter(model, eqx.is_inexact_array))
-    return [path(keys) for keys, _ in leaves]

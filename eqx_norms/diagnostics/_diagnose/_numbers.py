@@ -201,13 +201,19 @@ def _distinct(rows: Float[np.ndarray, "steps examples entries"]) -> np.ndarray:
 
 
 @ignoring
-def of_parameter(param: Array, grad: Array, stack: int) -> dict[str, float]:
-    """Of which so many axes in front are for layers or members."""
+def of_parameter(
+    param: Array, grad: Array, stack: int, units_last: bool = False
+) -> dict[str, float]:
+    """Of which so many axes in front are for layers or members. The next one, or the last, is that
+    of the units.
+    """
     p, g = host(param), host(grad)
     one, of_grad = ({k: float(v[0]) for k, v in of_array(x[None]).items()} for x in (p, g))
     tiny = share_below(g[None], float(jnp.finfo(grad.dtype).tiny))
     apart = lambda x: x.reshape(math.prod(x.shape[:stack]), *x.shape[stack:])
     p, g = apart(p), apart(g)
+    if units_last:
+        p, g = np.moveaxis(p, -1, 1), np.moveaxis(g, -1, 1)
     return one | {
         "outlier": _outlier(p, g),
         "identical_units": float(_identical(p, g, grad.dtype).any()),

@@ -21,10 +21,12 @@ from jaxtyping import Array, PyTree
 
 from ..._jaxprs import is_jaxpr, opened
 from .._capture._capture import _check_arrays, _Program, _zero_shift
-from .._capture._instrument import Observer, Where, path
+from .._capture._instrument import Where
 from .._capture._interpret import ArrayType, Marked, loops_around, marked_types, supported
+from .._capture._library import observe
+from .._capture._model import Model, path
 from .._capture._plan import Output, Plan, Step, make_plan
-from .._capture._tag import Inputs, Place, tag_p
+from .._capture._tag import Inputs, tag_p
 from ._activations import Activation, activation_of, recognised
 from ._dataflow import Flow
 
@@ -93,18 +95,24 @@ def when(at: At, step: tuple[int, ...]) -> tuple[int, ...]:
 class Survey(_Program):
     """`loss_fn(model, *args)`, in which every call that `where` matches is marked at both ends."""
 
-    def __init__(self, loss_fn: Callable, model: PyTree, args: tuple, where: Where):
-        watch = _Witness(model, where)
-        _check_arrays(model, args)
-        jaxpr, self.out, self.static_out = watch.trace(loss_fn, model, args)
-        plan = make_plan(jaxpr, model, args, watch)
+    def __init__(self, loss_fn: Callable, model: Model, args: tuple, where: Where):
+        self.model = model
+        watch = observe(model, where, inputs=True, lenient=True)
+        _check_arrays(model.tree, args)
+        jaxpr, self.out, self.static_out = watch.trace(loss_fn, args)
+        plan = make_plan(jaxpr, args, watch)
         self.not_looked_at = dict.fromkeys(sorted(watch.unclear), _UNCLEAR)
         self.plan = _what_can_be_seen(plan, {id(o.call) for o in plan.recomputed}, self)
         self.marked_types = marked_types(self.plan)
         self.replacements = {}
         self.check_differentiable()
         self.modules = {path(keys): module for keys, module in watch.modules.items()}
-        self.flow = Flow(self.plan, model, args)
+        self.linear = {
+            path(keys): shape
+            for keys, module in watch.modules.items()
+            if (shape := model.linear_shape(keys, module)) is not None
+        }
+        self.flow = Flow(self.plan, model.tree, args)
         self.calls, self.returns = _calls(self.plan, self.marked_types, self.modules, self.flow)
         self._arrangements = _described(self)
         self.types = [
@@ -126,9 +134,9 @@ class Survey(_Program):
             for o, kinds in pairs
         ]
 
-    def backward(self, model: PyTree, args: tuple) -> tuple[Any, Marked, Marked, PyTree]:
+    def backward(self, tree: PyTree, args: tuple) -> tuple[Any, Marked, Marked, PyTree]:
         """With the axes of an ensemble ahead of all but those of loops."""
-        loss, marked, grads, model_grads = super().backward(model, args)
+        loss, marked, grads, model_grads = super().backward(tree, args)
         return loss, self._arranged(marked), self._arranged(grads), model_grads
 
     def _arranged(self, marked: Marked) -> Marked:
@@ -142,22 +150,6 @@ class Applied(NamedTuple):
     """Marks what goes into an activation function, and what comes out."""
 
     activation: Activation
-
-
-class _Witness(Observer):
-    """Tags inputs too. Where it cannot be told which module is called, none is."""
-
-    def __init__(self, model: PyTree, where: Where):
-        super().__init__(model, where, inputs=True)
-        self.unclear = set()
-
-    def _place_of_equal(self, module: eqx.Module) -> Place | None:
-        try:
-            return super()._place_of_equal(module)
-        except NotImplementedError:
-            same = [keys for keys in self.matched if type(self.modules[keys]) is type(module)]
-            self.unclear.update(path(keys) for keys in same)
-            return None
 
 
 _UNCLEAR = "several equal ones without arrays are called in a tree that is built anew"
@@ -207,7 +199,7 @@ def _seen_step(plan: Plan, i: int, recomputed: set[int], survey: Survey) -> Step
 
 
 def _calls(
-    plan: Plan, types: list, modules: dict[str, eqx.Module], flow: Flow
+    plan: Plan, types: list, modules: dict[str, Any], flow: Flow
 ) -> tuple[list[Seen], list[Seen]]:
     """In the order in which they begin, and those of submodules in the order they return."""
     calls, returned, open_, numbers = [], [], [], Counter()

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ..._processes import fetched
+from .._capture._model import Model
 from .._layer_statistics import is_floating
 from .._once import jit_once
 from .._optimiser import compiled_updates
@@ -32,7 +33,7 @@ def typical_ratio(parameters: Sequence[Any]) -> float | None:
 
 def try_steps(
     loss_fn: Callable,
-    model: PyTree,
+    model: Model,
     args: tuple,
     optimiser: tuple[Any, PyTree],
     loss: Array,
@@ -53,8 +54,8 @@ def try_steps(
     in_doubt = [p for p in parameters if p.statistics.get("lost", 0) > 0.5]
     if ratio is not None and ratio >= SMALL and not in_doubt:
         return {}
-    params = eqx.filter(model, eqx.is_inexact_array)
-    value_fn = lambda params: loss_fn(eqx.combine(params, model), *args)
+    params = model.trained(model.tree)
+    value_fn = lambda params: loss_fn(model.with_trained(model.tree, params), *args)
     optim, state = optimiser
     update = lambda state: compiled_updates(optim, grads, state, params, loss, value_fn)
     if ratio is None:
@@ -123,16 +124,16 @@ def _at_count(state: PyTree, count: int) -> PyTree:
 
 
 def _loss_along(
-    loss_fn: Callable, model: PyTree, args: tuple, updates: PyTree
+    loss_fn: Callable, model: Model, args: tuple, updates: PyTree
 ) -> Callable[[float], float]:
-    dynamic, static = eqx.partition((model, args), eqx.is_array)
+    dynamic, static = eqx.partition((model.tree, args), eqx.is_array)
 
     @jit_once
     def at(scale, updates, dynamic) -> Array:
-        model, args = eqx.combine(dynamic, static)
-        params, rest = eqx.partition(model, eqx.is_inexact_array)
+        tree, args = eqx.combine(dynamic, static)
         step = lambda p, u: p if u is None else p + scale.astype(p.dtype) * u.astype(p.dtype)
-        return loss_fn(eqx.combine(jtu.tree_map(step, params, updates), rest), *args)
+        moved = jtu.tree_map(step, model.trained(tree), updates)
+        return loss_fn(model.with_trained(tree, moved), *args)
 
     return lambda scale: float(at(jnp.float32(scale), updates, dynamic))
 

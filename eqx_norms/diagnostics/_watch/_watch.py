@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ..._processes import fetch, fetched
 from .._capture._capture import _Program
-from .._capture._instrument import Where, path
+from .._capture._instrument import Where
 from .._capture._interpret import Marked, loops_around
+from .._capture._library import as_model
 from .._capture._names import as_names
 from .._layer_statistics import (
     as_examples,
@@ -108,7 +109,7 @@ class Watch:
             )
         if _traced((model, args, opt_state)):
             return self._measure(model, args, opt_state)
-        look = self._compiled(model, args, opt_state)
+        look = self._compiled(as_model(model).apart(), args, opt_state)
         return fetch(look) if jax.process_count() > 1 else look
 
     @ft.cached_property
@@ -117,15 +118,18 @@ class Watch:
         return eqx.filter_jit(self._measure, **options)
 
     def _measure(self, model: PyTree, args: tuple, opt_state: PyTree) -> Look:
-        program = _Program(self.loss_fn, model, args, self.where, None, self.names)
-        loss, marked, grads, model_grads = program.backward(model, args)
-        params = eqx.filter(model, eqx.is_inexact_array)  # as those of the gradients
+        seen = as_model(model)
+        program = _Program(self.loss_fn, seen, args, self.where, None, self.names)
+        loss, marked, grads, model_grads = program.backward(seen.tree, args)
+        params = seen.trained(seen.tree)
         updates = None
         if self.optimiser is not None:
-            value_fn = lambda params: self.loss_fn(eqx.combine(params, model), *args)
+            loss_fn, opt_state = seen.of_tree(self.loss_fn), seen.optimiser_state(opt_state)
+            value_fn = lambda params: loss_fn(seen.with_trained(seen.tree, params), *args)
             updates = next_updates(self.optimiser, model_grads, opt_state, params, loss, value_fn)
         values, derivatives = _of_calls(program, marked, grads)
-        return Look(loss, values, derivatives, _of_params(params, model_grads, updates))
+        of_params = _of_params(seen.paths(), params, model_grads, updates)
+        return Look(loss, values, derivatives, of_params)
 
     def plot(
         self,
@@ -237,14 +241,12 @@ def _counts(x: Float[Array, "*shape"], largest: Float[Array, ""]) -> Int[Array, 
     return jnp.zeros(edges.size + 1, jnp.int32).at[places].add(1)[1:-1]
 
 
-def _of_params(params: PyTree, grads: PyTree, updates: PyTree | None) -> Statistics:
+def _of_params(
+    paths: list[str], params: PyTree, grads: PyTree, updates: PyTree | None
+) -> Statistics:
     trees = (params, grads) if updates is None else (params, grads, updates)
-    own, *others = (dict(jtu.tree_flatten_with_path(tree)[0]) for tree in trees)
-    arrays = {
-        path(keys): (param, *(of[keys] for of in others))
-        for keys, param in own.items()
-        if is_floating(param)
-    }
+    rows = zip(paths, *map(jtu.tree_leaves, trees), strict=True)
+    arrays = {where: (param, *others) for where, param, *others in rows if is_floating(param)}
     [statistics] = by_kind(_of_params_alike, arrays, dict.fromkeys(arrays, ()), flat=True)
     return statistics
 
