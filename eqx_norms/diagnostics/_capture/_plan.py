@@ -80,6 +80,7 @@ def make_plan(jaxpr: Any, model: PyTree, args: tuple, watch: Observer) -> Plan:
         # What `equinox.partition` has taken out of the model stands there in an argument.
         same = type(arg) is type(model)
         origins += [planner.add(keys) if same else 0 for keys in _array_keys(arg)]
+    planner.add_shared()
     plan, _ = planner.plan(jaxpr, tuple(origins))
     return plan
 
@@ -89,10 +90,21 @@ def _array_keys(tree: PyTree) -> list[tuple]:
     return [keys for keys, _ in leaves]
 
 
+def _array_shapes(tree: PyTree) -> dict[tuple, tuple[int, ...]]:
+    leaves, _ = jtu.tree_flatten_with_path(eqx.filter(tree, eqx.is_array))
+    return {keys: array.shape for keys, array in leaves}
+
+
+def _ends_as(shape: tuple[int, ...] | None, other: tuple[int, ...]) -> bool:
+    """Whether they are the same but for axes in front, of `jax.vmap` or of a scan."""
+    return shape is not None and all(map(operator.eq, shape[::-1], other[::-1]))
+
+
 class _Planner:
     def __init__(self, jaxpr: Any, model: PyTree, watch: Observer):
         self.repeated = _repeated(jaxpr)
         self.arrays = {keys: 1 << i for i, keys in enumerate(_array_keys(model))}
+        self.shared, self.shapes = {}, _array_shapes(model)
         self.watch = watch
         self.plans = {}
 
@@ -102,6 +114,19 @@ class _Planner:
             return 0
         self.arrays[keys] = 1 << len(self.arrays)
         return self.arrays[keys]
+
+    def add_shared(self) -> None:
+        """The arrays that an `equinox.nn.Shared` puts where it holds a marker come from others."""
+        for keys, module in self.watch.modules.items():
+            if isinstance(module, eqx.nn.Shared):
+                jaxpr, whole, _ = eqx.filter_make_jaxpr(lambda shared: shared())(module)
+                own = tuple(self.arrays.get((*keys, *each), 0) for each in _array_keys(module))
+                _, origins = self.plan(jaxpr, own)
+                arrays, _ = jtu.tree_flatten_with_path(whole)
+                for (each, array), origin in zip(arrays, origins, strict=True):
+                    at = (*keys, jtu.GetAttrKey("pytree"), *each)
+                    self.shared[at] = origin
+                    self.shapes.setdefault(at, array.shape)
 
     def plan(self, jaxpr: Any, origins: tuple[int, ...]) -> tuple[Plan, list[int]]:
         # Planned once for each set of origins, however often it is called.
@@ -171,16 +196,15 @@ class _Planner:
         call = eqn.params.get("call")
         if eqn.primitive is not tag_p or call.level != self.watch.level:
             return []
-        held = [read(atom) for atom in eqn.invars[len(eqn.outvars) :]]
-        holders = self._holders(call, held)
+        held = [(read(atom), atom.aval.shape) for atom in eqn.invars[len(eqn.outvars) :]]
         # Modules that are static arguments share a trace if they are equal.
         ends = [call.place.keys, *(call.place.equals if repeated else ())]
-        found = [(*keys, *end) for keys in holders for end in ends]
+        found = [(*keys, *end) for keys in self._holders(call, held) for end in ends]
         if not self.watch.matched.intersection(found):
             return []
         return [Output(tuple(path(keys) for keys in found), call)]
 
-    def _holders(self, call: Call, held: list[int]) -> list[tuple]:
+    def _holders(self, call: Call, held: list[tuple[int, tuple[int, ...]]]) -> list[tuple]:
         """The modules that hold the most of the arrays that the called one holds."""
         cls, names = call.place.holder, call.place.names
         if cls is None:
@@ -188,12 +212,17 @@ class _Planner:
         scores = {}
         for keys, module in self.watch.modules.items():
             if type(module) is cls:
-                own = [self.arrays.get((*keys, *name), 0) for name in names]
-                both = [(a, b) for a, b in zip(own, held, strict=True) if a & b]
-                # An array that comes from there alone says more than one that others are in too.
-                scores[keys] = (sum(a == b for a, b in both), len(both))
-        best = max(scores.values(), default=(0, 0))
-        return [keys for keys, score in scores.items() if score == best != (0, 0)]
+                here = [(*keys, *name) for name in names]
+                own = [self.arrays.get(each, self.shared.get(each, 0)) for each in here]
+                both = [a == b for a, (b, _) in zip(own, held, strict=True) if a & b]
+                shapes = zip(map(self.shapes.get, here), held, strict=True)
+                fit = sum(_ends_as(shape, other) for shape, (_, other) in shapes)
+                # An array that comes from there alone says more than one that others are in too,
+                # and one that stands there more than one that is shared with it.
+                shared = sum(each not in self.arrays for each in here)
+                scores[keys] = (sum(both), len(both), fit, -shared)
+        best = max(scores.values(), default=(0, 0, 0, 0))
+        return [keys for keys, score in scores.items() if score == best and score[1] > 0]
 
 
 def _repeated(jaxpr: Any) -> set[int]:
