@@ -42,7 +42,7 @@ class Observer:
         are given is marked too.
         """
         matches = _as_predicate(where)
-        self.modules = dict(_callable_modules((), model))
+        self.modules = dict(callable_modules((), model))
         paths = {path(keys): keys for keys in self.modules}
         for each in also:
             if each not in paths:
@@ -69,7 +69,7 @@ class Observer:
 
         def watched(model, *args):
             # The copy that `fn` gets is alive until it returns, so ids stay distinct.
-            self._places = {id(m): keys for keys, m in _callable_modules((), model)}
+            self._places = {id(m): keys for keys, m in callable_modules((), model)}
             names = batches_in_front() if self.names else contextlib.nullcontext()
             with _set(_watch, self), _traces(self._key()), _exchanged(self._classes), names:
                 return fn(model, *args)
@@ -108,7 +108,7 @@ class Observer:
             names, held = zip(*leaves, strict=True)
             return Place((), type(module), names), held
         for caller, place, held in reversed(self._calls):
-            for keys, child in _callable_modules((), caller):
+            for keys, child in callable_modules((), caller):
                 if child is module:
                     return place and place._replace(keys=(*place.keys, *keys)), held
         return self._place_of_equal(module), ()
@@ -322,13 +322,13 @@ def _full_name(cls: type) -> str:
     return f"{public}.{cls.__qualname__}"
 
 
-def _callable_modules(keys: tuple, node: Any) -> Iterator[tuple[tuple, eqx.Module]]:
+def callable_modules(keys: tuple, node: Any) -> Iterator[tuple[tuple, eqx.Module]]:
     if isinstance(node, eqx.Module) and callable(node):
         yield keys, node
     children, _ = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
     for key, child in children:
         if child is not node:
-            yield from _callable_modules((*keys, *key), child)
+            yield from callable_modules((*keys, *key), child)
 
 
 def _equal(module: eqx.Module, other: eqx.Module) -> bool:

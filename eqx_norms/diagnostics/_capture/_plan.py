@@ -7,7 +7,7 @@ They are a set of bits in an integer.
 
 import functools as ft
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -16,7 +16,7 @@ from jax.extend.core import Literal, primitives
 from jaxtyping import PyTree
 
 from ..._jaxprs import is_jaxpr, opened, scan_counts
-from ._instrument import Observer, path
+from ._instrument import Observer, callable_modules, path
 from ._names import named_call
 from ._tag import Call, tag_p
 
@@ -35,13 +35,14 @@ class Step(NamedTuple):
     """What is marked in one equation, in program order, and the plans of its inner jaxprs.
 
     Where the equation itself is marked, though it is no tag, `operand` is which of its operands is
-    handed out, ahead of its first result. `donates` says whether something in it gives operands
-    away, outside `jax.jit`.
+    handed out, ahead of its first result, or in place of both a `summary` of it. `donates` says
+    whether something in it gives operands away, outside `jax.jit`.
     """
 
     outputs: list[Output]
     inner: list["Plan"]
     operand: int | None = None
+    summary: Callable | None = None
     donates: bool = False
 
 
@@ -80,7 +81,7 @@ def make_plan(jaxpr: Any, model: PyTree, args: tuple, watch: Observer) -> Plan:
         # What `equinox.partition` has taken out of the model stands there in an argument.
         same = type(arg) is type(model)
         origins += [planner.add(keys) if same else 0 for keys in _array_keys(arg)]
-    planner.add_shared()
+    planner.add_shared(eqx.combine(model, *(arg for arg in args if _fits(arg, model))))
     plan, _ = planner.plan(jaxpr, tuple(origins))
     return plan
 
@@ -88,6 +89,12 @@ def make_plan(jaxpr: Any, model: PyTree, args: tuple, watch: Observer) -> Plan:
 def _array_keys(tree: PyTree) -> list[tuple]:
     leaves, _ = jtu.tree_flatten_with_path(eqx.filter(tree, eqx.is_array))
     return [keys for keys, _ in leaves]
+
+
+def _fits(arg: Any, model: PyTree) -> bool:
+    """Whether it may be what `equinox.partition` has taken out of the model."""
+    structure = lambda tree: jtu.tree_structure(tree, is_leaf=lambda x: x is None)
+    return type(arg) is type(model) and structure(arg) == structure(model)
 
 
 def _array_shapes(tree: PyTree) -> dict[tuple, tuple[int, ...]]:
@@ -115,9 +122,9 @@ class _Planner:
         self.arrays[keys] = 1 << len(self.arrays)
         return self.arrays[keys]
 
-    def add_shared(self) -> None:
+    def add_shared(self, model: PyTree) -> None:
         """The arrays that an `equinox.nn.Shared` puts where it holds a marker come from others."""
-        for keys, module in self.watch.modules.items():
+        for keys, module in callable_modules((), model):
             if isinstance(module, eqx.nn.Shared):
                 jaxpr, whole, _ = eqx.filter_make_jaxpr(lambda shared: shared())(module)
                 own = tuple(self.arrays.get((*keys, *each), 0) for each in _array_keys(module))
