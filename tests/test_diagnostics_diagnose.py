@@ -326,9 +326,9 @@ def test_a_step_that_only_accumulates_is_no_finding(getkey):
 
 
 def test_what_does_no_harm_in_a_model_that_has_learnt(getkey):
-    """Its targets are its own outputs, all but exactly. With others, 10 of 16 units are missed."""
+    """Its targets are its own outputs, all but exactly. With others, 14 of 16 units are missed."""
     model, x = eqx.nn.MLP(4, 3, 16, 1, key=getkey()), normal(getkey(), (32, 4))
-    bias = model.layers[0].bias.at[:10].set(-20.0)
+    bias = model.layers[0].bias.at[:14].set(-20.0)
     model = eqx.tree_at(lambda m: m.layers[0].bias, model, bias)
     y, optim = jax.vmap(model)(x), optax.sgd(1e-6)
     loss = lambda model, x, y: jnp.mean((jax.vmap(model)(x) - y) ** 2)

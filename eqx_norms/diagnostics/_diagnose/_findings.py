@@ -25,7 +25,7 @@ THRESHOLDS = {
     "identical examples": 1,
     "identical units": 1,
     "no activation": 1,
-    "dead": 0.5,
+    "dead": 0.75,  # A field of colours that was learning had 0.66 in a layer.
     "saturated": 0.75,
     "exploding gradient": 1e3,
     "vanishing gradient": 1e-3,
@@ -57,7 +57,7 @@ KINDS = (
     "update ratio",
     "initial loss",
 )
-_EXAMPLES = 16  # Of so few, half of the units of a healthy layer can be silent by chance.
+_EXAMPLES = 16  # Of fewer, many of the units of a healthy layer can be silent by chance.
 _FIRING = 0.1  # Where the others fire less often, as in a sparse code, some are silent by chance.
 _DEPTH = 4  # Fewer layers have no trend.
 _UNITS = 8  # Fewer units, or examples, have no rank to lose.

@@ -235,15 +235,18 @@ def _counts(x: Float[Array, "*shape"], largest: Float[Array, ""]) -> Int[Array, 
     long, and half as long again to compile.
     """
     share = jnp.abs(x.astype(largest.dtype).ravel()) / jnp.where(largest > 0, largest, 1)
-    mantissa, exponent = jnp.frexp(share)  # from .5 on
-    quarters = 2.0 ** (np.arange(1, BINS_A_DOUBLING) / BINS_A_DOUBLING - 1)
-    above = sum((mantissa >= quarter).astype(exponent.dtype) for quarter in quarters)
+    bits = jax.lax.bitcast_convert_type(share.astype(jnp.float32), jnp.int32)
+    exponent = (bits >> 23) - 127
+    quarters = np.float32(2.0 ** (np.arange(1, BINS_A_DOUBLING) / BINS_A_DOUBLING)).view(np.int32)
+    above = sum((bits & _MANTISSA >= q & _MANTISSA).astype(jnp.int32) for q in quarters)
     middle = BINS_A_DOUBLING * DOUBLINGS
-    size = jnp.clip(BINS_A_DOUBLING * (exponent - 1) + above, -middle, -1) + middle + 1
-    size = jnp.where(share < 2.0**-DOUBLINGS, 0, size)
+    size = jnp.clip(BINS_A_DOUBLING * exponent + above, -middle - 1, -1) + middle + 1
     places = middle + jnp.where(x.ravel() < 0, -size, size)
     counts = jnp.zeros(2 * middle + 1, jnp.int32)
     return counts.at[places].add(jnp.isfinite(share).astype(jnp.int32))
+
+
+_MANTISSA = 0x7FFFFF  # of a float32
 
 
 def _of_params(params: PyTree, grads: PyTree, updates: PyTree | None) -> Statistics:
