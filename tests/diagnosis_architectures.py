@@ -806,3 +806,95 @@ def a_learning_rate_of_zero(key):
     optim = optax.MultiSteps(optax.sgd(0.0), 4)
     options = {"optimiser": (optim, optim.init(zoo.weights(case.model)))}
     return zoo.ill(case._replace(options=options), ("update ratio", "optimiser"))
+
+
+@sick
+def scores_100_times_too_large(key):
+    """Twice: of the queries and of the keys."""
+    case = llama(key)
+    of = lambda m: [linear.weight for block in m.blocks for linear in (block.q, block.k)]
+    model = eqx.tree_at(of, case.model, replace_fn=lambda w: 100 * w)
+    places = [("saturated", f"blocks[{i}]") for i in range(len(model.blocks))]
+    return zoo.ill(case._replace(model=model), *places)
+
+
+class Pooled(eqx.Module):
+    conv: eqx.nn.Conv2d
+    norm: eqx.nn.GroupNorm
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        one, two = jr.split(key)
+        self.conv = eqx.nn.Conv2d(1, 8, 3, padding=1, key=one)
+        weight = 1 + 0.1 * jnp.arange(8.0)
+        self.norm = eqx.tree_at(lambda n: n.weight, eqx.nn.GroupNorm(8, 8), weight)
+        self.head = eqx.nn.Linear(8, CLASSES, key=two)
+
+    def __call__(self, x):
+        return self.head(jnp.mean(self.norm(self.conv(x)), axis=(1, 2)))
+
+
+@sick
+def a_pooling_behind_an_instance_norm(key):
+    """The mean of each channel is its bias."""
+    return zoo.ill(zoo.classifier(Pooled(key), images(key)), ("cancelled gradient", "norm"))
+
+
+@sick
+def pixels_that_are_sure_and_wrong(key):
+    one, two = jr.split(key)
+    layers = [
+        eqx.nn.Conv2d(1, 8, 3, padding=1, key=one),
+        eqx.nn.Lambda(jax.nn.relu),
+        eqx.nn.Conv2d(8, 1, 3, padding=1, key=two),
+    ]
+    model = eqx.tree_at(
+        lambda m: m.layers[2].weight, eqx.nn.Sequential(layers), replace_fn=lambda w: 300 * w
+    )
+    x = images(key)
+
+    def loss_fn(model, x, y):
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(jax.vmap(model)(x), y))
+
+    return Case(
+        loss_fn, model, (x, (x > 0).astype(x.dtype)), illness=(("initial loss", "loss_fn"),)
+    )
+
+
+@sick
+def a_tiny_rate_for_an_actor_and_its_critic(key):
+    """Its loss holds the advantages still, so that it need not fall with a longer step."""
+    model, obs = ActorCritic(key), floats(key, BATCH, 8)
+    actions, returns = (floats(jr.fold_in(key, i), BATCH, n) for i, n in ((1, 3), (2, 1)))
+
+    def loss_fn(model, obs, actions, returns):
+        mean, log_std, value = jax.vmap(model)(obs)
+        log_p = jnp.sum(-0.5 * ((actions - mean) / jnp.exp(log_std)) ** 2 - log_std, axis=-1)
+        advantage = returns[:, 0] - value
+        return jnp.mean(0.5 * advantage**2 - jax.lax.stop_gradient(advantage) * log_p)
+
+    optim = optax.sgd(1e-8)
+    options = {"optimiser": (optim, optim.init(zoo.weights(model)))}
+    places = [f"trunk[{i}].weight" for i in range(2)] + ["actor.weight", "critic.weight"]
+    illness = tuple(("update ratio", place) for place in places)
+    return Case(loss_fn, model, (obs, actions, returns), options, illness)
+
+
+class Log(eqx.Module):
+    linear: eqx.nn.Linear
+
+    def __call__(self, x):
+        return jnp.log(self.linear(x))
+
+
+@sick
+def a_log_of_less_than_zero_in_a_shard_map(key):
+    """Into which is not looked: it is said where it may be."""
+    model = Log(eqx.nn.Linear(WIDTH, WIDTH, key=key))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss_fn(model, x):
+        mean = lambda x: jax.lax.pmean(jnp.mean(jax.vmap(model)(x)), "data")
+        return jax.shard_map(mean, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P())(x)
+
+    return Case(loss_fn, model, (floats(key),), illness=(("non-finite", "loss_fn"),))

@@ -695,6 +695,21 @@ def test_shared_layers(net):
     assert_close(values, {"pytree[0]": a, "pytree[0]#1": net.linear(jnp.tanh(a))})
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_that_share_a_weight(bias, getkey):
+    """A tied head has its own path, also with the weight transposed and no other array."""
+    up, down = (eqx.nn.Linear(*size, use_bias=bias, key=getkey()) for size in [(4, 3), (3, 4)])
+    shared = eqx.nn.Shared((up, down), lambda m: m[1].weight, lambda m: m[0].weight.T)
+
+    def fn(shared, x):
+        up, down = shared()
+        return jax.vmap(lambda x: down(up(x)))(x)
+
+    x = normal(getkey(), (2, 4))
+    out, values = capture(fn, shared, x, where=LINEAR)
+    assert_close(values, {"pytree[0]": jax.vmap(up)(x), "pytree[1]": out})
+
+
 def test_each_path_has_its_own_trace_of_a_jitted_function(holder):
     jitted = eqx.filter_jit(lambda linear, x: linear(x))
     x = jnp.ones(4)

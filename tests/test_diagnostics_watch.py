@@ -18,8 +18,9 @@ from oracles import ulps
 from refused import refused
 
 from eqx_norms.diagnostics import Look, Watch, capture_grads
+from eqx_norms.diagnostics._watch._look import EDGES
 from eqx_norms.diagnostics._watch._plot import courses, percentiles, spaced
-from eqx_norms.diagnostics._watch._watch import EDGES, stacked
+from eqx_norms.diagnostics._watch._watch import _counts, stacked
 
 EPS = 2.0**-23
 RATE = 0.1
@@ -113,6 +114,20 @@ def test_jit_keeps_the_order_of_the_calls(getkey):
     )
     assert list(look.values) == list(look.grads) == [f"layers[{i}]" for i in range(11)]
     assert list(look.params)[-1] == "layers[10].bias"
+
+
+def test_counts_are_those_of_numpy(getkey):
+    """Of what is not finite none; entries between two bins, as -1/2 is, are with the larger."""
+    x = normal(getkey(), (50, 7)) * 10.0 ** normal(getkey(), (50, 7))
+    largest = jnp.max(jnp.abs(x))
+    counts = _counts(x, largest)
+    # Those within a rounding of an edge may be on its other side.
+    assert np.sum(np.abs(counts - np.histogram(np.float64(x), EDGES * float(largest))[0])) <= 4
+    assert counts.sum() == x.size
+    at = jnp.array([1, -1, 0.5, -0.5, 0, jnp.nan, jnp.inf])
+    [places] = np.nonzero(_counts(at, jnp.ones(())))
+    np.testing.assert_array_equal(EDGES[places], [-1, -(2**-0.75), -(2.0**-16), 0.5, 2**-0.25])
+    assert _counts(jnp.zeros(3), jnp.zeros(()))[len(EDGES) // 2 - 1] == 3
 
 
 @pytest.mark.parametrize("q", [(16, 50, 84), (2, 98)])

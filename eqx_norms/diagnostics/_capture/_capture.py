@@ -85,8 +85,9 @@ def capture(
 
     The key is the path of the submodule, such as `layers[0].norm` or `blocks['a']`. Further calls
     of the same submodule have `#1`, `#2` and so on at the end. An object that stands at two paths
-    has the path through which it is called. In an `equinox.nn.Shared` that is the path from which
-    it is taken. A submodule that is never called has no entry, nor has a module that `fn` makes.
+    has the path through which it is called. In an `equinox.nn.Shared` a layer that is shared whole
+    has the path from which it is taken, and one that shares an array has its own. A submodule that
+    is never called has no entry, nor has a module that `fn` makes.
 
     A submodule that `fn` has built anew, as `jax.jit` and `equinox.combine` do, has the path of
     the arrays that it holds, or of those that they were computed from. Frozen ones, which

@@ -7,6 +7,7 @@ The model stays as it is, the structure of its tree with it. For as long as the 
 import contextlib
 import functools as ft
 import inspect
+import operator
 import re
 import sys
 import threading
@@ -14,7 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -26,6 +27,24 @@ from ._names import batches_in_front
 from ._tag import Place, tag, tag_inputs
 
 Where = type | tuple[type, ...] | Callable[[str, Any], bool] | Callable[[Any], bool]
+
+
+# From which arrays of the model an array comes, as a set of bits, and its shape.
+Origin = tuple[int, tuple[int, ...]]
+
+
+class Arrays(NamedTuple):
+    """The arrays of a model, by where they stand: from which of them each comes, and its shape.
+
+    `shared` are those that an `equinox.nn.Shared` puts there.
+    """
+
+    own: dict[tuple, int]
+    shared: dict[tuple, int]
+    shapes: dict[tuple, tuple[int, ...]]
+
+    def origin(self, keys: tuple) -> int:
+        return self.own.get(keys, self.shared.get(keys, 0))
 
 
 class Observer:
@@ -158,22 +177,27 @@ class Observer:
             )
         return Place(equal[0]) if len(equal) == 1 else None
 
-    def holders(self, place: Place, held: list[int], arrays: dict[tuple, int]) -> list[tuple]:
-        """The modules that hold the most of the arrays that the called one holds.
-
-        `held` are the origins of these, and `arrays` those of the model's arrays.
-        """
+    def holders(self, place: Place, held: list[Origin], arrays: "Arrays") -> list[tuple]:
+        """The modules that hold the most of the arrays that the called one holds."""
         if place.holder is None:
             return [()]
         scores = {}
         for keys, module in self.modules.items():
             if type(module) is place.holder:
-                own = [arrays.get((*keys, *name), 0) for name in place.names]
-                both = [(a, b) for a, b in zip(own, held, strict=True) if a & b]
-                # An array that comes from there alone says more than one that others are in too.
-                scores[keys] = (sum(a == b for a, b in both), len(both))
-        best = max(scores.values(), default=(0, 0))
-        return [keys for keys, score in scores.items() if score == best != (0, 0)]
+                here = [(*keys, *name) for name in place.names]
+                both = [
+                    a == b
+                    for a, (b, _) in zip(map(arrays.origin, here), held, strict=True)
+                    if a & b
+                ]
+                shapes = zip(map(arrays.shapes.get, here), held, strict=True)
+                fit = sum(_ends_as(shape, other) for shape, (_, other) in shapes)
+                # An array that comes from there alone says more than one that others are in too,
+                # and one that stands there more than one that is shared with it.
+                shared = sum(each not in arrays.own for each in here)
+                scores[keys] = (sum(both), len(both), fit, -shared)
+        best = max(scores.values(), default=(0, 0, 0, 0))
+        return [keys for keys, score in scores.items() if score == best and score[1] > 0]
 
     def looks_for(self, found: list[tuple], place: Place) -> bool:
         """Whether one of the modules there is looked for, of which a call was tagged."""
@@ -339,6 +363,11 @@ def _not_there(path: str, modules: dict[tuple, Any]) -> str:
 def _listed(modules: dict[tuple, Any]) -> str:
     here = [f"{path(keys)!r}: {_full_name(type(module))}" for keys, module in modules.items()]
     return f"{{{', '.join(here[:20])}{', ...' if len(here) > 20 else ''}}}"
+
+
+def _ends_as(shape: tuple[int, ...] | None, other: tuple[int, ...]) -> bool:
+    """Whether they are the same but for axes in front, of `jax.vmap` or of a scan."""
+    return shape is not None and all(map(operator.eq, shape[::-1], other[::-1]))
 
 
 def _full_name(cls: type) -> str:

@@ -96,7 +96,8 @@ def _operand_and_result(
     eqn: Any, step: Step, args: list, edits: list[Edit]
 ) -> tuple[list[Any], Marked]:
     outs, _ = _as_it_stands(eqn, step, args, [])
-    return outs, [[args[step.operand or 0], outs[0]]]
+    x = args[step.operand or 0]
+    return outs, [[x, outs[0]] if step.summary is None else [step.summary(x)]]
 
 
 def _tag(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
@@ -259,7 +260,11 @@ def loops_around(plan: Plan) -> list[tuple[int, ...]]:
 
 def _types_in(eqn: Any, step: Step) -> list[list[ArrayType]]:
     if step.operand is not None:
-        return [[type_of(atom.aval) for atom in (eqn.invars[step.operand], eqn.outvars[0])]]
+        x, out = eqn.invars[step.operand].aval, eqn.outvars[0].aval
+        if step.summary is None:
+            return [[type_of(x), type_of(out)]]
+        given = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        return [[type_of(aval) for aval in jax.make_jaxpr(step.summary)(given).out_avals]]
     if eqn.primitive in (tag_p, primitives.name_p):
         return [[type_of(atom.aval) for atom in eqn.outvars]]
     inner = [types for plan in step.inner for types in marked_types(plan)]

@@ -14,7 +14,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._instrument import Observer, innermost
+from ._instrument import Arrays, Observer, Origin, innermost
 from ._model import LinearShape, Model, as_attributes, flax_linear_shape, is_kernel
 from ._tag import Place
 
@@ -109,20 +109,20 @@ class NamedObserver(Observer):
                         return place._replace(keys=keys, module=module), held
         return None, ()
 
-    def holders(self, place: Place, held: list[int], arrays: dict[tuple, int]) -> list[tuple]:
+    def holders(self, place: Place, held: list[Origin], arrays: Arrays) -> list[tuple]:
         """What stands ahead of the names of the arrays in the model. It has all that is held, or
         else the most.
         """
         scores = {}
-        for name, bits in zip(place.names, held, strict=True):
-            for keys, bit in arrays.items() if bits else ():
+        for name, (bits, _) in zip(place.names, held, strict=True):
+            for keys, bit in arrays.own.items() if bits else ():
                 if bits & bit and keys[len(keys) - len(name) :] == name:
                     ahead = keys[: len(keys) - len(name)]
                     exact, both = scores.get(ahead, (0, 0))
                     scores[ahead] = exact + (bits == bit), both + 1
         best = max(scores.values(), default=None)
         if best is None:  # They are made of the model's, under other names.
-            return [()] if any(held) else []
+            return [()] if any(bits for bits, _ in held) else []
         return [ahead for ahead, score in scores.items() if score == best]
 
     def looks_for(self, found: list[tuple], place: Place) -> bool:

@@ -7,16 +7,17 @@ They are a set of bits in an integer.
 
 import functools as ft
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.tree_util as jtu
 from jax.extend.core import Literal, primitives
+from jaxtyping import PyTree
 
 from ..._jaxprs import is_jaxpr, opened, scan_counts
-from ._instrument import Observer
-from ._model import path
+from ._instrument import Arrays, Observer
+from ._model import callable_modules, path
 from ._names import named_call
 from ._tag import Call, tag_p
 
@@ -35,13 +36,14 @@ class Step(NamedTuple):
     """What is marked in one equation, in program order, and the plans of its inner jaxprs.
 
     Where the equation itself is marked, though it is no tag, `operand` is which of its operands is
-    handed out, ahead of its first result. `donates` says whether something in it gives operands
-    away, outside `jax.jit`.
+    handed out, ahead of its first result, or in place of both a `summary` of it. `donates` says
+    whether something in it gives operands away, outside `jax.jit`.
     """
 
     outputs: list[Output]
     inner: list["Plan"]
     operand: int | None = None
+    summary: Callable | None = None
     donates: bool = False
 
 
@@ -75,31 +77,58 @@ class Plan:
 def make_plan(jaxpr: Any, args: tuple, watch: Observer) -> Plan:
     """The plan of a jaxpr whose operands are the arrays of the model and of `args`."""
     planner = _Planner(jaxpr, watch)
-    origins = list(planner.arrays.values())
+    origins = list(planner.arrays.own.values())
     for arg in args:
         # What `equinox.partition` has taken out of the model stands there in an argument.
         more = watch.model.holds_more_of_it(arg)
         count = len(jtu.tree_leaves(eqx.filter(arg, eqx.is_array)))
         origins += [planner.add(keys) for keys in watch.model.keys(arg)] if more else [0] * count
+    planner.add_shared(args)
     plan, _ = planner.plan(jaxpr, tuple(origins))
     if not watch.model.known:
         watch.check_matched()
     return plan
 
 
+def _fits(arg: Any, model: PyTree) -> bool:
+    """Whether it may be what `equinox.partition` has taken out of the model."""
+    structure = lambda tree: jtu.tree_structure(tree, is_leaf=lambda x: x is None)
+    return type(arg) is type(model) and structure(arg) == structure(model)
+
+
 class _Planner:
     def __init__(self, jaxpr: Any, watch: Observer):
         self.repeated = _repeated(jaxpr)
-        self.arrays = {keys: 1 << i for i, keys in enumerate(watch.model.keys(watch.model.tree))}
+        model = watch.model
+        keys, arrays = model.keys(model.tree), jtu.tree_leaves(eqx.filter(model.tree, eqx.is_array))
+        shapes = {each: array.shape for each, array in zip(keys, arrays, strict=True)}
+        self.arrays = Arrays({each: 1 << i for i, each in enumerate(keys)}, {}, shapes)
         self.watch = watch
         self.plans = {}
 
     def add(self, keys: tuple) -> int:
         """The origin of an array that stands at these keys, if the model has none there."""
-        if keys in self.arrays:
+        own = self.arrays.own
+        if keys in own:
             return 0
-        self.arrays[keys] = 1 << len(self.arrays)
-        return self.arrays[keys]
+        own[keys] = 1 << len(own)
+        return own[keys]
+
+    def add_shared(self, args: tuple) -> None:
+        """The arrays that an `equinox.nn.Shared` puts where it holds a marker come from others."""
+        own, shared, shapes = self.arrays
+        tree = self.watch.model.tree
+        whole = eqx.combine(tree, *(arg for arg in args if _fits(arg, tree)))
+        for keys, module in callable_modules((), whole):
+            if isinstance(module, eqx.nn.Shared):
+                jaxpr, out, _ = eqx.filter_make_jaxpr(lambda module: module())(module)
+                inside = [own.get((*keys, *each), 0) for each in self.watch.model.keys(module)]
+                _, origins = self.plan(jaxpr, tuple(inside))
+                arrays, _ = jtu.tree_flatten_with_path(out)
+                for (each, array), origin in zip(arrays, origins, strict=True):
+                    at = (*keys, jtu.GetAttrKey("pytree"), *each)
+                    shared[at] = origin
+                    shapes.setdefault(at, array.shape)
 
     def plan(self, jaxpr: Any, origins: tuple[int, ...]) -> tuple[Plan, list[int]]:
         # Planned once for each set of origins, however often it is called.
@@ -169,7 +198,7 @@ class _Planner:
         call = eqn.params.get("call")
         if eqn.primitive is not tag_p or call.level != self.watch.level:
             return []
-        held = [read(atom) for atom in eqn.invars[len(eqn.outvars) :]]
+        held = [(read(atom), atom.aval.shape) for atom in eqn.invars[len(eqn.outvars) :]]
         holders = self.watch.holders(call.place, held, self.arrays)
         # Modules that are static arguments share a trace if they are equal.
         ends = [call.place.keys, *(call.place.equals if repeated else ())]

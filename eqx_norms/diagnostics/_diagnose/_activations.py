@@ -17,12 +17,15 @@ class Activation(NamedTuple):
     """An activation function, by its name, and the slope below which it counts as flat.
 
     `slopes` are where, and how steep it is there. Both are `None` where only one end is flat:
-    there, entries on the flat side are what the function is for.
+    there, entries on the flat side are what the function is for. `by_hand` is a `jnp.maximum` with
+    0, which may be something else. A softmax has an `axis`, counted from the last.
     """
 
     name: str
     flat: float | None = None
     slopes: tuple[np.ndarray, np.ndarray] | None = None
+    by_hand: bool = False
+    axis: int | None = None
 
 
 # `jax.jit` and `jax.custom_jvp` leave these names in a jaxpr. What stands in `_PRIMITIVES` comes
@@ -85,9 +88,10 @@ def recognised(jaxpr: Any, i: int) -> tuple[Activation, int] | None:
         return activation_of(_PRIMITIVES[name], _PRIMITIVES[name].__name__), 0
     if name == "max" and not eqn.outvars[0].aval.weak_type:
         zero = [isinstance(a, Literal) and np.ndim(a.val) == 0 and a.val == 0 for a in eqn.invars]
-        is_layer = eqn.outvars[0].aval.shape and not _is_variance(jaxpr, i)
-        if sum(zero) == 1 and is_layer:
-            return activation_of(jax.nn.relu, "relu"), zero.index(False)
+        if sum(zero) == 1 and eqn.outvars[0].aval.shape:
+            return Activation("relu", by_hand=True), zero.index(False)
+    if name == "sub" and (axis := _axis_of_softmax(jaxpr, i)) is not None:
+        return Activation("softmax", axis=axis), 0
     if name == "mul" and (half := _half_of_gelu(jaxpr, i)) is not None:
         return activation_of(jax.nn.gelu, "gelu"), half
     inner = eqn.params.get("jaxpr") if name == "jit" else eqn.params.get("call_jaxpr")
@@ -97,18 +101,33 @@ def recognised(jaxpr: Any, i: int) -> tuple[Activation, int] | None:
     return None
 
 
-def _is_variance(jaxpr: Any, i: int) -> bool:
-    """Whether equation `i` takes the maximum of 0 and of a difference of which a square is
-    subtracted, as Flax does with the mean square and the mean.
+def _axis_of_softmax(jaxpr: Any, i: int) -> int | None:
+    """The axis of a softmax of which equation `i` subtracts the maximum, `None` if it does not.
+
+    Its exponential is divided by a sum. Of a log-softmax nothing is.
     """
-    made = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns[max(0, i - 8) : i] if eqn.outvars}
-    made_by = lambda atom: None if isinstance(atom, Literal) else made.get(atom)
-    for difference in map(made_by, jaxpr.eqns[i].invars):
-        if difference is not None and difference.primitive.name == "sub":
-            square = made_by(difference.invars[1])
-            if square is not None and square.primitive.name in ("square", "integer_pow", "mul"):
-                return len(set(map(id, square.invars))) == 1
-    return False
+    x, top = jaxpr.eqns[i].invars
+    before = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns[max(0, i - _SOFTMAX) : i] if eqn.outvars}
+    eqn = None if isinstance(top, Literal) else before.get(top)
+    while eqn is not None and eqn.primitive.name in ("broadcast_in_dim", "stop_gradient", "max"):
+        moving = [atom for atom in eqn.invars if not isinstance(atom, Literal)]
+        eqn = before.get(moving[0]) if len(moving) == 1 else None
+    if eqn is None or eqn.primitive.name != "reduce_max" or eqn.invars[0] is not x:
+        return None
+    exps = _uses(jaxpr, i)
+    if [use.primitive.name for use in exps] != ["exp"] or len(eqn.params["axes"]) != 1:
+        return None
+    shares = _uses(jaxpr, jaxpr.eqns.index(exps[0]))
+    is_softmax = {use.primitive.name for use in shares} == {"reduce_sum", "div"}
+    return eqn.params["axes"][0] - len(x.aval.shape) if is_softmax else None
+
+
+_SOFTMAX = 8  # equations, of which it has four at most, with some of other origin between
+
+
+def _uses(jaxpr: Any, i: int) -> list[Any]:
+    [out] = jaxpr.eqns[i].outvars
+    return [eqn for eqn in jaxpr.eqns[i + 1 :] if any(atom is out for atom in eqn.invars)]
 
 
 def _half_of_gelu(jaxpr: Any, i: int) -> int | None:

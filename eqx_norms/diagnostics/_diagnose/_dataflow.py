@@ -28,6 +28,8 @@ class Fact(NamedTuple):
     - `sliced`: of which loops each step gets a part of that parameter of its own.
     - `near`: the marks that it was made of since the last weights; `reach`: all of them.
     - `affine`: it is the result of a matrix or convolution of weights, changed entry by entry only.
+    - `summed`: it is a sum or mean, as a variance is, changed entry by entry only.
+    - `product`: it is one of two computed matrices, as scores are, changed entry by entry only.
     - `same`: the output of the submodule that it is, `like`: that it is entry by entry a function
         of; `function`: the activation function of which it is the output. Each is a mark.
     """
@@ -38,6 +40,8 @@ class Fact(NamedTuple):
     near: int = 0
     reach: int = 0
     affine: bool = False
+    summed: bool = False
+    product: bool = False
     same: int = NOTHING
     like: int = NOTHING
     function: int = NOTHING
@@ -151,16 +155,19 @@ class Flow:
         near = ft.reduce(operator.or_, (fact.near for _, fact in moving))
         reach = ft.reduce(operator.or_, (fact.reach for _, fact in moving))
         if name in _AFFINE:
-            return Fact(near=near, reach=reach)
+            return Fact(near=near, reach=reach, product=True)
         if name == "mul" and len(moving) == 2 and eqn.invars[0] is not eqn.invars[1]:
             for mark in (m for _, fact in moving for m in (fact.function, fact.same)):
                 self.gates |= 1 << mark if mark != NOTHING else 0
         if _reduces(name):
-            return Fact(near=near, reach=reach)
+            return Fact(near=near, reach=reach, summed=True)
         shape = getattr(out.aval, "shape", None)
         alike = (f.like for atom, f in moving if f.like != NOTHING and atom.aval.shape == shape)
         affine = any(fact.affine for _, fact in moving)
-        return Fact(near=near, reach=reach, affine=affine, like=next(alike, NOTHING))
+        summed = all(fact.summed for _, fact in moving)
+        found = Fact(near=near, reach=reach, affine=affine, summed=summed)
+        product = any(fact.product for _, fact in moving)
+        return found._replace(product=product, like=next(alike, NOTHING))
 
     def _scan(self, eqn: Any, plan: Plan, ins: list, first: int, depth: int) -> list[Fact]:
         num_consts, num_carry = scan_counts(eqn)
@@ -221,4 +228,6 @@ def _joined(a: Fact, b: Fact) -> Fact:
         near=a.near | b.near,
         reach=a.reach | b.reach,
         affine=a.affine or b.affine,
+        summed=a.summed and b.summed,
+        product=a.product and b.product,
     )

@@ -96,13 +96,13 @@ def diagnose(
         around it, the first example, and how many examples are like it.
     - `"identical examples"`: 8 examples or more are the same at the input of every submodule that
         no BatchNorm precedes.
-    - `"dead"`: more than half of the units of a hidden layer are 0 behind their activation
-        function, at all positions of the whole batch. There must be 16 examples or more that
-        differ, and the other units must fire in a tenth of them or more. Each member of an
+    - `"dead"`: more than three quarters of the units of a hidden layer are 0 behind their
+        activation function, at all positions of the whole batch. There must be 16 examples or more
+        that differ, and the other units must fire in a tenth of them or more. Each member of an
         ensemble is judged by itself.
     - `"cancelled gradient"`: the derivative at the output of a LayerNorm or GroupNorm is the same
-        for all entries of an example, to 1e-5. It cancels, because the sum of the outputs is
-        constant.
+        for all entries of an example, or of each of its groups, to 1e-5. It cancels, because the
+        sum of the outputs is constant.
     - `"no gradient"`: the whole gradient of a parameter is 0, even after all parameters that have a
         gradient have moved. It is not found if no parameter has a gradient and the loss is below
         1e-6, nor for a bias that shifts all outputs.
@@ -113,7 +113,8 @@ def diagnose(
         between wider layers, groups and kernels of width 1 are no finding.
     - `"saturated"`: a hidden layer has a function that is flat at both ends, such as tanh, and more
         than three quarters of its inputs are where its slope is below a tenth of its largest.
-        Gates, and layers in a loop over time, are not judged.
+        Gates, and layers in a loop over time, are not judged. Or in three quarters of the rows of
+        the softmax of an attention one weight is 1 and all others are 0, in float32.
     - `"exploding gradient"`, `"vanishing gradient"`: going back through 4 layers or more, each
         computed from the one before, the rms of the gradient changes 1000-fold, by the slope of its
         logarithm. Update ratios that train span less. The layers have the same path except for a
@@ -129,13 +130,17 @@ def diagnose(
         outputs have a spread of less than 1/512 of their mean. In a parameter, a row is 100 times
         one at the upper quartile, of those that get a gradient.
     - `"update ratio"`: the rms of a step, divided by that of the weight, is above 0.2 for the
-        median weight; 1e-3 is usual. Or it is below 1e-5 wherever a schedule may stand, and a step
-        of the usual size lowers the loss as much more. Or there are gradients, and every update is
-        0 wherever a schedule may stand. Or rounding to 16 bits loses half of a parameter's updates.
+        median weight; 1e-3 is usual. Or it is below 1e-5 wherever a schedule may stand, and at the
+        end of a step of the usual size the loss is half as steep at least. Or there are gradients,
+        and every update is 0 wherever a schedule may stand. Or rounding to 16 bits loses half of a parameter's updates.
         Or two parameters hold the same random numbers.
     - `"initial loss"`: the loss is more than 1 above log(`classes`), which takes logits of standard
         deviation 1.4. Without `classes`, it is a cross-entropy, and in most examples the model is
-        sure of one class, and wrong.
+        sure of one class, and wrong; or a binary one, and of most entries the model is sure, and
+        wrong in a quarter of these.
+
+    Of a model that has learnt, `"dead"`, `"saturated"` and a small update are no findings: its loss
+    is a twentieth of what it is with the entries of each parameter shuffled.
 
     **Arguments:**
 

@@ -9,7 +9,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ THRESHOLDS = {
     "identical examples": 1,
     "identical units": 1,
     "no activation": 1,
-    "dead": 0.5,
+    "dead": 0.75,  # A field of colours that was learning had 0.66 in a layer.
     "saturated": 0.75,
     "exploding gradient": 1e3,
     "vanishing gradient": 1e-3,
@@ -57,7 +57,7 @@ KINDS = (
     "update ratio",
     "initial loss",
 )
-_EXAMPLES = 16  # Of so few, half of the units of a healthy layer can be silent by chance.
+_EXAMPLES = 16  # Of fewer, many of the units of a healthy layer can be silent by chance.
 _FIRING = 0.1  # Where the others fire less often, as in a sparse code, some are silent by chance.
 _DEPTH = 4  # Fewer layers have no trend.
 _UNITS = 8  # Fewer units, or examples, have no rank to lose.
@@ -105,16 +105,21 @@ def find(
         *_cancelled(measured),
         *_identical_units(measured.parameters),
         *_no_activation(measured.linear_pairs),
-        *_dead(measured.rows),
-        *_saturated(measured.rows),
+        *_unless_learnt(measured, [*_dead(measured.rows), *_saturated(measured.rows)]),
         *_trends(measured),
         *_collapsed(measured.rows),
         *_out_of_range(measured),
         *_updates(measured),
+        *_unless_learnt(measured, [*_small_updates(measured)]),
         *_tied(measured),
         *_initial_loss(measured, classes),
     ]
     return tuple(sorted(found, key=_severity))
+
+
+def _unless_learnt(measured: Measured, found: list[Finding]) -> list[Finding]:
+    """What does no harm in a model that has learnt what its parameters can, or comes of that."""
+    return [] if found and measured.has_learnt() else found
 
 
 def _severity(finding: Finding) -> tuple[int, float]:
@@ -360,14 +365,14 @@ def _shifts_all(path: str, rows: Sequence[Row]) -> bool:
 
 def _cancelled(measured: Measured) -> Iterator[Finding]:
     limit = THRESHOLDS["cancelled gradient"]
-    uneven = {p.path for p in measured.parameters if p.statistics["std"] > 0}
     for row in measured.rows:
         spread = row.statistics.get("grad_spread", math.nan)
-        if spread <= limit and f"{row.path}.weight" not in uneven:
+        if spread <= limit:
             advice = (
-                f"The derivative at the output of this {row.type} is the same for all its entries, "
-                "and the sum of what a norm returns is constant: what comes before gets rounding "
-                "for a gradient. Look for a plain sum or mean behind it."
+                f"The derivative at the output of this {row.type} is the same for all that it "
+                "averages, and the sum of what a norm returns is constant: what comes before gets "
+                "rounding for a gradient. Look for a plain sum or mean behind it, as a pooling "
+                "behind an InstanceNorm."
             )
             yield Finding("cancelled gradient", row.path, spread, limit, advice)
 
@@ -411,7 +416,15 @@ def _largest(rows: Sequence[Row], name: str, limit: float) -> dict[str, float]:
 def _saturated(rows: Sequence[Row]) -> Iterator[Finding]:
     limit = THRESHOLDS["saturated"]
     judged = [row for row in rows if not (row.seen.gate or "time" in row.seen.kinds)]
-    for where, share in _largest(judged, "saturated", limit).items():
+    scores = [row for row in judged if row.type == "softmax"]
+    for where, share in _largest(scores, "saturated", limit).items():
+        advice = (
+            "In this share of the rows of its softmax one weight is 1 and all others are 0, so "
+            "that the scores get no gradient. Look at the scale of the queries and keys."
+        )
+        yield Finding("saturated", where, share, limit, advice)
+    rest = [row for row in judged if row.type != "softmax"]
+    for where, share in _largest(rest, "saturated", limit).items():
         advice = (
             "This share of the entries is where the activation function is flat: its slope is "
             "below a tenth of its largest. Look at the gain of the weights and the scale of the "
@@ -647,17 +660,20 @@ def _updates(measured: Measured) -> Iterator[Finding]:
         )
         yield Finding("update ratio", "optimiser", 0, SMALL, advice)
     middle = typical_ratio(parameters)
-    large, small = THRESHOLDS["large update"], THRESHOLDS["small update"]
-    if middle is None:
-        return
-    if middle > large:
-        limit, pick = large, max
-        why = "Lower the learning rate."
-    elif middle < small and trial.get("longer", 0) > 0.5:
-        limit, pick = small, min
-        why = "A step of the usual size lowers the loss as much more: raise the learning rate."
-    else:
-        return
+    if middle is not None and middle > (limit := THRESHOLDS["large update"]):
+        yield _update(parameters, middle, limit, max, "Lower the learning rate.")
+
+
+def _small_updates(measured: Measured) -> Iterator[Finding]:
+    middle, limit = typical_ratio(measured.parameters), THRESHOLDS["small update"]
+    if middle is not None and middle < limit and measured.trial.get("longer", 0) > 0.5:
+        why = "One of the usual size goes down as steeply at its end: raise the learning rate."
+        yield _update(measured.parameters, middle, limit, min, why)
+
+
+def _update(
+    parameters: Sequence[Parameter], middle: float, limit: float, pick: Callable, why: str
+) -> Finding:
     weights = [p for p in parameters if len(p.shape) > 1 and "update_ratio" in p.statistics]
     ratios = {p.path: p.statistics["update_ratio"] for p in weights}
     worst = pick((r, path) for path, r in ratios.items() if 0 < r < math.inf)
@@ -665,7 +681,7 @@ def _updates(measured: Measured) -> Iterator[Finding]:
         f"This is the rms of a step, divided by that of the weight, for the median weight. For "
         f"this one it is {worst[0]:.2g}. About 1e-3 is usual. {why}"
     )
-    yield Finding("update ratio", worst[1], middle, limit, advice)
+    return Finding("update ratio", worst[1], middle, limit, advice)
 
 
 def _tied(measured: Measured) -> Iterator[Finding]:
@@ -696,10 +712,13 @@ def _initial_loss(measured: Measured, classes: int | None) -> Iterator[Finding]:
 
 def _confidently_wrong(rows: Sequence[Row]) -> int | None:
     """Of how many classes the model is sure of one, and wrong in most examples, as the derivatives
-    of a cross-entropy say; `None` if it is not.
+    of a cross-entropy say, or of two in most entries, and wrong in a quarter of these; `None` if
+    it is not.
     """
     for row in rows[::-1]:
         numbers = row.statistics
+        if numbers.get("sure", 0) > 0.5 and numbers.get("wrong_and_sure", 0) > 0.25:
+            return 2
         enough = row.has_units and row.examples >= _UNITS and row.shape[-1] >= _UNITS
         if enough and numbers.get("wrong", 0) > 0.5 and numbers.get("confident", 0) > 0.9:
             return row.shape[-1]

@@ -23,9 +23,9 @@ from .._mesh import on_any_mesh
 from .._once import jit_once
 from .._optimiser import compiled_updates
 from .._statistics import activation_stats
-from . import _numbers
+from . import _numbers, _scores
 from ._survey import Seen, Survey, when
-from ._trial import try_steps
+from ._trial import has_learnt, try_steps
 
 Numbers = dict[str, float]
 
@@ -98,6 +98,7 @@ class Measured(NamedTuple):
     data_rms: float  # the largest of what the function is given besides the model
     linear_pairs: list[tuple[str, str]]
     trial: Numbers
+    has_learnt: Callable[[], bool]  # which compiles the loss once more
 
 
 def measure(
@@ -132,12 +133,12 @@ def measure(
     # What is not finite is what we are here to see, and a branch that is not taken is NaN.
     with jax.debug_nans(False), jax.debug_infs(False):
         loss, ends, outputs, inputs, model_grads = run(dynamic)
-        axes = _unit_axes(survey)
         by_call = {id(call): {} for call in survey.calls}
         for alike, found in zip(kinds.values(), fetch(ends), strict=True):
             for i, call in enumerate(alike):
                 by_call[id(call)] = {name: x[i].ravel() for name, x in found.items()}
-        calls = list(map(_of_call, axes, by_call.values(), outputs, inputs))
+        units = _units(survey)
+        calls = list(map(_of_call, survey.calls, units, by_call.values(), outputs, inputs))
         value_fn = lambda params: loss_fn(model.with_trained(model.tree, params), *args)
         trained = model.trained(model.tree)
         updates = None
@@ -178,6 +179,7 @@ def measure(
         max((r for r in map(_size, jtu.tree_leaves(args)) if math.isfinite(r)), default=0.0),
         _linear_pairs(survey),
         trial,
+        ft.cache(lambda: has_learnt(loss_fn, model, args, float(loss))),
     )
 
 
@@ -244,10 +246,16 @@ def is_in(parameter: str, module: str) -> bool:
 # ---- Statistics, traced.
 
 
-def _unit_axes(survey: Survey) -> list[tuple[Seen, int]]:
-    """With each call the axis of its output on which the units stand.
+class _Units(NamedTuple):
+    """On which axis of its output a call has its units; `groups` are those of `_cancelling`."""
 
-    That is the last one, but the channels of a convolution and of what follows it in that shape.
+    axis: int
+    groups: int | None
+
+
+def _units(survey: Survey) -> list[_Units]:
+    """Of each call. The axis is the last one, but that of the channels of a convolution, and of
+    what follows it in that shape.
     """
     modules = survey.modules.values()
     ranks = {type(m): m.num_spatial_dims for m in modules if isinstance(m, _CONVOLUTIONS)}
@@ -257,11 +265,13 @@ def _unit_axes(survey: Survey) -> list[tuple[Seen, int]]:
     for call in survey.returns:
         if call.type in by_name:
             channels[types[call.output][0].shape] = -1 - by_name[call.type]
-    axes = []
+    found = []
     for call in survey.calls:
         shapes = [kind.shape for kind in types[call.output]]
-        axes.append((call, channels.get(shapes[0], -1) if shapes else -1))
-    return axes
+        module = survey.modules.get(call.path) if call.applied is None else None
+        axis = channels.get(shapes[0], -1) if shapes else -1
+        found.append(_Units(axis, _cancelling(module)))
+    return found
 
 
 _CONVOLUTIONS = (eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.Pool)
@@ -384,11 +394,13 @@ def _activation_input(call: Seen, marked: Marked) -> Array | None:
 
 
 def _of_call(
-    call_and_axis: tuple[Seen, int], ends: dict, output: tuple[Any, Any], x: Array | None
+    call: Seen, units: _Units, ends: dict, output: tuple[Any, Any], x: Array | None
 ) -> list[_numbers.Statistics]:
     """For each array of the output its statistics, each with a number for each step."""
-    call, axis = call_and_axis
-    values, grads = output
+    axis, (values, grads) = units.axis, output
+    if call.shape is not None:
+        found = dict(zip(_scores.NAMES, _numbers.in_steps(values[0], call.loops).T, strict=True))
+        return [found if call.units else {k: v for k, v in found.items() if k != "saturated"}]
     if call.applied is not None:
         given, y = values
         if not is_floating(y):
@@ -396,7 +408,7 @@ def _of_call(
         y = _numbers.in_steps(y, call.loops)
         return [_of_output(y, axis) | _of_units(given, y, call, axis)]
     parts = [
-        _of_value(_numbers.in_steps(value, call.loops), grad, call, axis) | ends
+        _of_value(_numbers.in_steps(value, call.loops), grad, call, units) | ends
         if is_floating(value)
         else {}
         for value, grad in zip(values, grads, strict=True)
@@ -406,15 +418,28 @@ def _of_call(
     return parts
 
 
-_CENTRED = ("LayerNorm", "GroupNorm")  # A constant derivative at their output cancels.
+def _cancelling(module: eqx.Module | None) -> int | None:
+    """In how many groups a norm averages, in each of which a derivative at its output that is the
+    same everywhere cancels; `None` if its weight makes it uneven, or it is no such norm.
+    """
+    groups = {"LayerNorm": 1, "GroupNorm": getattr(module, "groups", None)}
+    count, weight = groups.get(type(module).__name__), getattr(module, "weight", None)
+    if count is None or weight is None:
+        return count
+    shape = getattr(module, "shape", weight.shape[-1:])  # which layers of a scan have axes ahead of
+    each = _numbers.host(weight).reshape(-1, count, math.prod(shape) // count)
+    return count if np.all(each == each[..., :1]) else None
 
 
 def _of_output(value: np.ndarray, axis: int) -> _numbers.Statistics:
     return _numbers.of_array(value) | {"effective_rank": _numbers.effective_rank(value, axis)}
 
 
-def _of_value(value: np.ndarray, derivative: Array, call: Seen, axis: int) -> _numbers.Statistics:
+def _of_value(
+    value: np.ndarray, derivative: Array, call: Seen, units: _Units
+) -> _numbers.Statistics:
     grad, of_type = _numbers.in_steps(derivative, call.loops), jnp.finfo(derivative.dtype)
+    axis = units.axis
     of_grad = _numbers.of_array(grad)
     found = _of_output(value, axis) | {
         "grad_rms": of_grad["rms"],
@@ -423,10 +448,12 @@ def _of_value(value: np.ndarray, derivative: Array, call: Seen, axis: int) -> _n
         "tiny": _numbers.share_below(grad, float(of_type.tiny)),
     }
     found |= _numbers.where_bad(value, _of_examples(value.shape[1:], call.examples))
+    if not call.hidden:
+        found |= _numbers.of_binary_logits(value, grad)
     if not call.hidden and value.ndim > 1 + call.examples:
         found |= _numbers.of_logits(grad, float(of_type.eps))
-    if call.type in _CENTRED:
-        found |= _numbers.of_norm(grad, call.examples)
+    if units.groups is not None:
+        found |= _numbers.of_norm(grad, call.examples, units.groups)
     return found
 
 
@@ -525,7 +552,7 @@ def _rows(call: Seen, parts: list[dict], survey: Survey) -> list[Row]:
                     call.number,
                     step,
                     f"[{part}]" if len(parts) > 1 else "",
-                    kind.shape[len(call.loops) :],
+                    kind.shape[len(call.loops) :] if call.shape is None else call.shape,
                     str(kind.dtype),
                     call.applied is not None,
                     {name: n for name, n in here.items() if not _missing(name, n, call, kind)},
@@ -543,6 +570,7 @@ def _missing(name: str, number: float, call: Seen, kind: Any) -> bool:
     if "bad_" in name and number <= 0 and (number < 0 or name.endswith("share")):
         return True  # The number of the first example may be 0.
     sometimes = ("effective_rank", "firing", "wrong", "confident", "grad_spread")
+    sometimes += ("sure", "wrong_and_sure")
     return name in sometimes and math.isnan(number)
 
 

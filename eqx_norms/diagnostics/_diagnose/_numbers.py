@@ -144,9 +144,36 @@ def of_logits(grad: Steps, eps: float) -> Statistics:
 
 
 @ignoring
-def of_norm(grad: Steps, examples: int) -> Statistics:
-    """How much the derivative at the output of a norm differs over the entries of an example."""
-    g = grad.reshape(*grad.shape[: 1 + examples], -1)
+def of_binary_logits(z: Steps, grad: Steps) -> Statistics:
+    """Of the derivative of a loss that is a binary cross-entropy of these logits: where they are
+    sure, 0 if they are right, and the same for all that are wrong, with the sign of the logit.
+
+    `sure` is the share of entries that are, `wrong_and_sure` of these the share that is wrong; NaN
+    if it is not of that kind.
+    """
+    z, g = (x.reshape(len(x), -1).astype(float) for x in (z, grad))
+    sure = np.abs(z) > _SURE
+    largest = np.abs(g).max(1, keepdims=True)
+    share = g * np.sign(z) / largest
+    right, wrong = (np.abs(share - to) < 1e-3 for to in (0, 1))
+    count = sure.sum(1)
+    both = [(sure & which).sum(1) / count for which in (right, wrong)]
+    ok = ((right | wrong) | ~sure).all(1) & (largest[:, 0] > 0) & (np.min(both, axis=0) > 0.1)
+    return {
+        "sure": np.where(ok, sure.mean(1), np.nan),
+        "wrong_and_sure": np.where(ok, both[1], np.nan),
+    }
+
+
+_SURE = 10  # Its sigmoid is within 5e-5 of 0 or 1.
+
+
+@ignoring
+def of_norm(grad: Steps, examples: int, groups: int) -> Statistics:
+    """How much the derivative at the output of a norm differs over what it averages: the entries
+    of an example, or of each group of its channels.
+    """
+    g = grad.reshape(*grad.shape[: 1 + examples], groups, -1)
     return {"grad_spread": rms(g - g[..., :1]) / rms(g)}
 
 

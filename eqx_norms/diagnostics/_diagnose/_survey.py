@@ -28,7 +28,8 @@ from .._capture._model import Model, path
 from .._capture._plan import Output, Plan, Step, make_plan
 from .._capture._tag import Inputs, tag_p
 from ._activations import Activation, activation_of, recognised
-from ._dataflow import Flow
+from ._dataflow import Fact, Flow
+from ._scores import of_scores
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,11 +42,13 @@ class Seen:
     parameters of its own, in `"time"`, or a `"member"`.
 
     - `examples`: how many axes of examples the first array has, behind these.
+    - `shape`: of a softmax, of which only figures are marked, that of its scores.
     - `inputs`: the marks of which its input was made.
     - `begins`, `returns`: where, as the numbers of the equations around it, the outermost first,
         each with whether it is a scan in reverse, `None` if it is no scan.
     - `units`: of an activation function, whether it acts on the units of a hidden layer: weights
-        made them, and weights read them. Terms of a loss, and variances in a norm, are none.
+        made them, and weights read them. Terms of a loss, and variances in a norm, are none. Of a
+        softmax, whether it acts on the scores of an attention.
     - `gate`: whether its output is multiplied with something else that is computed.
     - `conditional`: whether it is in a `jax.lax.cond`.
     """
@@ -62,6 +65,7 @@ class Seen:
     last: "Seen | None" = dataclasses.field(default=None, repr=False)
     kinds: tuple[str, ...] = ()
     examples: int = 0
+    shape: tuple[int, ...] | None = None
     inputs: int = 0
     units: bool = False
     gate: bool = False
@@ -147,9 +151,10 @@ class Survey(_Program):
 
 
 class Applied(NamedTuple):
-    """Marks what goes into an activation function, and what comes out."""
+    """Marks what goes into an activation function, and what comes out, both of this shape."""
 
     activation: Activation
+    shape: tuple[int, ...]
 
 
 _UNCLEAR = "several equal ones without arrays are called in a tree that is built anew"
@@ -184,7 +189,11 @@ def _seen_step(plan: Plan, i: int, recomputed: set[int], survey: Survey) -> Step
     found = recognised(plan.jaxpr, i)
     if found is not None and not step.outputs:
         activation, operand = found
-        return Step([Output((activation.name,), Applied(activation))], [], operand)  # pyright: ignore
+        applied = Applied(activation, eqn.outvars[0].aval.shape)
+        # The scores of an attention are larger than all else, and in no memory at once.
+        summary = None if activation.axis is None else ft.partial(of_scores, axis=activation.axis)
+        outputs = [Output((activation.name,), applied)]  # pyright: ignore
+        return Step(outputs, [], operand, summary)
     differentiated = eqn.primitive is primitives.remat_p and eqn.params["differentiated"]
     if eqn.primitive not in supported or differentiated:
         for output in step.outputs:
@@ -206,9 +215,12 @@ def _calls(
     for i, (output, loops) in enumerate(zip(plan.outputs, loops_around(plan), strict=True)):
         [where] = output.paths
         if isinstance(output.call, Applied):
-            like = flow.facts[i][0].like if i in flow.facts else -1
+            fact = flow.facts[i][0] if i in flow.facts else Fact()
+            if output.call.activation.by_hand and fact.summed:
+                continue  # `jnp.maximum(variance, 0)`
+            like = fact.like
             feeds = next((call for call in returned if call.returned == like), None)
-            _add_activation(calls, open_, feeds, i, output.call.activation, loops, types)
+            _add_activation(calls, open_, feeds, i, output.call, loops, types)
             continue
         call = None
         if not isinstance(output.call, Inputs):
@@ -241,10 +253,11 @@ def _add_activation(
     open_: list[Seen],
     feeds: Seen | None,
     i: int,
-    activation: Activation,
+    applied: Applied,
     loops: tuple[int, ...],
     types: list,
 ) -> None:
+    activation = applied.activation
     around = open_[-1] if open_ else None
     if around is not None and around.activation is not None:
         return  # It is the whole of an `equinox.nn.Lambda`.
@@ -253,13 +266,15 @@ def _add_activation(
     where = feeds if inside else around
     if where is around and around is not None and around.last is not None:
         last = around.last
-        where = last if types[last.output][0].shape == types[i][0].shape else around
+        alike = activation.axis is None and types[last.output][0].shape == applied.shape
+        where = last if alike else around
     at = "" if where is None else where.path
     number = 0 if where is None else where.number
     taken = {(c.path, c.number, c.type) for c in calls}
     while (at, number, activation.name) in taken:
         number += 1
     seen = Seen(at, activation.name, loops, number, applied=i, activation=activation)
+    seen.shape = None if activation.axis is None else applied.shape
     seen.last = where  # whose axes it has
     calls.append(seen)
 
@@ -296,9 +311,11 @@ def _described(survey: Survey) -> list[list[Arrangement]]:
             facts = flow.facts.get(-1 if given is None else given, [])
             call.inputs = ft.reduce(operator.or_, (fact.reach for fact in facts), 0)
         else:
-            vmaps = [_of_function(call, flow, types)] * 2
+            vmaps = [()] if call.shape is not None else [_of_function(call, flow, types)] * 2
             facts = flow.facts[call.output]
         call.units = call.hidden and any(fact.affine for fact in facts)
+        if call.shape is not None:
+            call.units = facts[0].product
         sliced = flow.sliced.get(call.last.output if call.applied and call.last else call.output, 0)
         call.kinds = tuple("layer" if sliced >> i & 1 else "time" for i in range(len(around)))
         widest = max(vmaps, key=lambda kinds: kinds.count("member"), default=())

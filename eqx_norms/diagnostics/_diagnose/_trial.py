@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ..._processes import fetched
+from ..._processes import fetched, laid_out
 from .._capture._model import Model
 from .._layer_statistics import is_floating
 from .._once import jit_once
@@ -43,9 +43,10 @@ def try_steps(
 ) -> dict[str, float]:
     """Tries what the updates leave in doubt, and nothing where they do not.
 
-    `longer` is, for a small step, the share of the fall that the gradient promises which is kept
-    with one of the usual size; 0 if the schedule has larger ones. The `lost` of the parameters
-    becomes that of the schedule's largest step. `never` is whether no step moves anything.
+    `longer` is, for a small step, the share of the loss's slope along it that is left behind one of
+    the usual size; 0 if the schedule has larger ones. The loss itself need not fall: that of an
+    actor and its critic stops gradients. The `lost` of the parameters becomes that of the
+    schedule's largest step. `never` is whether no step moves anything.
     """
     ratio = typical_ratio(parameters)
     still = all(p.statistics.get("update_rms", 0) == 0 for p in parameters)
@@ -69,13 +70,11 @@ def try_steps(
         peak = _median_ratio(_largest_of_schedule(update, optim.init(params), params))
     if ratio >= SMALL or peak >= SMALL:
         return {"longer": 0.0}
-    loss_at = _loss_along(loss_fn, model, args, updates)
-    scale = USUAL / ratio
-    promised = -scale * _dot(grads, updates)
-    now = loss_at(0.0)
-    if not promised > 1e-6 * abs(now):  # what float32 can show
+    scale, slope = USUAL / ratio, _dot(grads, updates)
+    if not -scale * slope > 1e-6 * abs(float(fetched(loss))):  # what float32 can show
         return {"longer": 0.0}
-    return {"longer": (now - loss_at(scale)) / promised}
+    there = _grads_along(loss_fn, model, args, updates, scale)
+    return {"longer": _dot(there, updates) / slope}
 
 
 def _median_ratio(found: Sequence[dict[str, Any]]) -> float:
@@ -123,21 +122,51 @@ def _at_count(state: PyTree, count: int) -> PyTree:
     return jtu.tree_map(lambda x: jnp.full_like(x, count) if is_count(x) else x, state)
 
 
-def _loss_along(
-    loss_fn: Callable, model: Model, args: tuple, updates: PyTree
-) -> Callable[[float], float]:
+def _grads_along(
+    loss_fn: Callable, model: Model, args: tuple, updates: PyTree, scale: float
+) -> PyTree:
     dynamic, static = eqx.partition((model.tree, args), eqx.is_array)
 
     @jit_once
-    def at(scale, updates, dynamic) -> Array:
+    def at(scale, updates, dynamic) -> PyTree:
         tree, args = eqx.combine(dynamic, static)
         step = lambda p, u: p if u is None else p + scale.astype(p.dtype) * u.astype(p.dtype)
         moved = jtu.tree_map(step, model.trained(tree), updates)
-        return loss_fn(model.with_trained(tree, moved), *args)
+        of_params = lambda params: loss_fn(model.with_trained(tree, params), *args)
+        return eqx.filter_grad(of_params)(moved)
 
-    return lambda scale: float(at(jnp.float32(scale), updates, dynamic))
+    return at(jnp.float32(scale), updates, dynamic)
 
 
 def _dot(grads: PyTree, updates: PyTree) -> float:
     of = lambda g, u: float(jnp.sum(g.astype(jnp.float32) * u.astype(jnp.float32)))
     return sum(map(of, jtu.tree_leaves(grads), jtu.tree_leaves(updates)))
+
+
+def has_learnt(loss_fn: Callable, model: Model, args: tuple, loss: float) -> bool:
+    """Whether the loss is a twentieth of what it is with the entries of each parameter shuffled.
+
+    Such a model may have dead and saturated units, which do no harm, and small gradients.
+    """
+    dynamic, static = eqx.partition((model.tree, args), eqx.is_array)
+    leaves, structure = jtu.tree_flatten(model.trained(model.tree))
+
+    @jit_once
+    def loss_with(leaves, dynamic):
+        tree, args = eqx.combine(dynamic, static)
+        return loss_fn(model.with_trained(tree, jtu.tree_unflatten(structure, leaves)), *args)
+
+    draws = np.random.default_rng(0)
+    found = []
+    for _ in range(_SHUFFLES):
+        shuffled = [_shuffled(leaf, draws) for leaf in leaves]
+        found.append(float(fetched(loss_with(shuffled, dynamic))))
+    return 0 <= loss < _LEARNT * min(found)
+
+
+_SHUFFLES, _LEARNT = 3, 0.05
+
+
+def _shuffled(leaf: Array, draws: np.random.Generator) -> Array:
+    entries = draws.permutation(fetched(leaf).ravel())
+    return laid_out(entries.reshape(leaf.shape), leaf.sharding)

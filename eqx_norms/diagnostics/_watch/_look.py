@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-_BINS_A_DOUBLING, _DOUBLINGS = 4, 16
-_SIZES = 2.0 ** (np.arange(-_BINS_A_DOUBLING * _DOUBLINGS, 1) / _BINS_A_DOUBLING)
+BINS_A_DOUBLING, DOUBLINGS = 4, 16
+_SIZES = 2.0 ** (np.arange(-BINS_A_DOUBLING * DOUBLINGS, 1) / BINS_A_DOUBLING)
 # The edges of the bins of a histogram, over the largest entry.
 EDGES = np.concatenate([-_SIZES[::-1], _SIZES])
 

@@ -28,7 +28,7 @@ from .._once import once
 from .._optimiser import next_updates
 from .._statistics import activation_stats, dead_unit_fraction
 from ._by_kind import Statistics, by_kind
-from ._look import EDGES, Look
+from ._look import BINS_A_DOUBLING, DOUBLINGS, Look
 
 
 class Watch:
@@ -233,12 +233,24 @@ def _rank(x: Float[Array, "*shape"]) -> Float[Array, ""]:
 
 
 def _counts(x: Float[Array, "*shape"], largest: Float[Array, ""]) -> Int[Array, " bins"]:
-    """As `histogram`, of the entries of one array up to the largest, in its last bin."""
-    edges = largest * jnp.asarray(EDGES, largest.dtype)
-    # Above the last one, but in its bin, is what rounding leaves there.
-    edges = edges.at[-1].set(jnp.inf)
-    places = jnp.searchsorted(edges, x.astype(largest.dtype).ravel(), side="right")
-    return jnp.zeros(edges.size + 1, jnp.int32).at[places].add(1)[1:-1]
+    """By the sign and the size of the entries of one array, over the largest.
+
+    The bin is read off the exponent and the mantissa: a search among the edges takes ten times as
+    long, and half as long again to compile.
+    """
+    share = jnp.abs(x.astype(largest.dtype).ravel()) / jnp.where(largest > 0, largest, 1)
+    bits = jax.lax.bitcast_convert_type(share.astype(jnp.float32), jnp.int32)
+    exponent = (bits >> 23) - 127
+    quarters = np.float32(2.0 ** (np.arange(1, BINS_A_DOUBLING) / BINS_A_DOUBLING)).view(np.int32)
+    above = sum((bits & _MANTISSA >= q & _MANTISSA).astype(jnp.int32) for q in quarters)
+    middle = BINS_A_DOUBLING * DOUBLINGS
+    size = jnp.clip(BINS_A_DOUBLING * exponent + above, -middle - 1, -1) + middle + 1
+    places = middle + jnp.where(x.ravel() < 0, -size, size)
+    counts = jnp.zeros(2 * middle + 1, jnp.int32)
+    return counts.at[places].add(jnp.isfinite(share).astype(jnp.int32))
+
+
+_MANTISSA = 0x7FFFFF  # of a float32
 
 
 def _of_params(
