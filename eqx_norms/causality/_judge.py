@@ -489,7 +489,9 @@ def require_sane_baseline(
         raise ValueError(
             f"fn must return finite numbers on the unedited x, but output {position} holds NaN "
             "or inf; a comparison with those says nothing. If it is the -inf of masked logits, "
-            "put a number there: lambda x: jnp.nan_to_num(fn(x), neginf=0.0)"
+            "put a number there: lambda x: jnp.nan_to_num(fn(x), neginf=0.0). If it is a softmax "
+            "of a row that is all -inf, look for a mask that hides a whole row, as one that is the "
+            "other way round does"
         )
     if (changes.ulps[empty] > noise_ulps).any():
         raise ValueError(DIFFERS_FROM_ITSELF)
