@@ -544,7 +544,7 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs" / "masks.md"
 
 
 def run_page() -> None:
-    """From top to bottom, `python` and `py`, in one namespace; without those that need a package."""
+    """From top to bottom, `python` and `py`, without those that need a package."""
     namespace = {"__name__": "__docs__"}
     for block in re.findall(r"```py(?:thon)?\n(.*?)```", PAGE.read_text(), re.DOTALL):
         try:
