@@ -109,8 +109,9 @@ def assert_causal(
     hundred times that for edits a hundred times as large. What lies below is undecided and refused.
 
     What an output may read stays as it is in `x`. Only 7 edits, or up to 28 of a short `x`, start
-    from other inputs. Their values are drawn at the size of those of `x` and at ten times that. A
-    leak that is seen there alone stands behind a branch, and the report says so.
+    from other inputs. Their floats are drawn at the size of those of `x` and at ten times that;
+    tokens and masks stay. A leak that is seen there alone stands behind a branch, and the report
+    says so.
 
     If nothing changed, that is no proof. The check cannot see a branch whose parameters are zero
     (see `perturb_params`), a leak smaller than the last bit of the output, or a reaction to one
@@ -559,7 +560,8 @@ def _elsewhere(
     What an output may read is as in `x` in all other edits, so that a branch on it is taken in one
     way. What is less than rounding at the other input, or undecided there, is passed over.
     """
-    count = min(4, -(-_PLACES // judge.problem.length))
+    floats = any(leaf.ids is None for leaf in judge.probe.editor.leaves)
+    count = min(4, -(-_PLACES // judge.problem.length)) if floats else 0
     for number in range(count):
         editor = elsewhere(judge.probe.editor, number)
         other = dataclasses.replace(judge, probe=dataclasses.replace(judge.probe, editor=editor))
@@ -578,6 +580,8 @@ def _elsewhere(
             return dataclasses.replace(found, notes=(_OPENED, *found.notes))
     others = count * _ELSEWHERE
     said = f"What an output may read was as in x, and in {others} of the edits as in other inputs."
+    if not floats:
+        said = "What an output may read was as in x: a branch on it was taken in that way alone."
     return dataclasses.replace(report, edits=report.edits + others, notes=(*report.notes, said))
 
 
