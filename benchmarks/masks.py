@@ -1,6 +1,7 @@
 """Which way round a mask is: one boolean array, given to attention in many libraries.
 
     pip install -e ".[masks]" && python benchmarks/masks.py    # the tables of docs/masks.md
+    python benchmarks/masks.py --page    # the blocks of that page, with their traps
 
 Nothing here is from memory. Queries are numbers, the keys and values are x, and who reads whom is
 found by editing x one position at a time. Libraries that are not JAX's are called from it. Those
@@ -8,9 +9,11 @@ that are not installed are left out, with a line that says so.
 """
 
 import argparse
-import contextlib
 import importlib.metadata
 import os
+import pathlib
+import re
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -535,108 +538,31 @@ def table(columns: dict[str, Callable]) -> str:
     return "\n".join([*lines, *(row(one, columns) for one in LIBRARIES)])
 
 
-# ---- Traps that no cell shows
+# ---- The blocks of the page
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "masks.md"
 
 
-def keras_query_mask() -> str:
-    import keras
-
-    layer = keras.layers.MultiHeadAttention(1, D, seed=0)
-    x, text = jnp.asarray(X)[None], jnp.arange(T_IN)[None] < 5
-    plain = layer(x, x)
-    by_query = float(jnp.abs(layer(x, x, query_mask=text) - plain).max())
-    by_value = float(jnp.abs(layer(x, x, value_mask=text) - plain).max())
-    return f"Keras, query_mask= changes the output by {by_query:.2g}, value_mask= by {by_value:.2g}"
-
-
-def torch_gradient_of_a_dead_row() -> str:
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention as sdpa
-
-    q, x = torch.tensor(Q)[None, None], torch.tensor(X)[None, None]
-    mask = torch.zeros(T_OUT, T_IN)
-    mask[2] = LOWEST
-    found = {}
-    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
-        values = x.clone().requires_grad_()
-        with sdpa_kernel(backend):
-            out = sdpa(q, x, values, attn_mask=mask)
-        out[0, 0, 2, 0].backward()
-        found[backend.name] = values.grad[0, 0, 0, 0].item()
-    return (
-        f"torch, a row of finfo.min, {T_IN} keys: the gradient of its output by a value is {found}"
-    )
-
-
-def gpt2_with_padding_on_the_left() -> str:
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2)
-    ids = dict(bos_token_id=0, eos_token_id=0)
-    config = GPT2Config(**sizes, **ids, initializer_range=0.2)
-    model = GPT2LMHeadModel(config).eval()
-    text = torch.tensor([[3, 5, 7, 11, 13]])
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), text], 1)
-    mask = (torch.arange(8) >= 3).long()[None]
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        alone = model(text).logits
-        default = model(padded, attention_mask=mask).logits[:, 3:]
-        counted = model(padded, attention_mask=mask, position_ids=places).logits[:, 3:]
-    off = [(alone - other).abs().max().item() for other in (default, counted)]
-    return (
-        f"GPT-2 (random, logits up to {alone.abs().max().item():.2g}), three tokens of padding in "
-        f"front: off by {off[0]:.2g}, with position_ids by {off[1]:.2g}"
-    )
-
-
-def packing_by_position_ids() -> str:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval()
-    x = RNG.standard_normal((T_IN, 32)).astype(np.float32)
-    places, documents = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), [0, 0, 0, 1, 1, 1, 1, 1]
-    packed = SQUARE & rules.segments(documents)
-    found = []
-    for use_cache in (True, False):
-
-        def run(x, use_cache=use_cache):
-            with torch.no_grad():
-                embeds = torch.tensor(x)[None]
-                out = model(inputs_embeds=embeds, position_ids=places, use_cache=use_cache)
-            return out.logits[0].numpy()
-
-        reads = who(run, x)
-        kinds = {"packed": packed, "causal alone": SQUARE}
-        found += [name for name, rule in kinds.items() if np.array_equal(reads, rule)]
-    return (
-        f"Llama, position_ids that begin again: {found[0]} with use_cache=True, {found[1]} without"
-    )
-
-
-TRAPS = (
-    keras_query_mask,
-    torch_gradient_of_a_dead_row,
-    gpt2_with_padding_on_the_left,
-    packing_by_position_ids,
-)
+def run_page() -> None:
+    """From top to bottom, `python` and `py`, without those that need a package."""
+    namespace = {"__name__": "__docs__"}
+    for block in re.findall(r"```py(?:thon)?\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        try:
+            exec(compile(block, str(PAGE), "exec"), namespace)
+        except ImportError as error:
+            print(f"Left out, {error}:\n{block}")
 
 
 def main() -> None:
-    """Prints both tables, further traps, the versions, and what could not be imported."""
+    """Prints both tables, the versions, and what could not be imported."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--traps", action="store_true", help="these alone")
-    if not parser.parse_args().traps:
+    parser.add_argument("--page", action="store_true", help="run the blocks of the page instead")
+    options = parser.parse_args()
+    del sys.argv[1:]  # tokamax parses it as well, and refuses what it does not know
+    if options.page:
+        run_page()
+    else:
         print(table(MEANING), table(REST), sep="\n\n")
-    for trap in TRAPS:
-        with contextlib.suppress(ImportError):
-            print(f"\n{trap()}.")
     packages = dict.fromkeys(one.package for one in LIBRARIES)
     print("\n" + ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages) + ".")
     print(*(f"Not imported: {absent}" for absent in ABSENT), sep="\n")

@@ -395,8 +395,8 @@ def test_all_splits_up_to_128_and_68_chosen_above():
     assert few.splits == tuple(range(1, 128))
     assert len(many.splits) == 68 and many.possible_splits == 128
     assert {1, 2, 4, 8, 16, 31, 32, 33, 63, 64, 65, 127, 128} <= set(many.splits)
-    # Each once, and 8 edits that mix.
-    assert "Tried 68 of 128 splits with 76 edited inputs." in str(many)
+    # Each once, 8 edits that mix, and 7 of another input.
+    assert "Tried 68 of 128 splits with 83 edited inputs." in str(many)
 
 
 @pytest.mark.slow

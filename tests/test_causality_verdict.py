@@ -313,6 +313,68 @@ def test_rounding_that_float64_shows_is_no_leak(fn, total, dtype, getkey):
         assert check_causal(lambda x: fn(x, total) + 0.05 * later(x), x).leak
 
 
+TABLE = np.random.default_rng(seed(3)).standard_normal((20, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("fn, total", [slow(gated, up_to_in_a_tree), (standardised, up_to)])
+@pytest.mark.parametrize("of_text", [True, slow(False)])
+def test_rounding_of_tokens_that_float64_shows_is_no_leak(fn, total, of_text):
+    """Tokens have no neighbours to draw rounding anew at: what the function makes of them has."""
+    ids = np.random.default_rng(seed(4)).integers(0, 20, 8).astype(np.int32)
+    waves = lambda ids: 2 * jnp.sin(ids[:, None].astype(jnp.float32) * jnp.arange(1.0, 4.0)[None])
+    read = (lambda ids: 4 * jnp.asarray(TABLE)[ids]) if of_text else waves
+    assert not check_causal(lambda ids: fn(read(ids), total), ids).leak
+    later = lambda x: jnp.tanh(x[::-1].cumsum(0)[::-1])
+    assert check_causal(lambda ids: fn(read(ids), total) + 0.05 * later(read(ids)), ids).leak
+
+
+# A branch on what an output may read, which x takes in one way.
+
+
+def opened(takes, leaks):
+    """Prefix sums; where `takes` says so of the own input, an output reads `leaks` as well."""
+
+    def fn(x):
+        row = lambda t, own: jax.lax.switch(
+            takes(own).any().astype(jnp.int32),
+            [lambda: x.cumsum(0)[t], lambda: x.cumsum(0)[t] + leaks(x, t)],
+        )
+        return jax.vmap(row)(jnp.arange(len(x)), x)
+
+    return fn
+
+
+WHOLE = lambda x, t: x.sum(0)
+EARLIER = lambda x, t: x[t] * x[0]
+
+
+@pytest.mark.parametrize("above", [3.0, slow(5.0), slow(7.0)])
+def test_a_leak_behind_a_branch_that_x_does_not_take(above, getkey):
+    x = jnp.clip(normal(getkey(), (8, 2)), -2.5, 2.5)
+    takes = lambda own: own > above
+    report = check_causal(opened(takes, WHOLE), x)
+    assert report.leak and "not seen at x, and is at another input" in words(report)
+    assert check_causal(opened(takes, EARLIER), x).status == "clear"
+
+
+@pytest.mark.slow
+def test_a_leak_behind_a_branch_on_other_inputs(getkey):
+    table = normal(getkey(), (10, 2))
+    rare = lambda ids: table[ids].cumsum(0) + jnp.where((ids == 7)[:, None], table[ids].sum(0), 0)
+    report = check_causal(rare, jnp.arange(8) % 4)  # random tokens are no text
+    assert report.status == "clear" and "a branch on it was taken in that way alone" in words(
+        report
+    )
+    batch = jnp.clip(normal(getkey(), (3, 8, 2)), -2.5, 2.5)
+    report = check_causal(jax.vmap(opened(lambda own: own > 4, WHOLE)), batch, axis=1)
+    assert report.leak and all(pair.input > pair.output for pair in report.pairs())
+    assert check_independent(lambda x: jnp.where(x > 4, x.sum(0), x), batch).leak
+    logarithms = lambda x: jnp.cumsum(jnp.log(x), 0)  # other inputs keep the sign
+    assert check_causal(logarithms, jnp.abs(batch[0])).status.startswith("clear")
+    only_x = lambda x: jnp.cumsum(jnp.sqrt(9 - x**2), 0)  # NaN at larger ones
+    assert check_causal(only_x, batch[0], scales=(0.1, 1.0)).status.startswith("clear")
+
+
 def fft_then_chaos(x):
     step = lambda _, v: 3.99 * v * (1 - v)
     return jax.lax.fori_loop(0, 30, step, jax.nn.sigmoid(zoo.fft_convolution(x)))

@@ -106,6 +106,9 @@ def test_what_is_let_off_by_two_rules_is_let_off():
     assert not held[~mask].all() and np.array_equal(held[mask], (causal & mask)[mask])
     assert np.array_equal(rules.let_off(held, mask), rules.let_off(causal & mask, mask))
     heads = np.stack([causal, rules.window(T, 2)])
+    masks = np.stack([mask, ~mask])
+    one_by_one = [rules.let_off(causal & mask, mask) for mask in masks]
+    assert np.array_equal(rules.let_off(causal & masks[:, None], masks), one_by_one)
     assert np.array_equal(rules.let_off(heads, mask)[1], rules.let_off(heads[1], mask))
 
 
@@ -164,6 +167,8 @@ def test_jax_arrays_are_taken():
     assert np.array_equal(rules.ordered(jnp.asarray(order)), rules.ordered(order.tolist()))
     causal = rules.causal(T)
     assert np.array_equal(rules.each(2, jnp.asarray(causal)), rules.each(2, causal))
+    for pair in (np.array([2, 1]), jnp.array([2, 1])):
+        assert np.array_equal(rules.window(T, pair), rules.window(T, (2, 1)))
 
 
 BAD = {
@@ -184,9 +189,19 @@ BAD = {
     r"left and right must be at least 0, or None for no bound, got \(-1, 0\)": (
         lambda: rules.window(T, (-1, 0))
     ),
-    "mask must have an entry for each of the 9 outputs of rule, got 3": (
+    r"mask must have an entry for each of the 9 outputs of rule, which is \(9, 9\), got \(3,\)": (
         lambda: rules.let_off(rules.causal(T), [True, False, True])
     ),
+    r"mask must have an entry .*, which is \(3, 9, 9\), got \(2, 9\)": (
+        lambda: rules.let_off(np.ones((3, T, T), bool), np.ones((2, T), bool))
+    ),
+    r"mask must be one row, got shape \(2, 9\); .* write each\(let_off\(rule": (
+        lambda: rules.unpadded(np.ones((2, T), bool))
+    ),
+    "a side of size must be an integer, got 1.5": lambda: rules.window(T, (1.5, 0)),
+    "size must be an integer, got True": lambda: rules.window(T, True),
+    "length must be an integer, got True": lambda: rules.causal(True),
+    "start must be an integer, got True": lambda: rules.strided(T, 2, True),
     r"rule must be a boolean array \(T_out, T_in\), got bool \(9,\)": (
         lambda: rules.unread_rows(np.array(MASK))
     ),

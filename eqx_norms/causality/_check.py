@@ -19,6 +19,7 @@ from ._edits import (
     Editor,
     TokenValues,
     called,
+    elsewhere,
     make_editor,
     mixing_edits,
     nothing,
@@ -47,6 +48,14 @@ from ._torch import understood
 from ._trials import Rule
 from ._widen import same_trace
 from .rules import Align, causal, independent, unread_rows
+
+# How many edits of another input there are, with it a batch of 8; and how many positions the other
+# inputs have together, of at most four.
+_ELSEWHERE, _PLACES = 7, 64
+_OPENED = (
+    "The leak was not seen at x, and is at another input, drawn up to ten times as large: look for "
+    "a branch, as of lax.cond or jnp.where, that depends on values."
+)
 
 
 class CausalityError(AssertionError):
@@ -98,6 +107,11 @@ def assert_causal(
     float4 stay, as quantisation. A callback or a kernel between input and output has no float64
     form. There the size of the change decides. The limit is `noise_ulps * eps * scale`, and a
     hundred times that for edits a hundred times as large. What lies below is undecided and refused.
+
+    What an output may read stays as it is in `x`. Only 7 edits, or up to 28 of a short `x`, start
+    from other inputs. Their floats are drawn at the size of those of `x` and at ten times that;
+    tokens and masks stay. A leak that is seen there alone stands behind a branch, and the report
+    says so.
 
     If nothing changed, that is no proof. The check cannot see a branch whose parameters are zero
     (see `perturb_params`), a leak smaller than the last bit of the output, or a reaction to one
@@ -459,6 +473,8 @@ def _check(
             connected = proof.connected if proof is not None else None
             tried = rule.choose(splits, rng, connected)
             report = _edited(judge, rule, tried, splits == "auto", common)
+            if report.status.startswith("clear") and len(tried):
+                report = _elsewhere(report, judge, rule, tried, splits == "auto", common)
             if proof is not None:
                 report = _narrowed(report, rule, proof)
             elif splits == "auto" and not report.leak:
@@ -529,6 +545,44 @@ def _edited(
         notes=(*verdict.notes, *note, *_untestable(rule), *_token_notes(editor)),
         **common,
     )
+
+
+def _elsewhere(
+    report: CausalityReport,
+    judge: Judge,
+    rule: Rule,
+    tried: Sequence[int],
+    auto: bool,
+    common: Mapping[str, Any],
+) -> CausalityReport:
+    """A clear report; or that of a leak behind a branch that the values of `x` do not open.
+
+    What an output may read is as in `x` in all other edits, so that a branch on it is taken in one
+    way. What is less than rounding at the other input, or undecided there, is passed over.
+    """
+    floats = any(leaf.ids is None for leaf in judge.probe.editor.leaves)
+    count = min(4, -(-_PLACES // judge.problem.length)) if floats else 0
+    for number in range(count):
+        editor = elsewhere(judge.probe.editor, number)
+        other = dataclasses.replace(judge, probe=dataclasses.replace(judge.probe, editor=editor))
+        splits = [tried[k * len(tried) // _ELSEWHERE] for k in range(_ELSEWHERE)]
+        trials = [Edit(rule.where(s), 0, 3_100_000 + k) for k, s in enumerate(splits)]
+        edits = [nothing(editor), *trials]
+        changes = other.probe.measure(edits)
+        seen = rule.watch(edits) & (other.beyond_rounding(changes) > 0)
+        if changes.broken[0].any() or not seen.any():
+            continue
+        try:
+            found = _edited(other, rule, tried, auto, common)
+        except ValueError:  # NaN or another output at each call: of other inputs it says nothing
+            continue
+        if found.leak:
+            return dataclasses.replace(found, notes=(_OPENED, *found.notes))
+    others = count * _ELSEWHERE
+    said = f"What an output may read was as in x, and in {others} of the edits as in other inputs."
+    if not floats:
+        said = "What an output may read was as in x: a branch on it was taken in that way alone."
+    return dataclasses.replace(report, edits=report.edits + others, notes=(*report.notes, said))
 
 
 def _narrowed(report: CausalityReport, rule: Rule, proof: Proof) -> CausalityReport:

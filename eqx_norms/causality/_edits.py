@@ -40,6 +40,7 @@ class Ids(NamedTuple):
 
 
 MASK = Ids(range(2), (0, 1), ())  # what holds only 0 and 1
+_TIMES = 10  # how many times as large as usual another input may be
 
 
 class Leaf(NamedTuple):
@@ -155,6 +156,23 @@ def make_editor(
 def nothing(editor: Editor) -> Edit:
     """The edit that leaves the input as it is."""
     return Edit(np.zeros(editor.length, bool), 0, 0)
+
+
+def elsewhere(editor: Editor, number: int) -> Editor:
+    """Edits of another input, that of this `number`, as large as this one and ten times that.
+
+    They are no larger either: scores, which are products, are as large as ever. Tokens and masks
+    stay: drawn at random they are no text, such as one with padding in front, of which a softmax
+    makes an average of everything.
+    """
+    scales = tuple(s for s in editor.scales if s <= _TIMES) or editor.scales[:1]
+    near = dataclasses.replace(editor, scales=scales)
+    drawn = near.apply(Edit(np.ones(editor.length, bool), 0, 3_000_000 + number))
+    leaves = [
+        leaf if leaf.ids else leaf._replace(values=values)
+        for leaf, values in zip(editor.leaves, drawn, strict=True)
+    ]
+    return dataclasses.replace(near, leaves=tuple(leaves))
 
 
 def single_edits(

@@ -15,7 +15,7 @@ from ._edits import Edit, Editor, nothing
 from ._host import is_beside, own_error
 from ._inputs import Problem
 from ._lost import blame
-from ._nudge import Shaken, beside
+from ._nudge import Shaken, beside, constants_beside
 from ._probe import Changes, Probe, make_probe
 from ._widen import coarsest, float_dtypes, is_quantised, opaque_parts, widen
 
@@ -184,8 +184,7 @@ class Judge:
         if 2 * exact.size[leaks].max(initial=0) >= coarse.size[watch].max():
             return np.zeros_like(leaks)
         probe = self.probe if self._is_exact else self._second
-        moved = [beside(probe.editor, _ANEW, seed, wide=True) for seed in (1, 2, 3)]
-        probes = [probe, *(dataclasses.replace(probe, editor=editor) for editor in moved)]
+        probes = [probe, *(self._drawn_anew(probe, seed) for seed in (1, 2, 3))]
         rows = np.flatnonzero(leaks.any(1))
         scales = np.array([probe.editor.size(edits[row]) for row in rows.tolist()])
         varied = []
@@ -200,6 +199,15 @@ class Judge:
             most = np.minimum(change, np.where(moves > 0, moves, np.inf))
             drawn[rows] &= most <= _ABOVE * _pooled(varies, scales)
         return drawn
+
+    def _drawn_anew(self, probe: Probe, seed: int) -> Probe:
+        """The function at an x beside this one; or one beside it, as tokens have no such x."""
+        if any(leaf.ids is None for leaf in probe.editor.leaves):
+            return dataclasses.replace(probe, editor=beside(probe.editor, _ANEW, seed, wide=True))
+        fn = widen(self.problem.closed, np.float64, *constants_beside(_ANEW, seed))
+        eager = is_beside(self.problem.closed)
+        of_probe = probe.editor, probe.out_axes, probe.eps, probe.batch_size
+        return make_probe(fn, *of_probe, np.float64, eager)
 
     def _certain(
         self, edits: Sequence[Edit], leaks: Bool[np.ndarray, "E T"], exact: Changes
@@ -489,7 +497,9 @@ def require_sane_baseline(
         raise ValueError(
             f"fn must return finite numbers on the unedited x, but output {position} holds NaN "
             "or inf; a comparison with those says nothing. If it is the -inf of masked logits, "
-            "put a number there: lambda x: jnp.nan_to_num(fn(x), neginf=0.0)"
+            "put a number there: lambda x: jnp.nan_to_num(fn(x), neginf=0.0). If it is a softmax "
+            "of a row that is all -inf, look for a mask that hides a whole row, as one that is the "
+            "other way round does"
         )
     if (changes.ulps[empty] > noise_ulps).any():
         raise ValueError(DIFFERS_FROM_ITSELF)

@@ -1,10 +1,16 @@
 """Inputs beside those of an editor: chaos and ties show there what they are."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
+from .._processes import fetched
 from ._edits import Edit, Editor
+from ._widen import is_key
 
 
 def beside(editor: Editor, by: float, seed: int = 0, wide: bool = False) -> Editor:
@@ -30,6 +36,26 @@ class Shaken(Editor):
         """The leaves, moved."""
         moved = beside(self, self.by * bool(edit.seed), edit.seed, wide=True)
         return tuple(leaf.values for leaf in moved.leaves)
+
+
+def constants_beside(by: float, seed: int) -> tuple[Callable, Callable]:
+    """For `widen`, of functions of tokens: its `constant` and `watch`, which move by as much.
+
+    They move the constants, and the floats that integers become.
+    """
+
+    def constant(value: Any) -> Any:
+        if is_key(value) or not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+            return value
+        return _moved(fetched(value), by, seed, wide=True)
+
+    def watch(eqn, args: Sequence[Array], outs: Sequence[Array], _) -> Sequence[Array]:
+        became = eqn.primitive.name == "convert_element_type" and args[0].dtype != outs[0].dtype
+        if not became or not jnp.issubdtype(outs[0].dtype, jnp.floating):
+            return outs
+        return [out * (1 + by * jnp.sin(out + seed)) for out in outs]
+
+    return constant, watch
 
 
 def _moved(values: np.ndarray, by: float, seed: int, wide: bool) -> np.ndarray:

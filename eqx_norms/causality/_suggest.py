@@ -36,14 +36,15 @@ def _measured(report) -> Bool[np.ndarray, "T_out T_in"]:
 
 
 def _ahead(pairs: Bool[np.ndarray, "T_out T_in"]) -> Int[np.ndarray, "T_out T_in"]:
-    """How far the input lies ahead of the output."""
+    """How far the input lies ahead of the output, in each head if there are more outputs."""
     outputs, inputs = pairs.shape
-    return np.arange(inputs) - np.arange(outputs)[:, None]
+    return np.arange(inputs) - (np.arange(outputs) % inputs)[:, None]
 
 
 _EVERYTHING = (
     "look for a norm, mean or softmax over the sequence axis, a layer that lacks its jax.vmap over "
-    "positions, or a missing mask."
+    "positions, or a mask that is missing, the other way round in several layers, or of 0 and 1 "
+    "and added, which hides nothing."
 )
 _BATCH = (
     "look for statistics over the batch (a norm over its axis, BatchNorm in training) or a layer "
@@ -76,18 +77,20 @@ def _one_step(report, leaking) -> list[str]:
 
 
 def _turned(report, leaking) -> list[str]:
-    """What comes later is read, what comes earlier is not.
+    """What comes later is read, what comes earlier is not, of each head and within each segment.
 
     Let off are outputs that read everything, as where a softmax finds every score masked.
     """
-    if report.kind == "independent" or len(leaking) != leaking.shape[1] or leaking.sum() < 3:
+    outputs, inputs = leaking.shape
+    if report.kind == "independent" or outputs % inputs or leaking.sum() < 3:
         return []
-    ahead, told = _ahead(leaking), ~np.isnan(report.matrix)
-    rows = ~(leaking.any(1) & (report.matrix > 0)[:, :-1].all(1))
-    rows &= np.arange(len(rows)) < len(rows) - 1
+    ahead, group = _ahead(leaking), _groups(report.allowed)
+    same = np.ones_like(leaking) if group is None else group[:, None] == group
+    told = same & ~np.isnan(report.matrix)
+    later = ~report.allowed & (ahead > 0) & told
+    rows = ~(leaking.any(1) & (~same | (report.matrix > 0))[:, :-1].all(1)) & later.any(1)
     earlier = report.allowed & (ahead < 0) & told & rows[:, None]
-    later = ~report.allowed & (ahead > 0) & told & rows[:, None]
-    next_one = later & (ahead == 1)
+    next_one = later & (ahead == 1) & rows[:, None]
     if not (earlier.any() and next_one.any()) or (report.matrix[earlier] > 0).any():
         return []
     if not leaking[next_one].all():
@@ -99,13 +102,17 @@ def _turned(report, leaking) -> list[str]:
 
 
 def _complement(report, leaking) -> list[str]:
-    """All that is forbidden is read, and nothing else but an output's own input."""
-    own = np.eye(*leaking.shape, dtype=bool) & (len(leaking) == leaking.shape[1])
-    allowed = report.allowed & ~own & ~np.isnan(report.matrix)
-    allowed &= ~report.allowed.all(1, keepdims=True)  # inverted, these are masked throughout
-    if not allowed.any() or (report.matrix[allowed] > 0).any():
+    """Outputs that leak read all that is forbidden them, and of what they may at most one input.
+
+    That one is their own. What a chain of pairs does not lead to, as other examples, is left out.
+    """
+    rows, told = leaking.any(1, keepdims=True), ~np.isnan(report.matrix)
+    may = (report.allowed & told).sum(1)
+    reads = (report.allowed & (report.matrix > 0)).sum(1)
+    telling = rows[:, 0] & (may > 1)
+    if leaking.sum() < 3 or not telling.any() or (reads[telling] > 1).any():
         return []
-    if not leaking[_measured(report) & ~own].all():
+    if (rows & ~leaking & _measured(report) & _connected(report.allowed | leaking)).any():
         return []
     return [
         "What is forbidden is read and what is allowed is not: look for a mask that is the other "
@@ -183,6 +190,15 @@ def _groups(allowed: Bool[np.ndarray, "T_out T_in"]) -> Int[np.ndarray, " T"] | 
     return group if 1 < count < len(group) else None
 
 
+def _connected(pairs: Bool[np.ndarray, "T_out T_in"]) -> Bool[np.ndarray, "T_out T_in"]:
+    """Which inputs a chain of pairs leads to from each output."""
+    outputs, inputs = pairs.shape
+    both = np.zeros((outputs + inputs, outputs + inputs), bool)
+    both[:outputs, outputs:] = pairs
+    group = _groups(both)
+    return np.ones_like(pairs) if group is None else group[:outputs, None] == group[outputs:]
+
+
 def _padding(report, leaking) -> list[str]:
     """Leaks from a few inputs that no output which counts may read."""
     outputs, inputs = leaking.any(1), leaking.any(0)
@@ -193,9 +209,14 @@ def _padding(report, leaking) -> list[str]:
         return []
     if report.allowed[others][:, inputs].any() or (square and (outputs & inputs).any()):
         return []
+    text = report.allowed & outputs[:, None] & ~(np.eye(*leaking.shape, dtype=bool) & square)
+    text &= ~np.isnan(report.matrix)
+    how = "that is not masked"
+    if text.any() and not (report.matrix[text] > 0).any():
+        how = "whose mask is the other way round: it is read, and what may be read is not"
     return [
         f"Every leak comes from {named(report.inputs, inputs)}, which no other output may read: "
-        "look for padding that is not masked."
+        f"look for padding {how}."
     ]
 
 

@@ -62,7 +62,7 @@ def segments(
 
 def window(
     length: Integer,
-    size: Integer | Sequence[Integer | None],
+    size: Integer | Sequence[Integer | None] | Int[np.ndarray | Array, "2"],
     *,
     in_length: Integer | None = None,
     align: Align | None = None,
@@ -113,7 +113,7 @@ def strided(length: Integer, stride: Integer, start: Integer = 0) -> Bool[np.nda
     stride, padded on the left; with `start=stride - 1` it is one output for each full patch.
     """
     length, stride = _size("length", length), _size("stride", stride)
-    if not 0 <= operator.index(start) < length:
+    if not 0 <= _index("start", start) < length:
         raise ValueError(f"start must be from 0 to {length - 1}, the last input, got {start}")
     return causal(length)[start::stride]
 
@@ -164,20 +164,23 @@ def unpadded(
 
 def let_off(
     rule: Bool[np.ndarray | Array, "*heads T_out T_in"],
-    mask: Bool[np.ndarray | Array, " T_out"] | Sequence[bool],
+    mask: Bool[np.ndarray | Array, " T_out"]
+    | Bool[np.ndarray | Array, "*heads T_out"]
+    | Sequence[bool],
 ) -> Bool[np.ndarray, "*heads T_out T_in"]:
     """`rule`, except that the outputs where `mask` is False may read anything.
 
     `let_off(causal(T) & mask, mask)` is the rule of a padded text. No output reads padding. What
-    stands at padding is thrown away, and is an average of everything in many models.
+    stands at padding is thrown away, and is an average of everything in many models. With masks
+    `(B, T)` of a batch, `let_off(causal(T) & masks[:, None], masks)` is a stack for `each`.
     """
-    rule, mask = _rule(rule), _mask("mask", mask)
-    if len(mask) != rule.shape[-2]:
+    rule, mask = _rule(rule), _bools("mask", mask)
+    if mask.shape not in (rule.shape[:-1], rule.shape[-2:-1]):
         raise ValueError(
-            f"mask must have an entry for each of the {rule.shape[-2]} outputs of rule, got "
-            f"{len(mask)}"
+            f"mask must have an entry for each of the {rule.shape[-2]} outputs of rule, which is "
+            f"{rule.shape}, got {mask.shape}"
         )
-    return np.logical_or(rule, ~mask[:, None])
+    return np.logical_or(rule, ~mask[..., None])
 
 
 def each(
@@ -255,27 +258,36 @@ def _ahead(
     return np.arange(in_length) - np.arange(length)[:, None] - last
 
 
-def _sides(size: Integer | Sequence[Integer | None]) -> tuple[Real, Real]:
+def _sides(
+    size: Integer | Sequence[Integer | None] | Int[np.ndarray | Array, "2"],
+) -> tuple[Real, Real]:
     """How far a window reaches to the left and to the right, its own input not counted."""
-    if not isinstance(size, Sequence):
+    if not isinstance(size, Sequence | np.ndarray | Array):
         reach = _size("size", size) - 1
         return reach, reach
     if len(size) != 2:
         raise ValueError(f"size must be one number or a pair (left, right), got {size}")
-    left, right = (np.inf if side is None else operator.index(side) for side in size)
+    left, right = (np.inf if side is None else _index("a side of size", side) for side in size)
     if min(left, right) < 0:
         raise ValueError(f"left and right must be at least 0, or None for no bound, got {size}")
     return left, right
 
 
 def _size(name: str, value: Any) -> int:
-    try:
-        size = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    size = _index(name, value)
     if size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
     return size
+
+
+def _index(name: str, value: Any) -> int:
+    """Of an integer, and of no bool: `True` where a number stands was meant for another option."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def _sizes(name: str, value: Integer | Sequence[Integer]) -> tuple[int, ...]:
@@ -304,8 +316,18 @@ def _row(name: str, values) -> Int[np.ndarray, " T"]:
 
 
 def _mask(name: str, values) -> Bool[np.ndarray, " T"]:
+    mask = _bools(name, values)
+    if mask.ndim != 1:
+        raise ValueError(
+            f"{name} must be one row, got shape {mask.shape}; for the examples of a batch write "
+            "each(let_off(rule & masks[:, None], masks))"
+        )
+    return mask
+
+
+def _bools(name: str, values) -> Bool[np.ndarray, "..."]:
     values = np.asarray(values)
-    if values.ndim != 1 or not len(values) or values.dtype != np.bool_:
+    if not values.ndim or not values.size or values.dtype != np.bool_:
         raise ValueError(
             f"{name} must be a row of bools, True where there is no padding, got {values.dtype} of "
             f"shape {values.shape}"

@@ -22,7 +22,10 @@ def sizes(closed: jex.ClosedJaxpr, meetings: Meetings) -> Callable[..., Float[Ar
     NaN counts as infinite; minus infinity, which is a mask already, not at all.
     """
     run = _Run(meetings)
-    return lambda *leaves: run.evaluate(closed, leaves, ())[1]
+    last = max(path[0] for path, _ in meetings)  # what comes after it need not be compiled
+    jaxpr = closed.jaxpr.replace(eqns=closed.jaxpr.eqns[: last + 1], outvars=[])
+    before = jex.ClosedJaxpr(jaxpr, closed.consts)
+    return lambda *leaves: run.evaluate(before, leaves, ())[1]
 
 
 class _Run:
