@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import random_programs
 from draws import seed
+from jax.custom_derivatives import linear_call
 from random_programs import STEPS, D, T
 from refused import refused
 from slow import few, slow
@@ -692,9 +693,15 @@ def documents(x):
     return jax.nn.softmax(jnp.where(mask, x @ x.T, -jnp.inf)) @ x
 
 
+def linear(x):
+    """A function that brings its own transpose."""
+    back = lambda _, g: jax.lax.cumsum(g, reverse=True)
+    return linear_call(lambda _, y: jnp.cumsum(y, 0), back, (), x)
+
+
 STRUCTURES = (state_space_dual, rotated, triangular, gaussian_process, noise_of_each)
 STRUCTURES += (product_of_two, experts, row_by_row, initialised_inside)
-STRUCTURES += (best_experts, documents)
+STRUCTURES += (best_experts, documents, linear)
 
 
 @pytest.mark.parametrize("fn", STRUCTURES, ids=lambda fn: fn.__name__)
