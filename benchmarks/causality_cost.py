@@ -1,15 +1,26 @@
-"""What the causality check costs, in units of one forward pass of the model it checks.
+"""What the causality check and its proof cost: for several rules, and over the length.
 
-    python benchmarks/causality_cost.py
+    python -m benchmarks.causality_cost
+    python -m benchmarks.causality_cost --only rules --rule causal --positions 128
+    python -m benchmarks.causality_cost --only lengths --before ../checkout --positions 512 1024
 
-The model is a 2-layer, 128-wide transformer whose mask is the rule that it is checked for. A
-forward pass and the check's own runs are timed in turn, and the median of the ratios is printed:
-only ratios move little from one machine to the next, and on a busy one only those of processor
-time. Memory is what XLA reserves: temporaries, inputs and outputs. A proof is timed once, traced.
+The table of rules is of a 2-layer, 128-wide transformer whose mask is the rule, in forward passes
+of it. A forward pass and the check's own runs are timed in turn, and the median of the ratios is
+printed: only ratios move little from one machine to the next, and on a busy one only those of
+processor time. Memory is what XLA reserves: temporaries, inputs and outputs. A proof is timed
+once, traced.
+
+The table of lengths is of 4 layers, 4 heads, width 64, with a causal mask, and of the same where
+one layer has none, in seconds of processor time. Each row is a process of its own, which compiles
+what it runs; with `--before` it stands beside those of other checkouts of this library, in the same
+run. "Proved" and "a leak, named" are the proof alone, the others whole checks.
 """
 
 import argparse
+import os
 import resource
+import subprocess
+import sys
 import time
 
 import equinox as eqx
@@ -18,14 +29,18 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from eqx_norms.causality import rules
+from eqx_norms.causality import check_causal, rules
 from eqx_norms.causality._edits import make_editor, mixing_edits, nothing
 from eqx_norms.causality._probe import make_probe
-from eqx_norms.causality._proof._prove import Question, prove
 from eqx_norms.causality._trials import Rule
 from eqx_norms.causality._widen import trace
 
-WIDTH, BATCH_SIZE = 128, 8
+try:
+    from eqx_norms.causality._proof import Question, prove
+except ImportError:  # a checkout from before the proof had a room of its own
+    from eqx_norms.causality._prove import Question, prove
+
+BATCH_SIZE = 8
 RULES = {
     "causal": rules.causal,
     "causal, in documents of 16": lambda n: rules.causal(n) & rules.segments(np.arange(n) // 16),
@@ -54,16 +69,37 @@ class Layer(eqx.Module):
     mlp: eqx.nn.MLP
     norms: tuple[eqx.nn.LayerNorm, eqx.nn.LayerNorm]
 
-    def __init__(self, key):
+    def __init__(self, width, key):
         first, second = jr.split(key)
-        self.attention = eqx.nn.MultiheadAttention(4, WIDTH, key=first)
-        self.mlp = eqx.nn.MLP(WIDTH, WIDTH, 4 * WIDTH, 1, key=second)
-        self.norms = (eqx.nn.LayerNorm(WIDTH), eqx.nn.LayerNorm(WIDTH))
+        self.attention = eqx.nn.MultiheadAttention(4, width, key=first)
+        self.mlp = eqx.nn.MLP(width, width, 4 * width, 1, key=second)
+        self.norms = (eqx.nn.LayerNorm(width), eqx.nn.LayerNorm(width))
 
     def __call__(self, x, mask):
         h = jax.vmap(self.norms[0])(x)
         x = x + self.attention(h, h, h, mask=mask)
         return x + jax.vmap(self.mlp)(jax.vmap(self.norms[1])(x))
+
+
+def transformer(width, masks):
+    """A layer for each mask; one that is `None` hides nothing."""
+    layers = [Layer(width, key) for key in jr.split(jr.key(0), len(masks))]
+
+    def model(x):
+        for layer, mask in zip(layers, masks, strict=True):
+            x = layer(x, None if mask is None else jnp.asarray(mask))
+        return x
+
+    return model
+
+
+def proved(model, x, allowed):
+    """What the structure says of the model: traced, gone through, and what is in the way named."""
+    question = Question(trace(model, (x,)), (x,), (0,), (0,))
+    return prove(question, allowed, assume_bounded=True)
+
+
+# Rules
 
 
 def seconds(run):
@@ -73,9 +109,9 @@ def seconds(run):
     return np.array([time.perf_counter() - wall, time.process_time() - cpu])
 
 
-def reserved(jitted, *args):
+def reserved(fn, *args):
     """Bytes that the compiled function needs at its peak, inputs and outputs included."""
-    analysis = jitted.lower(*args).compile().memory_analysis()
+    analysis = jax.jit(fn).lower(*args).compile().memory_analysis()
     return (
         analysis.temp_size_in_bytes
         + analysis.output_size_in_bytes
@@ -85,13 +121,9 @@ def reserved(jitted, *args):
 
 def row(name, length, repeats):
     """The figures for one rule and one sequence length, as the row of a table."""
-    layers, allowed = [Layer(key) for key in jr.split(jr.key(0))], RULES[name](length)
-    x = jr.normal(jr.key(1), (length, WIDTH))
-
-    def model(x):
-        for layer in layers:
-            x = layer(x, jnp.asarray(allowed))
-        return (x,)
+    width, allowed = 128, RULES[name](length)
+    model = transformer(width, [allowed, allowed])
+    x = jr.normal(jr.key(1), (length, width))
 
     # The edits of a check, through one probe that is already compiled.
     editor = make_editor((np.asarray(x),), (0,), (1.0, 10.0, 100.0), None, None)
@@ -99,7 +131,7 @@ def row(name, length, repeats):
     tried = rule.choose("auto", np.random.default_rng(0))
     trials = [*rule.edits(tried, editor.kinds), *mixing_edits(length, both=rule.kind == "reads")]
     edits = [nothing(editor), *trials, nothing(editor)]
-    probe = make_probe(model, editor, (0,), 2.0**-23, BATCH_SIZE)
+    probe = make_probe(lambda x: (model(x),), editor, (0,), 2.0**-23, BATCH_SIZE)
     probe.measure(edits[:BATCH_SIZE])
     forward = jax.jit(model)
     jax.block_until_ready(forward(x))
@@ -111,26 +143,93 @@ def row(name, length, repeats):
 
     batch = (np.stack([np.asarray(x)] * BATCH_SIZE),)
     memory = reserved(probe.run, batch) / reserved(forward, x)
-    question = Question(trace(model, (x,)), (x,), (0,), (0,))
-    proof = seconds(lambda: prove(question, allowed, assume_bounded=True).connected)
+    proof = seconds(lambda: proved(model, x, allowed).connected)
     passes = proof[1] / np.median(forwards, 0)[1]
     counts = f"{length} | {len(tried)} | {len(trials)}"
     return f"{counts} | {wall:.0f} | {cpu:.0f} | {memory:.1f} | {passes:.0f} | {proof[0]:.1f}"
 
 
-def main():
-    """Prints a table with a row for every rule at T = 128 and at T = 1024."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--positions", type=int, nargs="+", default=[128, 1024])
-    parser.add_argument("--rule", nargs="+", default=[*RULES], choices=[*RULES])
-    options = parser.parse_args()
+def of_rules(names, positions, repeats):
+    """Prints a row for every rule and length."""
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
-    for name in options.rule:
-        for length in options.positions:
-            print(f"| {name} | {row(name, length, options.repeats)} |", flush=True)
+    for name in names:
+        for length in positions:
+            print(f"| {name} | {row(name, length, repeats)} |", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\nThe process took {peak:.1f} GiB at its peak.")
+    print(f"\nThe process took {peak:.1f} GiB at its peak.\n")
+
+
+# Lengths: for each row whether it leaks, the lengths that are tried by default, and what is run.
+
+PROOFS, CHECKS = (512, 1024, 2048, 4096, 8192), (128, 512, 1024, 2048)
+LENGTHS = {
+    "proved": (False, PROOFS, lambda f, x: proved(f, x, rules.causal(len(x))).holds),
+    "a leak, named": (True, PROOFS, lambda f, x: proved(f, x, rules.causal(len(x))).holds),
+    "a check": (False, CHECKS, lambda f, x: not check_causal(f, x).leak),
+    "the check of a leak": (True, CHECKS, lambda f, x: not check_causal(f, x).leak),
+    "the same, `prove=True`": (True, CHECKS, lambda f, x: not check_causal(f, x, prove=True).leak),
+}
+
+
+def child(what, length):
+    """Prints the seconds of what is asked, those of a forward pass, and the peak in GiB."""
+    leaks, _, run = LENGTHS[what]
+    masks = [np.tri(length, dtype=bool)] * 4
+    masks[1] = None if leaks else masks[1]
+    model, x = transformer(64, masks), jr.normal(jr.key(1), (length, 64))
+    start = time.process_time()
+    holds = run(model, x)
+    taken = time.process_time() - start
+    assert holds != leaks
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    forward = jax.jit(model)
+    jax.block_until_ready(forward(x))
+    passes = 10 if length < 4096 else 2
+    once = np.mean([seconds(lambda: forward(x))[1] for _ in range(passes)])
+    print(taken, once, peak)
+
+
+def measured(what, length, root):
+    """The child's three numbers, with the package of the checkout at `root`."""
+    command = [sys.executable, __file__, "--child", what, str(length)]
+    environment = {**os.environ, "PYTHONPATH": root, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return tuple(map(float, out.stdout.split()))
+
+
+def of_lengths(names, positions, before):
+    """Prints a row for every question and length, the other checkouts' figures first."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    roots = [*map(os.path.abspath, before), here]
+    columns = [f"{what}, {os.path.basename(root)}" for root in roots[:-1] for what in ("s", "GiB")]
+    columns += ["s", "GiB", "forward passes"]
+    print(f"| | positions | {' | '.join(columns)} |\n{'|---' * (2 + len(columns))}|")
+    for name in names:
+        for length in positions or LENGTHS[name][1]:
+            found = [measured(name, length, root) for root in roots]
+            cells = [f"{taken:.2g} | {peak:.2f}" for taken, _, peak in found]
+            taken, once, _ = found[-1]
+            print(f"| {name} | {length} | {' | '.join(cells)} | {taken / once:.0f} |", flush=True)
+
+
+def main():
+    """Prints both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=("rules", "lengths"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--positions", type=int, nargs="+")
+    parser.add_argument("--rule", nargs="+", default=[*RULES], choices=[*RULES])
+    parser.add_argument("--what", nargs="+", default=[*LENGTHS], choices=[*LENGTHS])
+    parser.add_argument("--before", nargs="+", default=[], help="other checkouts")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(options.child[0], int(options.child[1]))
+        return
+    if options.only != "lengths":
+        of_rules(options.rule, options.positions or (128, 1024), options.repeats)
+    if options.only != "rules":
+        of_lengths(options.what, options.positions, options.before)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import jax.extend.core as jex
 
 # These hand their operands to code that expects what it was traced with.
 _FOREIGN = ("callback", "pallas_call", "ffi_call", "shard_map", "hi_primitive")
-_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")  # the last that of jax.custom_batching
+# The last two are those of jax.custom_batching and of linear_call.
+_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call", "callee")
 # Their bodies do not take the operands one by one.
 _BODIES = ("scan", "while", "cond")
 

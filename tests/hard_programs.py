@@ -263,12 +263,16 @@ def taken(rng, pick):
     mode = choose(rng, "clip", "fill", "promise_in_bounds")
     if mode == "promise_in_bounds":
         where = where % jnp.asarray(T, dtype)
-    kind = rng.integers(5)
+    kind = rng.integers(6)
     if kind == 0:
         return jnp.take(x, where, 0, mode=choose(rng, "clip", "fill", "wrap"))
     if kind == 1:
         return x.at[where].get(mode=mode)
     update = other(rng, pick, x)
+    if kind == 5:  # the rows or the columns are known
+        steps = jnp.arange(T, dtype=dtype)
+        places = (where, steps % D) if rng.random() < 0.5 else (steps, where)
+        return x.at[places].set(update[:, 0], mode=mode if mode != "fill" else "drop")
     if kind == 2:
         return x.at[where].set(update, mode=mode if mode != "fill" else "drop")
     if kind == 3 and x.dtype != "bool":
@@ -298,6 +302,8 @@ def dynamic(rng, pick):
     cut = lax.dynamic_slice(x, (start, zero), (2, D))
     if rng.random() < 0.5:
         return jnp.concatenate([cut, cut])
+    if rng.random() < 0.5:
+        return lax.dynamic_update_slice(other(rng, pick, x), cut[:, :1], (zero, start))
     return lax.dynamic_update_slice(other(rng, pick, x), cut, (start, zero))
 
 

@@ -250,9 +250,26 @@ def scattered(name, rng, x, y):
     return getattr(x.at[where], name)(y[:3])
 
 
-@step("constant", "dependent")
+@step("row", "column", "batched")
+def scattered_along(name, rng, x, y):
+    """Of the two indices one is known, some of it out of range; or one each, of rows by `vmap`."""
+    operation = str(rng.choice(["set", "add", "multiply", "min", "max"]))
+    mode = str(rng.choice(["clip", "drop"]))
+    put = lambda at, update: getattr(at, operation)(update, mode=mode)
+    known = jnp.asarray(rng.integers(0, T + 1, T), jnp.int32)
+    unknown = jnp.abs(y * 3).astype(jnp.int32)
+    if name == "batched":
+        return jax.vmap(lambda x, where, y: put(x.at[where], y))(x, unknown[:, :2], y[:, 1:])
+    where = (known, unknown[:, 0] % D) if name == "row" else (unknown[:, 0] % T, known % D)
+    return put(x.at[where], y[:, 2])
+
+
+@step("constant", "dependent", "column")
 def dynamic(name, rng, x, y):
     start = int(rng.integers(T)) if name == "constant" else jnp.abs(y[0, 0]).astype(jnp.int32) % T
+    if name == "column":
+        row = int(rng.integers(T))
+        return lax.dynamic_update_slice(x, y[2:, :2], (row, start))
     cut = lax.dynamic_slice(x, (start, 0), (2, D))
     return lax.dynamic_update_slice(x + y, cut, (start, 0))
 

@@ -29,8 +29,9 @@ _UNDERFLOW = -1100.0
 # `_BOUNDS` has those whose results have bounds that masks need.
 _NAMES = (
     "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz "
-    "complex conj convert_element_type copy copy_p cos cosh digamma eq erf erf_inv erfc expm1 "
-    "floor ge gt imag integer_pow is_finite le lgamma log log1p log2 lt max min name ne neg "
+    "complex conj convert_element_type copy copy_p cos cosh digamma eq eq_to erf erf_inv erfc "
+    "expm1 floor ge gt imag integer_pow is_finite le le_to lgamma log log1p log2 lt lt_to max min "
+    "name ne neg "
     "nextafter not one_minus_square or polygamma population_count pow real reduce_precision rem "
     "round rsqrt sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign "
     "sin sinh sqrt square tan tanh threefry2x32 xor zeta"
@@ -219,8 +220,13 @@ def within(low, high, *operands: Bounds):
 
 
 def _sum_bounds(a: Bounds, b: Bounds):
+    """A number that a mask of minus infinity may hide is still finite where it is not hidden."""
     with np.errstate(all="ignore"):
         low, high = np.asarray(a.low + b.low), np.asarray(a.high + b.high)
+    low, high = (
+        np.where(np.isfinite(x) & np.isfinite(y), np.clip(end, -ANY, ANY), end)
+        for end, x, y in ((low, a.low, b.low), (high, a.high, b.high))
+    )
     low, high = outward(*within(low, high, a, b), a.dtype)
     for x, other in ((a, b), (b, a)):
         low, high = np.where(x.zero, other.low, low), np.where(x.zero, other.high, high)

@@ -8,7 +8,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from ._indexing import largest_index
+from ._indexing import largest_index, order_matters
 from ._known import tiny
 
 # These give a number that was there, a whole one, or one with another sign.
@@ -75,6 +75,8 @@ def exact(eqn: jex.JaxprEqn, args: list[Any], out: Any) -> bool:
         return False
     if name.replace("-", "_").startswith(_INDEXED) and any(map(_out_of_range, args[1:])):
         return False
+    if name.startswith("scatter") and _scattered_anyhow(eqn, args):
+        return False
     if name == "convert_element_type":
         return _converted(np.asarray(args[0]), out)
     if not jnp.issubdtype(dtype, jnp.inexact):
@@ -107,6 +109,12 @@ def exact(eqn: jex.JaxprEqn, args: list[Any], out: Any) -> bool:
         a, b = np.broadcast_arrays(*numbers)
         return bool(((b != 0) & ((a == 0) | ((_digits(b) == 1) & (small > 0)))).all())
     return _summed(numbers, digits)
+
+
+def _scattered_anyhow(eqn: jex.JaxprEqn, args: list[Any]) -> bool:
+    """Whether a function is applied, which may round, or the order of the updates is left open."""
+    applies = eqn.primitive.name == "scatter" and eqn.params["update_jaxpr"] is not None
+    return applies or order_matters(eqn, *map(np.asarray, args))
 
 
 def _out_of_range(index: Any) -> bool:

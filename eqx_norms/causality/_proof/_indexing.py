@@ -1,6 +1,7 @@
 """Entries that only move: to places that the shape says, or an index that is known, or any."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _reads as r
-from ._flow import connect_all, finite_as, rule
+from ._flow import finite_as, rule
 from ._known import (
     Known,
     also,
@@ -198,28 +199,31 @@ def _start(start: Known, length: int, size: int) -> int:
 
 @rule("dynamic_update_slice")
 def _dynamic_update_slice(context, eqn, x, update, *starts):
-    if not all(map(_settled, starts)):
-        return connect_all(context, eqn, x, update, *starts)
-    places = [_start(*args) for args in zip(starts, x.shape, update.shape, strict=True)]
-    spot = tuple(slice(p, p + n) for p, n in zip(places, update.shape, strict=True))
+    """Where a start along an axis is not a constant, the update may lie anywhere along it, beside
+    what was there; along one that it fills there is one place for it.
+    """
+    aval, ndim = eqn.outvars[0].aval, len(x.shape)
     whole = [n == m for n, m in zip(x.shape, update.shape, strict=True)]
+    unknown = [i for i, s in enumerate(starts) if not (whole[i] or _settled(s))]
+    row = everything(*(starts[i] for i in unknown))
+    update = _any_along(also(update, r.spread(row, ndim)), unknown)
+    ends = zip(starts, x.shape, update.shape, strict=True)
+    places = [0 if i in unknown else _start(*args) for i, args in enumerate(ends)]
+    spot = tuple(slice(p, p + n) for p, n in zip(places, update.shape, strict=True))
+    alike = [w or i in unknown for i, w in enumerate(whole)]
 
     def move(a):
-        """What is put there, among zeros; still of size 1 along axes that it fills."""
-        out = np.zeros([n if w else m for n, m, w in zip(a.shape, x.shape, whole, strict=True)])
+        """What is put there, among zeros; still of size 1 where it is the same along an axis."""
+        out = np.zeros([n if w else m for n, m, w in zip(a.shape, x.shape, alike, strict=True)])
         out = out.astype(a.dtype)
-        out[tuple(slice(None) if w else s for s, w in zip(spot, whole, strict=True))] = a
+        out[tuple(slice(None) if w else s for s, w in zip(spot, alike, strict=True))] = a
         return out
 
-    aval = eqn.outvars[0].aval
-    inside = move(np.ones((1,) * len(x.shape), bool))
-    key = "put", x.shape, update.shape, *places
-    return [_over(aval, moved(update, aval, move, key, outside=True), inside, x)]
-
-
-def _place(start: Known) -> np.ndarray:
-    """An index that is known, in its own dtype: each has its own range."""
-    return full(start, start.low).astype(start.dtype)
+    key = "put", x.shape, update.shape, *places, *unknown
+    put = moved(update, aval, move, key, outside=True)
+    if unknown:
+        return [finite_as(aval, r.union(x.reads, put.reads), x, update)]
+    return [_over(aval, put, move(np.ones((1,) * ndim, bool)), x)]
 
 
 def _settled(index: Known) -> bool:
@@ -253,60 +257,74 @@ def _any_along(x: Known, axes: Sequence[int]) -> Known:
 def _gather(context, eqn, x, indices):
     """Along an axis whose index is not a constant, all entries; the rows of the index besides."""
     aval, dims = eqn.outvars[0].aval, eqn.params["dimension_numbers"]
-    settled = full(indices, _means_one(indices))
-    constant = np.atleast_1d(settled.reshape(-1, indices.shape[-1]).all(0))
-    unknown = [
-        axis for axis, fixed in zip(dims.start_index_map, constant, strict=True) if not fixed
-    ]
-    places = np.where(constant, full(indices, indices.low), 0)
-    sources = _bind(eqn, _numbers(x), places.astype(indices.dtype), fill_value=-1)
+    places, unknown = _places(indices, dims.start_index_map)
+    sources = _bind(eqn, _numbers(x), places, fill_value=-1)
     out = _by_source(_any_along(x, unknown), aval, sources)
     if unknown and "FILL" in str(eqn.params["mode"]):
         # With NaN, or with the largest integer; a NaN that depends on the input is excepted.
         out = finite_as(aval, out.reads, out)
     rows = r.reduced(indices.reads, [len(indices.shape) - 1])
+    return [also(out, r.reshaped(rows, lambda shape: _with_axes(shape, dims.offset_dims)))]
 
-    def with_offsets(shape):
-        return np.expand_dims(np.empty(shape, bool), tuple(dims.offset_dims)).shape
 
-    return [also(out, r.reshaped(rows, with_offsets))]
+def _places(indices: Known, axes: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """What the indices are, 0 along the axes for which they are no constants; and these axes."""
+    settled = full(indices, _means_one(indices)).all(tuple(range(len(indices.shape) - 1)))
+    places = np.where(settled, full(indices, indices.low), 0).astype(indices.dtype)
+    return places, [axis for axis, fixed in zip(axes, settled, strict=True) if not fixed]
 
 
 @rule("scatter", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "scatter_sub")
 def _scatter(context, eqn, x, indices, updates):
-    """Where an update lands is asked of the gather that is its transpose."""
-    if not _settled(indices):
-        return connect_all(context, eqn, x, indices, updates)
-    landing = _landing(eqn, x, indices, updates).reshape(-1)
+    """Where an update lands is asked of the gather that is its transpose. Along an axis for which
+    the index is not a constant that may be anywhere, and the row of the index is read.
+    """
+    dims = eqn.params["dimension_numbers"]
+    places, unknown = _places(indices, dims.scatter_dims_to_operand_dims)
+    window = _window(eqn, len(x.shape), updates.shape)
+    shape = tuple(window[i] if i in unknown else n for i, n in enumerate(x.shape))
+    landing = _landing(eqn, shape, places, updates.shape).reshape(-1)
     inside = np.flatnonzero(landing >= 0)
     targets = landing[inside]
-    reads = x.reads
-    if eqn.primitive.name == "scatter" and eqn.params["update_jaxpr"] is None:
+    reads, put = x.reads, updates.reads
+    if unknown:
+        rows = r.reduced(indices.reads, [len(indices.shape) - 1])
+        put = r.union(put, r.reshaped(rows, lambda n: _with_axes(n, dims.update_window_dims)))
+    elif eqn.primitive.name == "scatter" and eqn.params["update_jaxpr"] is None:
         overwritten = np.zeros(size(x), bool)
         overwritten[targets] = True
         reads = r.without(reads, mask_of(overwritten.reshape(x.shape)))
-    if updates.reads is not None and len(targets):
-        rows = r.dense(updates.reads, updates.shape).reshape(size(updates), -1)[inside]
+    if put is not None and len(targets):
+        rows = r.dense(put, updates.shape).reshape(size(updates), -1)[inside]
         order = np.argsort(targets, kind="stable")
         hit, first = np.unique(targets[order], return_index=True)
         rows = np.bitwise_or.reduceat(rows[order], first, axis=0)
-        codes = np.zeros(size(x), np.intp)
+        codes = np.zeros(math.prod(shape), np.intp)
         codes[hit] = 1 + np.arange(len(hit))
-        labels, kept = label(codes.reshape(x.shape))
+        labels, kept = label(codes.reshape(shape))
         rows = np.concatenate([np.zeros_like(rows[:1]), rows])[kept]
-        reads = r.union(reads, r.term(labels, rows))
+        reads = r.union(reads, r.reduced(r.term(labels, rows), unknown, keepdims=True))
     return [finite_as(eqn.outvars[0].aval, reads, x, updates)]
 
 
-def _landing(eqn, x: Known, indices: Known, updates: Known) -> np.ndarray:
-    """The place in x of each entry of the updates; -1 outside."""
+def _with_axes(shape: tuple[int, ...], axes: Sequence[int]) -> tuple[int, ...]:
+    return np.expand_dims(np.empty(shape, bool), tuple(axes)).shape
+
+
+def _window(eqn, ndim: int, updates: Sequence[int]) -> tuple[int, ...]:
+    """How much an update covers along each axis of what it is put into."""
     dims = eqn.params["dimension_numbers"]
     single = {*dims.inserted_window_dims, *dims.operand_batching_dims}
-    window = iter(updates.shape[i] for i in dims.update_window_dims)
-    sizes = [1 if axis in single else next(window) for axis in range(len(x.shape))]
+    sizes = iter(updates[i] for i in dims.update_window_dims)
+    return tuple(1 if axis in single else next(sizes) for axis in range(ndim))
+
+
+def _landing(eqn, shape: Sequence[int], indices: np.ndarray, updates: Sequence[int]) -> np.ndarray:
+    """The place in an array of this shape of each entry of the updates; -1 outside."""
+    dims = eqn.params["dimension_numbers"]
     landing = jax.lax.gather(
-        jnp.asarray(_numbers(x)),
-        jnp.asarray(_place(indices)),
+        jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape),
+        jnp.asarray(indices),
         jax.lax.GatherDimensionNumbers(
             offset_dims=dims.update_window_dims,
             collapsed_slice_dims=dims.inserted_window_dims,
@@ -314,8 +332,26 @@ def _landing(eqn, x: Known, indices: Known, updates: Known) -> np.ndarray:
             operand_batching_dims=dims.operand_batching_dims,
             start_indices_batching_dims=dims.scatter_indices_batching_dims,
         ),
-        slice_sizes=tuple(sizes),
+        slice_sizes=_window(eqn, len(shape), updates),
         mode="clip" if "CLIP" in str(eqn.params["mode"]) else "fill",
         fill_value=-1,
     )
     return np.asarray(landing)
+
+
+def order_matters(eqn, x: np.ndarray, indices: np.ndarray, updates: np.ndarray) -> bool:
+    """Whether what a scatter of constants gives is left to the compiler: where updates that were
+    said not to meet do, or one that is not equal to another may overwrite it or be overwritten.
+    """
+    name, unique = eqn.primitive.name, eqn.params["unique_indices"]
+    if name != "scatter" and not unique:
+        return False
+    landing = _landing(eqn, x.shape, indices, updates.shape).reshape(-1)
+    order = np.argsort(landing, kind="stable")
+    places = landing[order]
+    meet = (places[1:] == places[:-1]) & (places[1:] >= 0)
+    if not unique:
+        numbers = np.ascontiguousarray(updates).reshape(-1)[order]
+        bits = numbers.view(np.uint8).reshape(len(numbers), updates.dtype.itemsize)
+        meet &= (bits[1:] != bits[:-1]).any(1)
+    return bool(meet.any())

@@ -196,7 +196,8 @@ def _scalar(held: frozenset, value: Any) -> Known:
 
 
 # What tells 0 from -0, which a product with zero does not: of complex numbers, at their branch
-# cuts; bits; and the angle.
+# cuts; bits; the angle; and an order of all numbers.
+_SIGNS = ("atan2", "bitcast_convert_type", "eq_to", "le_to", "lt_to")
 _BRANCHES = "acos acosh asin asinh atan atanh cbrt log log1p log2 pow rsqrt sign sqrt tan tanh"
 
 
@@ -205,9 +206,7 @@ def _tells_zeros_apart(eqn: jex.JaxprEqn, operands: Sequence[Known]) -> bool:
     kinds = [x.dtype for x in operands if x.value is None]
     is_complex = any(jnp.issubdtype(kind, jnp.complexfloating) for kind in kinds)
     is_float = any(jnp.issubdtype(kind, jnp.inexact) for kind in kinds)
-    return is_float and (
-        name in ("atan2", "bitcast_convert_type") or (is_complex and name in _BRANCHES.split())
-    )
+    return is_float and (name in _SIGNS or (is_complex and name in _BRANCHES.split()))
 
 
 def _with_signs(context: Context, operands: list[Known], path) -> list[Known]:

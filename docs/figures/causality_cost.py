@@ -1,7 +1,7 @@
-"""Draws docs/figures/proof_cost.png: time and memory of a proof over the length.
+"""Draws docs/figures/causality_cost.png: time and memory of a proof over the length.
 
-python -m benchmarks.proof_cost --decoders 0 > costs.md
-python docs/figures/proof_cost.py costs.md
+python -m benchmarks.causality_cost --only lengths > costs.md
+python docs/figures/causality_cost.py costs.md
 """
 
 import pathlib
@@ -20,7 +20,7 @@ def rows(table):
     for line in table.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0] in COLOURS:
-            yield cells[0], *(float(cells[k]) for k in (1, 2, 4))
+            yield cells[0], *(float(cells[k]) for k in (1, 2, 3))
 
 
 def main():

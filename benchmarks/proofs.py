@@ -1,112 +1,36 @@
-"""What a proof costs over the length, and whether decoders as people write them are proved.
+"""Whether decoders as people write them are proved, and what the proof has no rule for.
 
-    python -m benchmarks.proof_cost
-    python -m benchmarks.proof_cost --before ../other/checkout --positions 512 1024
-    python -m benchmarks.proof_cost --without-rule
+    python -m benchmarks.proofs
+    python -m benchmarks.proofs --without-rule
+    python -m benchmarks.proofs --without-rule --write    # into docs/causality.md
 
-The first table is of 4 layers, 4 heads, width 64, one process a row, in seconds of processor time;
-with `--before` beside those of another checkout of this library, in the same run. A forward pass is
-timed in the same process. The second is of one block of each kind at `--decoders` positions. The
-last prints the primitives of this JAX that the proof has no rule for.
+The table is of one block of each kind, in seconds of processor time with all that a check does
+around the proof. The list is of the primitives of this JAX: those that jax.lax, jax.lax.linalg or
+jax.random has a function of, with which jax.numpy and jax.scipy are written, and those that
+jax.extend lists.
 """
 
 import argparse
-import os
-import resource
-import subprocess
-import sys
+import gc
+import pathlib
+import re
 import textwrap
 import time
 import warnings
 
-import equinox as eqx
 import flax.nnx as nnx
 import haiku as hk
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
 
 from eqx_norms.causality import check_causal
-from eqx_norms.causality._proof import Question, prove
 from eqx_norms.causality._proof._flow import RULES
-from eqx_norms.causality._widen import trace
 
-WIDTH, HEADS, DEPTH = 64, 4, 4
-
-
-class Layer(eqx.Module):
-    """A pre-norm transformer layer for one sequence."""
-
-    attention: eqx.nn.MultiheadAttention
-    mlp: eqx.nn.MLP
-    norms: tuple[eqx.nn.LayerNorm, eqx.nn.LayerNorm]
-
-    def __init__(self, key):
-        first, second = jr.split(key)
-        self.attention = eqx.nn.MultiheadAttention(HEADS, WIDTH, key=first)
-        self.mlp = eqx.nn.MLP(WIDTH, WIDTH, 4 * WIDTH, 1, key=second)
-        self.norms = (eqx.nn.LayerNorm(WIDTH), eqx.nn.LayerNorm(WIDTH))
-
-    def __call__(self, x, mask):
-        h = jax.vmap(self.norms[0])(x)
-        x = x + self.attention(h, h, h, mask=mask)
-        return x + jax.vmap(self.mlp)(jax.vmap(self.norms[1])(x))
-
-
-def child(length, leak):
-    """Prints the seconds of a proof, those of a forward pass, and the peak in GiB."""
-    layers = [Layer(key) for key in jr.split(jr.key(0), DEPTH)]
-
-    def model(x):
-        for i, layer in enumerate(layers):
-            mask = None if leak and i == 1 else jnp.tri(length, dtype=bool)
-            x = layer(x, mask)
-        return x
-
-    x = jr.normal(jr.key(1), (length, WIDTH))
-    question = Question(trace(model, (x,)), (x,), (0,), (0,))
-    allowed = np.tri(length, dtype=bool)
-    start = time.process_time()
-    found = prove(question, allowed, assume_bounded=True)
-    seconds = time.process_time() - start
-    assert found.holds != leak
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    forward = jax.jit(model)
-    jax.block_until_ready(forward(x))
-    start = time.process_time()
-    for _ in range(5):
-        jax.block_until_ready(forward(x))
-    print(seconds, (time.process_time() - start) / 5, peak)
-
-
-def measured(length, leak, root):
-    """The child's three numbers, with the package of another checkout if `root` says so."""
-    command = [sys.executable, __file__, "--child", str(length)] + ["--leak"] * leak
-    environment = {**os.environ, "PYTHONPATH": root}
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return tuple(map(float, out.stdout.split()))
-
-
-def lengths(positions, before):
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    roots = [here] if before is None else [os.path.abspath(before), here]
-    names = ["now"] if before is None else ["before", "now"]
-    columns = [f"{what}, {name}" for name in names for what in ("s", "forward passes", "GiB")]
-    print(f"| | positions | {' | '.join(columns)} |\n{'|---' * (2 + len(columns))}|")
-    for leak in (False, True):
-        for length in positions:
-            cells = []
-            for root in roots:
-                seconds, forward, peak = measured(length, leak, root)
-                cells.append(f"{seconds:.2g} | {seconds / forward:.0f} | {peak:.2f}")
-            what = "a leak, named" if leak else "proved"
-            print(f"| {what} | {length} | {' | '.join(cells)} |", flush=True)
-
-
-# Decoders
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "causality.md"
+WIDTH, HEADS = 64, 4
 
 
 def nnx_attention(length):
@@ -261,41 +185,63 @@ def decoders(length):
 # A call is gone through, a loop has its own rule, an iota is a constant, Refs are refused, and what
 # passes between devices is only inside of a `shard_map`, which is gone through with them.
 GONE_THROUGH = (
-    "call closed_call core_call custom_jvp_call custom_vjp_call custom_lin eval_jaxpr jit remat2 "
-    "scan while cond iota get swap addupdate all_gather all_to_all axis_index pmax pmin ppermute "
-    "psum"
+    "call closed_call composite core_call custom_jvp_call custom_vjp_call custom_lin eval_jaxpr "
+    "jit remat2 scan while cond iota get swap addupdate all_gather "
+    "all_gather_invariant all_gather_reduced all_to_all axis_index pbroadcast pcast pmax pmin "
+    "ppermute preduced psum psum_invariant pvary reduce_scatter"
 )
+
+
+def primitives():
+    """The names of all that jax.extend lists, and of what has the name of a public function."""
+    listed = [getattr(jex.primitives, n).name for n in dir(jex.primitives) if n.endswith("_p")]
+    public = {n.removesuffix("_p") for m in (jax.lax, jax.lax.linalg, jr) for n in dir(m)}
+    made = [x.name for x in gc.get_objects() if isinstance(x, jex.Primitive)]
+    named = [n for n in made if n.replace("-", "_") in public or f"random_{n}" in public]
+    return {n.replace("-", "_") for n in (*listed, *named)}
 
 
 def without_rule():
     """The names of the primitives that connect all that goes in with all that comes out."""
-    names = [name for name in dir(jex.primitives) if name.endswith("_p")]
-    names = {getattr(jex.primitives, name).name.replace("-", "_") for name in names}
-    return sorted(names - {*RULES, *GONE_THROUGH.split()})
+    return sorted(primitives() - {*RULES, *GONE_THROUGH.split()})
+
+
+def on_the_page():
+    """The version and the names of each list on the page."""
+    text = PAGE.read_text()
+    found = re.findall(_LIST, text)
+    return {version: set(names.split()) for version, names in found}
+
+
+_LIST = r"  ```text\n  JAX (\S+)\n((?:  [a-z0-9_ ]+\n)+)  ```"
+
+
+def write():
+    """Puts the list of this JAX in the place of the one on the page."""
+    lines = textwrap.fill(" ".join(without_rule()), 98)
+    new = textwrap.indent(f"```text\nJAX {jax.__version__}\n{lines}\n```", "  ")
+    text = PAGE.read_text()
+    old = re.compile(_LIST.replace(r"(\S+)", re.escape(jax.__version__)))
+    if not old.search(text):
+        raise ValueError(f"{PAGE.name} has no list of JAX {jax.__version__} to replace: add one.")
+    PAGE.write_text(old.sub(lambda _: new, text))
 
 
 def main():
-    """Prints both tables, or the list."""
+    """Prints the table, or the list."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--before", help="another checkout")
-    parser.add_argument("--positions", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--decoders", type=int, default=512)
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--leak", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--without-rule", action="store_true", help="print that list alone")
+    parser.add_argument("--length", type=int, default=512, help="positions")
+    parser.add_argument("--without-rule", action="store_true", help="that list alone")
+    parser.add_argument("--write", action="store_true", help="put it into the page")
     options = parser.parse_args()
     if options.without_rule:
         print(textwrap.fill(" ".join(without_rule()), 100))
-        return
-    if options.child:
-        child(options.child, options.leak)
+        if options.write:
+            write()
         return
     warnings.simplefilter("ignore")
     jax.config.update("jax_num_cpu_devices", 4)
-    if options.positions:
-        lengths(options.positions, options.before)
-    if options.decoders:
-        decoders(options.decoders)
+    decoders(options.length)
 
 
 if __name__ == "__main__":
