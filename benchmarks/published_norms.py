@@ -348,15 +348,15 @@ def theirs_and_ours(formula: Formula, name: str, dtype: str, lines: str | None =
             offset = 0 if "offset" in formula.what or "1 + " in formula.what else "bias" not in key
             param.copy_(offset + 0.3 * draw(*param.shape))
         theirs = formula.call(module, x, gate)
-    params = {key: _to_jax(param) for key, param in module.named_parameters()}
+    params = {key: to_jax(param) for key, param in module.named_parameters()}
     if "norms.0.weight" in params:
         params = {"weights": jnp.stack([*params.values()])}
     run = jax.jit(jax.vmap(ft.partial(evaluated, lines or formula.lines), in_axes=(0, 0, None)))
-    ours = run(_to_jax(x), _to_jax(gate), params)
-    return np.asarray(_to_jax(theirs)), np.asarray(ours).reshape(theirs.shape)
+    ours = run(to_jax(x), to_jax(gate), params)
+    return np.asarray(to_jax(theirs)), np.asarray(ours).reshape(theirs.shape)
 
 
-def _to_jax(tensor: Any) -> jax.Array:
+def to_jax(tensor: Any) -> jax.Array:
     """Without NumPy, which has no bfloat16 of torch's."""
     tensor = tensor.detach()
     return jnp.asarray(tensor.float().numpy()).astype(str(tensor.dtype).removeprefix("torch."))

@@ -91,6 +91,28 @@ def test_float32(groups, mask):
         assert not np.asarray(got[0])[hidden].any() and not np.asarray(got[1])[hidden].any()
 
 
+@pytest.mark.parametrize("reach", few(({}, {"decay": 0.9}, {"window": 3}), ({},)))
+def test_float64_that_was_asked_for_stays_float64(reach):
+    """JAX takes it for granted then, and makes none by itself: the bound of a clamp was float32. At
+    this offset float32 has one number for all entries. (No dx: JAX's own derivative of `lax.pad`
+    raises in this mode, 0.10.2 and 0.12.0.1.)"""
+    x = np.random.default_rng(seed(0)).normal(size=(TIME, 2)) + 1e9
+    layer = CumulativeNorm(2, **reach)
+    run = jax.jit(lambda x: (layer(x), layer.chunk(x, layer.init_state(x.dtype))[0]))
+    jax.config.update("jax_explicit_x64_dtypes", "allow")
+    try:
+        got = run(jnp.asarray(x, dtype=jnp.float64))
+    finally:
+        jax.config.update("jax_explicit_x64_dtypes", "warn")
+    with jax.enable_x64(True):
+        want = run(jnp.asarray(x))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.float64
+        # The same operations, of entries of 1e9.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
+    assert np.asarray(got[0]).std() > 0.1
+
+
 def reference(x, weight, bias, where):
     """Each prefix by itself, differentiated by JAX."""
 

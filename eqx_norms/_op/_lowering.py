@@ -116,7 +116,7 @@ def _in_one_pass(x: Array, origin: Array, *others: Array, rank: int, **how) -> l
     xo = x.astype(dtype) - jnp.expand_dims(origin, axes)
     d, square = jnp.mean(xo, axes), jnp.mean(jnp.square(xo), axes)
     # Where both overflow var is infinite, and y 0, as without this.
-    of_mean = jnp.minimum(jnp.square(d), jnp.finfo(dtype).max)
+    of_mean = jnp.minimum(jnp.square(d), jnp.full((), jnp.finfo(dtype).max, dtype))
     return [origin, d, jnp.maximum(square - of_mean, 0)]
 
 

@@ -71,7 +71,7 @@ def pinned(product: Array) -> Array:
     there, and d is the wrong rest: at 1e6 y was off by 1. A clamp stands in between and alters no
     number; barriers and `reduce_precision` are gone by then.
     """
-    most = jnp.finfo(product.dtype).max
+    most = jnp.full((), jnp.finfo(product.dtype).max, product.dtype)
     return jax.lax.clamp(-most, product, most)
 
 
