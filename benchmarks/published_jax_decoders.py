@@ -1,6 +1,6 @@
 """Decoders of Keras Hub on JAX, with random weights: who reads whom, and is the cache right?
 
-    pip install -e ".[published_jax]" && python -m benchmarks.published_jax_decoders
+    pip install -e ".[published-jax]" && python -m benchmarks.published_jax_decoders
 
 makes the second table of docs/published_decoders.md. The options are those of
 `benchmarks.published_decoders`, and so is what is asked.
@@ -38,7 +38,7 @@ SIZES = {
     **dict.fromkeys(("head_dim", "head_size"), 8),
     "intermediate_dim": 48,
     **dict.fromkeys(("moe_intermediate_dim", "shared_expert_intermediate_dim"), 16),
-    **dict.fromkeys(("shared_expert_intermediate_size",), 16),
+    "shared_expert_intermediate_size": 16,
     "num_experts": 4,
     "top_k": 2,
     "image_size": 8,
@@ -46,8 +46,8 @@ SIZES = {
     "attention_dropout": 0.0,
     **dict.fromkeys(("sliding_window", "sliding_window_size"), WINDOW),
     **dict.fromkeys(("max_sequence_length", "max_position_embeddings"), 64),
-    **dict.fromkeys(("linear_num_key_heads",), 2),
-    **dict.fromkeys(("linear_num_value_heads",), 4),
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
     **dict.fromkeys(("gate_lora", "mv_lora", "aaa_lora", "decay_lora"), 8),
     "attention_bias": False,
@@ -136,8 +136,6 @@ def built(family: str) -> Decoder:
 
     def piece(ids, cache, place):
         at = {"cache_update_index": place} if "cache_update_index" in stepped else {}
-        if "rnn_mode" in stepped:  # else it pads a piece, and takes its state from there
-            at["padding_mask"] = jnp.ones_like(ids)
         logits, _, cache = model.call_with_cache(ids, cache, **at)
         return logits, cache
 
@@ -205,7 +203,14 @@ CHECKS = [
     Check("nothing is read from beyond the windows", window),
 ]
 # What is understood of a row, in the code of Keras Hub 0.32.0.
-WHY: dict[str, str] = {}
+WHY = {
+    "GPTNeoX": "**defect**: the query is rotated as at position 0 in each cached call",
+    **dict.fromkeys(
+        ("Qwen, windows", "Qwen3", "Qwen3Moe"),
+        "**defect**: the window is not in the mask that fused attention is given",
+    ),
+    **dict.fromkeys(("GPT2", "OPT"), "absolute positions: further right it is another text"),
+}
 
 
 def answers(family: str, verbose: bool) -> dict[str, str]:
