@@ -10,20 +10,12 @@ Nothing is downloaded: configurations are small and weights are random, so that 
 code. Models are float32; rounding is told from the rest by a copy in float64.
 """
 
-import argparse
-import concurrent.futures
 import contextlib
-import importlib.metadata
 import inspect
-import io
-import json
-import multiprocessing
 import os
 import pathlib
 import textwrap
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,7 +23,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 from eqx_norms.causality import (
@@ -45,9 +36,10 @@ from eqx_norms.causality import (
     stepped,
 )
 
-VOCABULARY, T, PADS, PAD = 64, 12, 5, 1
-FIRST, LAST = 4, 63  # the ids of the texts
-PIECE = 5
+from . import _decoders
+from ._decoders import IDS, LAST, PIECE, Check, T, text
+
+VOCABULARY, PADS, PAD = LAST + 1, 5, 1
 LARGEST = 4_000_000  # parameters
 # Sizes that configurations call by these names; what a family has beside them is in `OWN`.
 SIZES = {
@@ -119,13 +111,6 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-class Check(NamedTuple):
-    """A question, and whether a report's answer is the one to be hoped for."""
-
-    title: str
-    ask: Callable[["Decoder"], Any]
-
-
 class Decoder(NamedTuple):
     """A model, and the names of the arguments that its `forward` takes."""
 
@@ -138,22 +123,16 @@ class Decoder(NamedTuple):
         return next((name for name in names if name in self.accepts), None)
 
 
-def text(examples: int = 1, seed: int = 0, length: int = T) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.integers(FIRST, LAST + 1, (examples, length))
-
-
 def _full(decoder: Decoder) -> Any:
     return from_torch(decoder.model)
 
 
 def causal(decoder: Decoder) -> Any:
-    return check_causal(_full(decoder), text(), axis=1, allowed_values=range(FIRST, LAST + 1))
+    return check_causal(_full(decoder), text(), axis=1, allowed_values=IDS)
 
 
 def batch(decoder: Decoder) -> Any:
-    ids = range(FIRST, LAST + 1)
-    return check_independent(_full(decoder), text(3, length=8), allowed_values=ids)
+    return check_independent(_full(decoder), text(3, length=8), allowed_values=IDS)
 
 
 def _padded(decoder: Decoder, left: bool, positions: bool) -> Any:
@@ -179,8 +158,7 @@ def _uncached(decoder: Decoder) -> dict[str, bool]:
 
 
 def _same(one: Any, two: Any) -> Any:
-    ids = range(FIRST, LAST + 1)
-    return check_same(one, two, text(), axis=1, inputs=1, allowed_values=ids, allow_imprecise=True)
+    return check_same(one, two, text(), axis=1, inputs=1, allowed_values=IDS, allow_imprecise=True)
 
 
 def left(decoder: Decoder) -> Any:
@@ -203,8 +181,7 @@ def packed(decoder: Decoder) -> Any:
     positions = torch.arange(T)[None] % (T // 2)
     call = lambda model, ids: model(ids, position_ids=positions, **_uncached(decoder)).logits
     rule = rules.causal(T) & rules.segments(segments)
-    ids = range(FIRST, LAST + 1)
-    return check_reads(from_torch(decoder.model, call), text(), rule, axis=1, allowed_values=ids)
+    return check_reads(from_torch(decoder.model, call), text(), rule, axis=1, allowed_values=IDS)
 
 
 def _cached(decoder: Decoder, **how: Any) -> Any:
@@ -254,7 +231,6 @@ CHECKS = [
         lambda decoder: _cached(decoder, beside=text(seed=1)),
     ),
 ]
-GOOD = ("clear", "clear (float noise)", "same bits", "rounding", "imprecise")
 
 
 def built(family: str) -> Decoder:
@@ -287,39 +263,7 @@ def _small(config: Any, own: dict[str, Any]) -> Any:
 
 
 def answers(family: str, verbose: bool) -> dict[str, str]:
-    """Of every check a word: ok, another status, an error's name, - where it cannot be asked."""
-    try:
-        with quiet():
-            decoder = built(family)
-    except Exception as error:
-        return {"not built": _words(error)}
-    found = {}
-    for number, check in enumerate(CHECKS):
-        try:
-            with quiet():
-                report = check.ask(decoder)
-        except Exception as error:
-            answer, told = type(error).__name__, str(error)
-            if "different outputs for the same x" in told:
-                answer = "differs from itself"
-        else:
-            answer = "-" if report is None else report.status
-            answer, told = ("ok" if answer in GOOD else answer), str(report)
-        found[str(number)] = answer
-        if verbose and answer not in ("ok", "-"):
-            print(f"\n{family}, {check.title}: {answer}\n{told}")
-    return found
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:100]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    return _decoders.answers(family, built, CHECKS, verbose)
 
 
 # What is understood of a row, in the code of transformers 5.23.0.
@@ -359,33 +303,6 @@ WHY = {
     "xlm": "bidirectional by design, unless `causal=True`",
     "xlnet": "bidirectional by design, unless `attn_type` or `perm_mask` says otherwise",
 }
-
-
-# In the table; any other word is the name of an error.
-SIGNS = {"ok": "", "-": "-"} | dict.fromkeys(("leak", "different", "differs from itself"), "✗")
-
-
-def table(found: dict[str, dict[str, str]]) -> Iterator[str]:
-    """The page's: families that are as hoped for in a list, the others in rows, of those alike."""
-    fine = [name for name, row in found.items() if {*row.values()} <= {"ok", "-"}]
-    unbuilt = [name for name, row in found.items() if "not built" in row]
-    yield f"Everything that can be asked holds in {len(fine)}: {', '.join(fine)}."
-    yield ""
-    yield from (f"{n}. {check.title}" for n, check in enumerate(CHECKS, 1))
-    yield ""
-    yield "| family | " + " | ".join(map(str, range(1, 1 + len(CHECKS)))) + " | |"
-    yield "|---|" + "---|" * (len(CHECKS) + 1)
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for name in found.keys() - {*fine, *unbuilt}:
-        # By the number of the check: files may have these in another order.
-        words = (found[name][str(number)] for number in range(len(CHECKS)))
-        alike.setdefault((*words, WHY.get(name, "")), []).append(name)
-    for names, row in sorted((sorted(names), row) for row, names in alike.items()):
-        signs = (SIGNS.get(word, "E") for word in row[:-1])
-        yield f"| {', '.join(names)} | " + " | ".join(signs) + f" | {row[-1]} |"
-    if unbuilt:
-        yield ""
-        yield f"Not built by this script: {', '.join(unbuilt)}."
 
 
 @contextlib.contextmanager
@@ -436,34 +353,14 @@ def prepare() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", action="append", choices=sorted(NAMES), metavar="FAMILY")
-    parser.add_argument("--json", type=pathlib.Path, help="keep the answers, and go on from there")
-    parser.add_argument("--against", type=pathlib.Path, help="answers to compare with")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="families at one time")
+    parser = _decoders.parser(__doc__, NAMES)
     parser.add_argument("--picture", type=pathlib.Path, help="draw ProphetNet's, and no more")
     args = parser.parse_args()
     prepare()
     if args.picture:
         return picture(args.picture)
-    start = time.perf_counter()
-    found = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    asked = [one for one in args.family or sorted(NAMES) if one not in found]
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, spawn, prepare) as pool:
-        runs = {pool.submit(answers, one, verbose=bool(args.family)): one for one in asked}
-        for run in tqdm(concurrent.futures.as_completed(runs), total=len(runs)):
-            found[runs[run]] = run.result()
-            if args.json:
-                args.json.write_text(json.dumps(found, indent=1, sort_keys=True))
-    found = dict(sorted(found.items()))
-    print(f"{time.perf_counter() - start:.0f} s", *table(found), sep="\n")
-    if args.against:
-        before = json.loads(args.against.read_text())
-        changed = [name for name, row in found.items() if before.get(name, row) != row]
-        print(f"Others than in {args.against}: {', '.join(changed) or 'none'}.")
-    packages = ("transformers", "torch", "jax")
-    print(*(f"{name} {importlib.metadata.version(name)}" for name in packages), sep=", ")
+    table = lambda found: _decoders.table(found, CHECKS, WHY)
+    _decoders.sweep(args, NAMES, answers, prepare, table, ("transformers", "torch", "jax"))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from ._checks import (
-    as_float,
-    check_eps,
-    check_groups,
-    check_param_dtype,
-    check_size,
-    no_state,
-)
+from ._checks import as_float, check_eps, check_param_dtype, check_size, no_state
 from ._op import CumulativeState, Reach, no_steps, normalize_chunk, normalize_so_far
 from ._real import Integer, Number
 from ._steps import (
@@ -25,6 +18,7 @@ from ._steps import (
     in_groups,
     of_channels,
     own_channel_params,
+    set_fields,
 )
 
 
@@ -174,14 +168,8 @@ class CumulativeNorm(eqx.Module):
         for a bad `eps`, `decay` or `window`, or for both of these two; `TypeError` for a `dtype`
         that is none of float16, bfloat16, float32 and float64.
         """
-        self.channels = check_size("CumulativeNorm(channels=...)", channels)
-        self.groups = check_groups("CumulativeNorm", groups, self.channels)
-        self.eps = check_eps("CumulativeNorm", eps)
-        self.channelwise_affine = channelwise_affine
+        set_fields(self, channels, groups, eps, channelwise_affine, dtype)
         self.decay, self.window = _check_reach("CumulativeNorm", decay, window)
-        dtype = check_param_dtype("CumulativeNorm", dtype)
-        self.weight = jnp.ones(self.channels, dtype) if channelwise_affine else None
-        self.bias = jnp.zeros(self.channels, dtype) if channelwise_affine else None
 
     @jax.named_scope("eqx_norms.CumulativeNorm")
     def __call__(

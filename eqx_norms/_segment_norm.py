@@ -9,12 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ._checks import (
-    check_eps,
-    check_groups,
-    check_param_dtype,
-    check_size,
-)
+from ._checks import check_eps, check_size
 from ._op import normalize
 from ._real import Integer, Number
 from ._steps import (
@@ -24,6 +19,7 @@ from ._steps import (
     in_groups,
     of_channels,
     own_channel_params,
+    set_fields,
 )
 
 
@@ -150,13 +146,7 @@ class SegmentNorm(eqx.Module):
         for a bad `eps`; `TypeError` for a `dtype` that is none of float16, bfloat16, float32 and
         float64.
         """
-        self.channels = check_size("SegmentNorm(channels=...)", channels)
-        self.groups = check_groups("SegmentNorm", groups, self.channels)
-        self.eps = check_eps("SegmentNorm", eps)
-        self.channelwise_affine = channelwise_affine
-        dtype = check_param_dtype("SegmentNorm", dtype)
-        self.weight = jnp.ones(self.channels, dtype) if channelwise_affine else None
-        self.bias = jnp.zeros(self.channels, dtype) if channelwise_affine else None
+        set_fields(self, channels, groups, eps, channelwise_affine, dtype)
 
     @jax.named_scope("eqx_norms.SegmentNorm")
     def __call__(

@@ -5,8 +5,32 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._checks import Param, check_floating, check_groups, check_stacked, fits, own_params
-from ._real import Integer
+from ._checks import (
+    Param,
+    check_eps,
+    check_floating,
+    check_groups,
+    check_param_dtype,
+    check_size,
+    check_stacked,
+    fits,
+    own_params,
+)
+from ._real import Integer, Number
+
+
+def set_fields(
+    layer: Any, channels: Integer, groups: Integer, eps: Number, channelwise_affine: bool, dtype
+) -> None:
+    """Of a new layer, those that all of them have."""
+    name = type(layer).__name__
+    layer.channels = check_size(f"{name}(channels=...)", channels)
+    layer.groups = check_groups(name, groups, layer.channels)
+    layer.eps = check_eps(name, eps)
+    layer.channelwise_affine = channelwise_affine
+    dtype = check_param_dtype(name, dtype)
+    layer.weight = jnp.ones(layer.channels, dtype) if channelwise_affine else None
+    layer.bias = jnp.zeros(layer.channels, dtype) if channelwise_affine else None
 
 
 def check_steps(name: str, x: Any, channels: int | None, groups: int, steps: int = 1) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from draws import normal, seed
 
+from eqx_norms import CumulativeNorm
 from eqx_norms.causality import DifferenceError
 from examples.decoder import cache, model
 from examples.decoder.data import split
@@ -24,9 +25,16 @@ SMALL = Settings(width=8, layers=2, heads=2, context=CONTEXT)
 slow = pytest.mark.slow
 
 
-def decoder(**options):
-    """With every parameter moved, so that none is 0 or 1 as at the start."""
+def decoder(so_far=None, **options):
+    """With every parameter moved, so that none is 0 or 1 as at the start.
+
+    `so_far`: with norms over the letters so far in the place of those of a letter, made with these.
+    """
     made = model.Decoder(dataclasses.replace(SMALL, **options), SYMBOLS, key=jr.key(seed(0)))
+    if so_far is not None:
+        is_norm = lambda node: isinstance(node, model.PerToken)
+        new = lambda node: CumulativeNorm(SMALL.width, **so_far) if is_norm(node) else node
+        made = jax.tree.map(new, made, is_leaf=is_norm)
     params, static = eqx.partition(made, eqx.is_inexact_array)
     keys = iter(jr.split(jr.key(seed(1)), 100))
     moved = jax.tree.map(lambda leaf: leaf + 0.1 * normal(next(keys), leaf.shape), params)
@@ -46,6 +54,9 @@ def letters():
         pytest.param({"bf16": True}, marks=slow),
         pytest.param({"norm": "none", "remat": True}, marks=slow),
         pytest.param({"norm": "layer-scale"}, marks=slow),
+        pytest.param({"so_far": {}}, marks=slow),
+        pytest.param({"so_far": {"groups": 2, "window": 3}, "placement": "peri"}, marks=slow),
+        pytest.param({"so_far": {"decay": 0.5}, "bf16": True}, marks=slow),
     ],
     ids=str,
 )
@@ -96,10 +107,11 @@ def test_the_writer_is_chosen(norm):
 
 
 @pytest.mark.slow
-def test_names_are_those_written_without_a_cache(getkey):
+@pytest.mark.parametrize("so_far", [None, {}], ids=["per token", "so far"])
+def test_names_are_those_written_without_a_cache(so_far, getkey):
     # From the same random numbers. Rounding may decide between two letters that nearly tie: of
     # 120 choices by scores that differ by some 1e-6, one in about ten thousand such tests.
-    chosen, key = decoder(), getkey()
+    chosen, key = decoder(so_far), getkey()
     options = {"count": 20, "context": CONTEXT}
     one, two = sample(chosen, key, **options), cache.sample_cached(chosen, key, **options)
     np.testing.assert_array_equal(one, two)

@@ -40,7 +40,7 @@ WRONG = {
 
 @pytest.mark.parametrize("family", WRONG)
 def test_right_and_wrong_families(family, sweep):
-    with sweep.quiet():
+    with sweep._decoders.quiet():
         decoder = sweep.built(family)
     names = ("causal", "right", "one at a time", "pieces", "interleaved")
     asked = {
@@ -50,7 +50,7 @@ def test_right_and_wrong_families(family, sweep):
         if family == "prophetnet" and title in ("pieces", "interleaved"):
             continue  # it refuses the one, and the other says no more
         report = asked[title](decoder)
-        holds = report.status in sweep.GOOD
+        holds = report.status in sweep._decoders.GOOD
         assert holds == (title not in WRONG[family]), f"{title}: {report}"
 
 

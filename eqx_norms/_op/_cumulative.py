@@ -41,7 +41,6 @@ from ._reach import (
     pinned,
     share_kept,
     statistics,
-    sums_before,
     sums_behind,
 )
 
@@ -93,7 +92,7 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
     wide = _only(where, _to_compute_dtype(x))
 
     # Of each step, in two parts. y is the same for any origin, so that origins have no derivative.
-    a = pinned(jax.lax.stop_gradient(mean_of(_in_step(wide), counts.own)))
+    a = _near_mean(wide, counts)
     wide, read_a = next_pass(wide, a)
     b = mean_of(_in_step(_only(where, wide - read_a)), counts.own)
     wide, read_a, read_b = next_pass(wide, a, b)
@@ -104,7 +103,9 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
     var = jnp.where(so_far == 0, 1, mean_of(square, so_far))
     rstd = jax.lax.rsqrt(var + spec.eps)
 
-    residuals = _Residuals(x, weight, where, origin, d, rstd)
+    # The backward tells a step from its own mean where that of its window may be far from it.
+    about = (origin, d) if spec.reach.window is None else (a, b)
+    residuals = _Residuals(x, weight, where, *about, rstd)
     wide, origin, d, rstd = next_pass(wide, origin, d, rstd)
     y = _centred(wide, where, origin, d) * rstd
     if weight is not None:
@@ -114,20 +115,27 @@ def _forward(spec: _Spec, x: Example, weight, bias, where, kept: bool = True):
     return _only(where, y), residuals
 
 
+def _near_mean(wide: Example, counts: Counts) -> Step:
+    """Of each step, as an origin."""
+    return pinned(jax.lax.stop_gradient(mean_of(_in_step(wide), counts.own)))
+
+
 def _backward(spec: _Spec, residuals: _Residuals, g: Example):
     """`(dx, dweight, dbias)` for the cotangent g of y. With gw = g * weight, n_t entries so far,
 
-    k_s = rstd_s^3 * sum(gw_s * xc_s) / n_s,    scale_t = sum of k_s
-    shift_t = sum of rstd_s * sum(gw_s) / n_s - sum of (mean_s - mean_t) * k_s
-    dx_t = rstd_t * gw_t - xc_t * scale_t - shift_t,    dweight = g * xhat,    dbias = g
+    k_t = rstd_t^3 * sum(gw_t * xc_t) / n_t,    v_t = rstd_t * sum(gw_t) / n_t
+    dx_s = rstd_s * gw_s - sum of (x_s - mean_t) * k_t + v_t,    dweight = g * xhat,    dbias = g
 
-    where the sums are over the steps s from t on that reach back to it. With a decay they weigh
-    their terms by what step t weighs at step s.
+    where the sum is over the steps t from s on that reach back to it. With a decay they weigh
+    their terms by what step s weighs at step t.
     """
     x, weight, where, origin, d, rstd = apart(*residuals, centred=True, dx=spec.live[0])
     dtype, counts = x.dtype, _counts(x, where, spec.reach)
     x, g = _only(where, _to_compute_dtype(x)), _only(where, g)
     d, rstd = _recalled(spec.reach, x, where, origin, d, rstd)
+    about = origin, d
+    if spec.reach.window is not None:
+        _, origin, d, _ = statistics(counts, spec.reach, *about, jnp.zeros_like(d))
     dbias = None if spec.bias_shape is None else _sum_to(spec.bias_shape, g)
 
     read = _Pass(x, g, weight, where, origin, d, rstd).again(dtype)
@@ -138,13 +146,11 @@ def _backward(spec: _Spec, residuals: _Residuals, g: Example):
     k = rstd * (rstd * (rstd * k))
     read = read.again(dtype)
     # What is owed to the step itself stands apart: its parts may be large, and cancel.
-    sums = ft.partial(sums_behind, mean=(origin, d), kept=counts.kept, window=spec.reach.window)
-    (from_k, moved), (from_gw, _) = sums(k), sums(rstd * mean_gw)
-    shift = from_gw - moved
+    from_k, shift = sums_behind(counts, spec.reach, about, (origin, d), k, rstd * mean_gw)
 
     read = read.again(dtype)
-    xc = read.xc()
-    dx = (read.rstd * (read.gw() - mean_gw) - xc * k) - (xc * from_k + shift)
+    own = read.rstd * (read.gw() - mean_gw) - read.xc() * k
+    dx = own - (_centred(read.x, where, *map(again, about)) * from_k + shift)
 
     read = read.again(dtype)
     dweight = None
@@ -158,22 +164,24 @@ def _backward(spec: _Spec, residuals: _Residuals, g: Example):
 def _recalled(reach: Reach, x: Example, where, origin, d, rstd):
     """`(d, rstd)` as they were kept, with the derivative that they have in the x beside them.
 
-    As in `_normalize.py`. The sum of (x_s - mean_t) dx_s is had without cancellation: of each step
-    its own, about its own mean, and by what that mean differs from the mean of step t.
+    As in `_normalize.py`. All sums over x are of one step, about its own mean.
     """
     return d, rstd
 
 
 @_recalled.defjvp
 def _recalled_jvp(reach, primals, tangents):
-    x, where, origin, d, rstd = primals
+    x, where, *_ = primals
     counts, dx = _counts(x, where, reach), _only(where, tangents[0])
-    sums = ft.partial(sums_before, mean=(origin, d), kept=counts.kept, window=reach.window)
-    total, about = _in_step(dx), _in_step(_centred(x, where, origin, d) * dx)
-    (before, moved), (about_before, _) = sums(total), sums(about)
-    product = about + about_before + moved
-    drstd = -rstd * (rstd * (rstd * mean_of(product, counts.so_far)))
-    return (d, rstd), (mean_of(total + before, counts.so_far), drstd)
+    a = _near_mean(x, counts)
+    b = mean_of(_in_step(_only(where, x - a)), counts.own)
+    db = mean_of(_in_step(dx), counts.own)
+    dw = 2 * _in_step(_centred(x, where, a, b) * dx)
+    moments = lambda b, w: statistics(counts, reach, a, b, w)[2:]  # linear in w
+    _, (dd, dsquare) = jax.jvp(moments, (b, jnp.zeros_like(b)), (db, dw))
+    d, rstd = _recalled(reach, *primals)
+    drstd = -rstd * (rstd * (rstd * mean_of(dsquare / 2, counts.so_far)))
+    return (d, rstd), (dd if reach.window is None else db, drstd)
 
 
 _cumulative = in_both_modes(_forward, _backward)

@@ -9,6 +9,7 @@ as long as the window. What it covers is the end of one block and the beginning 
 both are sums so far, the first from behind (van Herk's way to take a maximum).
 """
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float
 from ._normalize import divided
 
 Step = Float[Array, "time #groups *ones"]  # One number a step and group.
+Mean = tuple[Step, Step]  # in two parts
 
 
 class Reach(NamedTuple):
@@ -83,12 +85,9 @@ def statistics(counts: Counts, reach: Reach, a: Step, b: Step, w: Step) -> Stati
     """From the mean `a + b` of each step by itself, and its sum of squares w about that."""
     if reach.window is None:
         return _statistics_so_far(counts, a, b, w)
-
-    def in_block(own, a, b, w):
-        own = own.astype(jnp.int32)
-        return _statistics_so_far(counts_of(own, a.dtype, Reach()), a, b, w)
-
-    return _merged(*_two_ends(in_block, (counts.own, a, b, w), reach.window))
+    beginning, end = _two_ends(_in_blocks((counts.own, a, b, w), reach.window))
+    found = _merged(beginning, jax.tree.map(_one_block_before, end))
+    return _in_line(found, len(a))
 
 
 def _statistics_so_far(counts: Counts, a: Step, b: Step, w: Step) -> Statistics:
@@ -125,40 +124,49 @@ def _merged(one: Statistics, other: Statistics) -> Statistics:
     return Statistics(count, origin, d, one.square + other.square + between)
 
 
-def sums_before(
-    v: Step, mean: tuple[Step, Step], kept: Array | None, window: int | None
-) -> tuple[Step, Step]:
-    """Of the steps before each, as far as it reaches: their sum, and that of (mean_s - mean_t) v_s.
-
-    The difference of two means is the sum of the moves in between. So the second grows, with each
-    step, by its move times the first. The mean is in two parts.
-    """
-    if window is None:
-        total = _found(_so_far(v, kept), kept)
-        move = _difference(mean, jax.tree.map(_one_before, mean))
-        return total, _so_far(-move * total, kept)
-
-    def in_block(v, *mean):
-        return *sums_before(v, mean, None, None), v, *mean
-
-    here, there = _two_ends(in_block, (v, *mean), window)
-    total, moved, v_first, *mean_first = there
-    total = total + v_first
-    moved = moved + _difference(tuple(mean_first), mean) * total
-    return here[0] + total, here[1] + moved
-
-
 def sums_behind(
-    v: Step, mean: tuple[Step, Step], kept: Array | None, window: int | None
+    counts: Counts, reach: Reach, own: Mean, mean: Mean, k: Step, v: Step
 ) -> tuple[Step, Step]:
-    """The same of the steps behind each that reach back to it, by what it weighs for them."""
-    kept = None if kept is None else _one_later(kept)
-    v, mean, kept = jax.tree.map(_flipped, (v, mean, kept))
-    total, moved = sums_before(v, mean, kept, window)
-    return _flipped(total), _flipped(moved)
+    """Over the steps t behind each step s that reach back to it, by what it weighs for them: the
+    sum of k_t, and that of v_t + (own_s - mean_t) * k_t, where `own` is the mean of a step alone.
+
+    Means of windows may jump, back and forth, while s is within all of them. So a window's mean is
+    told from that of its part in one block, and these parts, one within the other, move as means
+    so far do: never by much of the spread of the windows that they are in.
+    """
+    if reach.window is None:
+        kept = None if counts.kept is None else _one_later(counts.kept)
+        return _from_behind(_sums_before)(k, v, own, mean, kept)
+
+    blocks = _in_blocks((counts.own, *own, jnp.zeros_like(k)), reach.window)
+    beginning, end = ((part.origin, part.d) for part in _two_ends(blocks))
+    own, mean, k, v = _in_blocks((own, mean, k, v), reach.window)
+    told = lambda part, mean, k, v: v + k * _difference(part, mean)
+    here = jax.vmap(_from_behind(_sums_before))(k, told(beginning, mean, k, v), own, beginning)
+    mean, k, v = jax.tree.map(_one_block_behind, (mean, k, v))
+    there = jax.vmap(_sums_so_far)(k, told(end, mean, k, v), own, end)
+    return _in_line(jax.tree.map(jnp.add, here, there), len(counts.own))
 
 
-def _difference(one: tuple[Step, Step], other: tuple[Step, Step]) -> Step:
+def _sums_so_far(
+    k: Step, v: Step, own: Mean, mean: Mean, kept: Array | None = None, before: bool = False
+) -> tuple[Step, Step]:
+    """The sums of `sums_behind`, over the steps up to each, or before it.
+
+    The difference of two means is the sum of the moves in between. So a part of the second grows,
+    with each step, by its move times the first.
+    """
+    sums = of_k, _ = _so_far(k, kept), _so_far(v, kept)
+    move = _difference(mean, jax.tree.map(_one_before, mean))
+    moved = _so_far(move * _found(of_k, kept), kept)
+    of_k, of_v = (_found(a, kept) for a in sums) if before else sums
+    return of_k, of_v + moved + _difference(own, mean) * of_k
+
+
+_sums_before = ft.partial(_sums_so_far, before=True)
+
+
+def _difference(one: Mean, other: Mean) -> Step:
     return (one[0] - other[0]) + (one[1] - other[1])
 
 
@@ -194,32 +202,42 @@ def _shifted(a: Array, steps: int) -> Array:
     return jnp.concatenate([jnp.zeros_like(a[:steps]), a[: len(a) - steps]])
 
 
-def _flipped(a: Array) -> Array:
-    return jnp.flip(a, 0)
+def _from_behind(f: Callable) -> Callable:
+    """f, which goes from a first step on, from the last step back."""
+    flipped = lambda arrays: jax.tree.map(lambda a: jnp.flip(a, 0), arrays)
+    return lambda *arrays: flipped(f(*flipped(arrays)))
 
 
-def _two_ends(f: Callable, arrays: Any, window: int) -> tuple[Any, Any]:
-    """f, which goes from a first step on, over both parts of each window.
+def _in_blocks(arrays: Any, window: int) -> Any:
+    """Time as (blocks, window), filled up with zeros."""
 
-    The first is of the steps from the beginning of the block to this one. The second is of those
-    of the block before that the window covers, and zeros where there are none: f goes from the end
-    of that block back to the first of them.
-    """
-    steps = len(arrays[0])
-    window = min(window, max(steps, 1))
-    short = -steps % window
+    def cut(a: Array) -> Array:
+        size = min(window, max(len(a), 1))
+        a = jnp.concatenate([a, jnp.zeros((-len(a) % size, *a.shape[1:]), a.dtype)])
+        return a.reshape(-1, size, *a.shape[1:])
 
-    def in_blocks(a: Array) -> Array:
-        a = jnp.concatenate([a, jnp.zeros((short, *a.shape[1:]), a.dtype)])
-        return a.reshape(-1, window, *a.shape[1:])
+    return jax.tree.map(cut, arrays)
 
-    def there(a: Array) -> Array:
-        """From the window's first step to its last. The first of a block has all in its own."""
-        a = jnp.concatenate([jnp.zeros_like(a[:, :1]), a[:, 1:]], 1)
-        return _shifted(flat(a), window - 1)[:steps]
 
-    flat = lambda a: a.reshape(-1, *a.shape[2:])
-    blocks = jax.tree.map(in_blocks, arrays)
-    back = lambda *arrays: jax.tree.map(_flipped, f(*jax.tree.map(_flipped, arrays)))
-    beginning, end = jax.vmap(f)(*blocks), jax.vmap(back)(*blocks)
-    return jax.tree.map(lambda a: flat(a)[:steps], beginning), jax.tree.map(there, end)
+def _in_line(blocks: Any, steps: int) -> Any:
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:steps], blocks)
+
+
+def _two_ends(blocks: Any) -> tuple[Statistics, Statistics]:
+    """Of each block, from its first step up to each, and from each to its last step."""
+
+    def so_far(own, a, b, w):
+        counts = counts_of(own.astype(jnp.int32), a.dtype, Reach())
+        return _statistics_so_far(counts, a, b, w)
+
+    return jax.vmap(so_far)(*blocks), jax.vmap(_from_behind(so_far))(*blocks)
+
+
+def _one_block_before(end: Array) -> Array:
+    """For each step what its window covers of the block before: of the last of a block, nothing."""
+    return jnp.concatenate([_one_before(end)[:, 1:], jnp.zeros_like(end[:, :1])], 1)
+
+
+def _one_block_behind(a: Array) -> Array:
+    """For the first step of that part what the step has whose window it is in."""
+    return jnp.concatenate([jnp.zeros_like(a[:, :1]), _one_later(a)[:, :-1]], 1)

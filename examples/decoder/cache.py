@@ -3,10 +3,12 @@
     python -m examples.decoder.cache                 # letters a second, with it and without
     python -m examples.decoder.cache --context 128
 
-A norm over tokens cannot have one: with each new letter it changes all that was kept.
+A norm over tokens cannot have one: with each new letter it changes all that was kept. One over the
+tokens so far can: of each `eqx_norms.CumulativeNorm` in the model the state is kept as well.
 """
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -17,8 +19,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from eqx_norms import CumulativeNorm
 from eqx_norms.causality import DifferenceError, SameReport, assert_same
 
 from .data import END_ID, Data, shifted
@@ -34,8 +37,15 @@ class Cache(NamedTuple):
     values: Float[Array, "context heads size"]
 
 
-def empty(model: Decoder, context: int) -> list[Cache]:
-    """A cache for every block. Raises `ValueError` for a model whose norms average over tokens."""
+class Kept(NamedTuple):
+    """A cache for each block, a state for each norm over the letters so far."""
+
+    blocks: list[Cache]
+    norms: list[PyTree]
+
+
+def empty(model: Decoder, context: int) -> Kept:
+    """Before the first letter. Raises `ValueError` for a model whose norms average over tokens."""
     is_over = lambda node: isinstance(node, OverTokens | OverTokensAndFeatures)
     if any(map(is_over, jax.tree.leaves(model, is_leaf=is_over))):
         raise ValueError(
@@ -45,7 +55,32 @@ def empty(model: Decoder, context: int) -> list[Cache]:
     dtype = jnp.bfloat16 if model.bf16 else jnp.float32
     shape = lambda attention: (context, attention.num_heads, attention.qk_size)
     zeros = [jnp.zeros(shape(block.attention), dtype) for block in model.blocks]
-    return [Cache(both, both) for both in zeros]
+    leaves = jax.tree.leaves(model, is_leaf=_is_so_far)
+    states = [norm.init_state(dtype) for norm in leaves if _is_so_far(norm)]
+    return Kept([Cache(both, both) for both in zeros], states)
+
+
+def _is_so_far(node: PyTree) -> bool:
+    return isinstance(node, CumulativeNorm)
+
+
+def streaming(model: Decoder, states: Sequence[PyTree]) -> tuple[Decoder, list[PyTree]]:
+    """The model, whose norms over the letters so far go on from their states; and the states,
+    which are those behind the letters once the model has been called with them."""
+    states, number = list(states), itertools.count()
+
+    def go_on(node: PyTree) -> PyTree:
+        if not _is_so_far(node):
+            return node
+        i = next(number)
+
+        def norm(x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
+            y, states[i] = node.chunk(x, states[i])
+            return y
+
+        return norm
+
+    return jax.tree.map(go_on, model, is_leaf=_is_so_far), states
 
 
 def attend(
@@ -64,16 +99,16 @@ def attend(
 
 
 def next_scores(
-    model: Decoder, caches: Sequence[Cache], place: Int[Array, ""], letter: Int[Array, ""]
-) -> tuple[Float[Array, " symbols"], list[Cache]]:
+    model: Decoder, before: Kept, place: Int[Array, ""], letter: Int[Array, ""]
+) -> tuple[Float[Array, " symbols"], Kept]:
     """Reads the letter at `place` and scores what comes next."""
-    model = in_bfloat16(model) if model.bf16 else model
+    model, states = streaming(in_bfloat16(model) if model.bf16 else model, before.norms)
     x = model.norm_in((model.embedding(letter) + model.position[place])[None])
-    kept = []
-    for block, cache in zip(model.blocks, caches, strict=True):
+    caches = []
+    for block, cache in zip(model.blocks, before.blocks, strict=True):
         x, cache = block.around(x, lambda h, b=block, c=cache: attend(b, c, place, h))
-        kept.append(cache)
-    return model.readout(model.norm(x)[0]).astype(jnp.float32), kept
+        caches.append(cache)
+    return model.readout(model.norm(x)[0]).astype(jnp.float32), Kept(caches, states)
 
 
 class LetterByLetter(eqx.Module):
@@ -82,9 +117,9 @@ class LetterByLetter(eqx.Module):
     model: Decoder
 
     def __call__(self, letters: Int[Array, " tokens"]) -> Float[Array, "tokens symbols"]:
-        def read(caches, at):
-            scores, caches = next_scores(self.model, caches, *at)
-            return caches, scores
+        def read(kept, at):
+            scores, kept = next_scores(self.model, kept, *at)
+            return kept, scores
 
         places = jnp.arange(len(letters))
         return jax.lax.scan(read, empty(self.model, len(letters)), (places, letters))[1]
@@ -113,16 +148,16 @@ def sample_cached(
     """Names as `sample` writes them, from the same random numbers."""
 
     def write(carry, place):
-        caches, last = carry
-        step = lambda caches, letter: next_scores(model, caches, place, letter)
-        scores, caches = jax.vmap(step)(caches, last)
+        kept, last = carry
+        step = lambda kept, letter: next_scores(model, kept, place, letter)
+        scores, kept = jax.vmap(step)(kept, last)
         letters = jr.categorical(jr.fold_in(key, place), scores).astype(last.dtype)
         goes_on = (place == 0) | (last != END_ID)
         letters = jnp.where(goes_on, letters, END_ID)
-        return (caches, letters), letters
+        return (kept, letters), letters
 
-    caches = jax.tree.map(lambda leaf: jnp.stack([leaf] * count), empty(model, context))
-    start = caches, jnp.full(count, END_ID, jnp.int32)
+    kept = jax.tree.map(lambda leaf: jnp.stack([leaf] * count), empty(model, context))
+    start = kept, jnp.full(count, END_ID, jnp.int32)
     return jax.lax.scan(write, start, jnp.arange(context))[1].T
 
 
