@@ -9,6 +9,7 @@ the dtype of their parameters and inputs, which are float64 here.
 import functools as ft
 import itertools
 
+import flax
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -138,10 +139,10 @@ def merged(net, x):
 @pytest.mark.parametrize(
     "fn",
     [
-        pytest.param(loss_fn, marks=pytest.mark.slow),
-        pytest.param(merged, marks=pytest.mark.slow),
-        lambda net, x: loss_of(nnx.jit(nnx.remat(call))(net, x)),
-        pytest.param(lambda net, x: nnx.value_and_grad(loss_fn)(net, x)[0], marks=pytest.mark.slow),
+        slow(loss_fn),
+        slow(merged),
+        slow(lambda net, x: loss_of(nnx.jit(nnx.remat(call))(net, x))),
+        slow(lambda net, x: nnx.value_and_grad(loss_fn)(net, x)[0]),
     ],
 )
 def test_nnx_by_hand(fn, expected):
@@ -213,6 +214,7 @@ def test_nnx_scan_over_layers():
     np.testing.assert_allclose(of_net["blocks"]["layers"][0]["kernel"][2], of_weight, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_nnx_ensemble():
     """Members by nnx.vmap, of which each has its own parameters."""
 
@@ -240,6 +242,7 @@ def test_nnx_several_models():
     assert_close((out, values), (two(0 * x), {"one": 0 * x}))
 
 
+@pytest.mark.slow
 def test_nnx_dropout_and_streams():
     """Random streams go on in the copy that `fn` has, and stay as they are in the model."""
     net = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
@@ -408,6 +411,7 @@ def test_linen_several_models():
         capture(stacks, both, x, where=nn.Dense)
 
 
+@pytest.mark.slow
 def test_haiku():
     def mlp(x):
         hidden = hk.Linear(4)(x)
@@ -545,6 +549,7 @@ def test_linen_zoo():
     assert [row.name for row in rows.calls] == [":tanh"]  # of a plain function
 
 
+@pytest.mark.slow
 def test_norms_have_no_activation():
     """The variance of Flax's norms is a difference, of which the maximum with 0 is taken."""
     net = nnx.Sequential(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), nnx.relu)
@@ -596,3 +601,7 @@ def test_what_is_no_model():
         capture(nn.Dense(2).apply, params, x, where=(), replace={"Dense_0": jnp.zeros_like})
     with refused(ValueError, "must call at least one submodule"):
         capture(lambda _, x: net(x), nnx.clone(net), x, where=nnx.Linear)
+    norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    with pytest.raises(flax.errors.TraceContextError) as info:
+        capture(lambda _, x: norm(x), nnx.clone(norm), x, where=nnx.BatchNorm)
+    assert "updates a module of `flax.nnx` that it closes over" in info.value.__notes__[0]

@@ -13,6 +13,7 @@ from draws import normal
 from jax.experimental import jet
 
 from eqx_norms.diagnostics import capture, capture_grads
+from eqx_norms.diagnostics._capture._library import as_model
 from eqx_norms.diagnostics._diagnose._survey import Survey
 
 LINEAR = eqx.nn.Linear
@@ -173,7 +174,8 @@ def test_a_diagnosis_and_a_capture_have_traces_of_their_own(linear, getkey):
     loss = lambda linear, x: jitted(linear, x)
     everything = lambda path, module: True
     # A diagnosis begins with a survey, which marks inputs as well.
-    ends = lambda: [(c.given, c.returned) for c in Survey(loss, linear, (x,), everything).calls]
+    survey = lambda: Survey(loss, as_model(linear), (x,), everything)
+    ends = lambda: [(call.given, call.returned) for call in survey().calls]
     assert ends() == [(0, 1)]
     _, values, grads, _ = capture_grads(loss, linear, x, where=everything)
     assert ends() == [(0, 1)]

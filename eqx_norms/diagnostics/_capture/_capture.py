@@ -56,12 +56,13 @@ def capture(
     **Arguments:**
 
     - `fn`: a function of the model and `args`. It may return anything.
-    - `model`: any pytree with `equinox.Module`s in it.
+    - `model`: any pytree with `equinox.Module`s in it, or with modules of `flax.nnx`. Of
+        `flax.linen` and Haiku it is the parameters that `fn` gives to `apply`, or all variables.
     - `args`: anything; arrays are traced.
     - `where`: which submodules to capture. It is a type, a tuple of types, or a function of
         `(path, module)`, or of the module alone such as [`eqx_norms.is_norm`][], that says whether
-        to capture it. It is asked about every `equinox.Module` that can be called, including the
-        model itself, whose path is `""`. `()` captures only what is replaced.
+        to capture it. It is asked about every module that can be called, including the model
+        itself, whose path is `""`. `()` captures only what is replaced.
     - `names`: values that `fn` or the model names itself, by
         `jax.ad_checkpoint.checkpoint_name(value, "scores")`: one name, or several. Each has an
         entry below, by its name. Further values of the same name, and the further arrays of a
@@ -95,6 +96,11 @@ def capture(
     A submodule that holds no array, such as an `equinox.nn.Lambda`, is found through the module in
     whose call it is called, or else as the only one in the model that is equal to it.
 
+    Of `flax.nnx`, `fn` gets a copy of the model, and what it updates in there is lost with it. A
+    module has the path that `nnx.iter_modules` gives it. Of `flax.linen` and Haiku the path is the
+    name of the module, `Block_0.Dense_0`. If `fn` applies several modules, or if the parameters
+    stand deeper in `model`, their place is ahead of it: `encoder.Block_0.Dense_0`.
+
     The value is what its `__call__` returned: an array of the dtype that the model computes in, or
     any pytree of these. Of a stateful layer, which returns `(output, state)`, it is the output.
     Axes come in this order:
@@ -120,8 +126,9 @@ def capture(
     - `ValueError` if `where` matches nothing, or if nothing that it matches is called. Also if one
         of `names` is not given, or is the path of a matched submodule, if `replace` names no call,
         or if a replacement has another structure or shape.
-    - `TypeError` if `names` are no strings, if `model` or `args` hold a `jax.ShapeDtypeStruct`, or
-        if a replacement is of another dtype.
+    - `TypeError` if `names` are no strings, if `model` is an `nnx.State`, or a module of
+        `flax.linen` or Haiku itself, if `model` or `args` hold a `jax.ShapeDtypeStruct`, or if a
+        replacement is of another dtype.
     - `NotImplementedError`, naming the submodule and the place, if it is called where no value can
         be handed out. That is in a while loop, in a function with a custom derivative rule, in
         `jax.shard_map`, and in any other primitive that this function does not know.
@@ -171,7 +178,8 @@ def capture_grads(
         structure, shapes and dtypes of its value. Integers have `None`, and what the loss does not
         depend on has zero. A value that is shared by several examples, steps or shards has the
         sum. If a value is replaced, it is the derivative with respect to the replacement;
-    - the derivatives with respect to the model, as `equinox.filter_grad` gives them.
+    - the derivatives with respect to the model, as `equinox.filter_grad` gives them; as
+        `nnx.grad` for `flax.nnx`; of all variables of `flax.linen` those of `params`.
 
     **Raises:**
 

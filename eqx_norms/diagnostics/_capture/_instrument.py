@@ -113,7 +113,12 @@ class Observer:
             self._places = {id(m): keys for keys, m in self.model.modules(model)}
             names = batches_in_front() if self.names else contextlib.nullcontext()
             with _set(_watch, self), _traces(self._key()), self._hearing(), names:
-                return fn(model, *args)
+                try:
+                    return fn(model, *args)
+                except Exception as error:
+                    if type(error).__name__ == "TraceContextError":
+                        error.add_note(_UPDATED)
+                    raise
 
         return eqx.filter_make_jaxpr(watched)(self.model.tree, *args)
 
@@ -219,6 +224,12 @@ _watch: ContextVar[Observer | None] = ContextVar("watch", default=None)
 # by, so that none with our tags in it is used where nothing is captured, where other things are, or
 # in another model, nor the other way round.
 _traces = jax.make_user_context()
+
+
+_UPDATED = (
+    "`fn` updates a module of `flax.nnx` that it closes over, as a BatchNorm in training. Give the "
+    "module to `capture` as the model, or as one of `args`: `fn` gets copies of these."
+)
 
 
 def innermost(kind: type) -> Observer | None:

@@ -62,7 +62,8 @@ class Watch:
         they only mean something for activation functions, such as an `equinox.nn.Lambda`.
     - `names`: values that the model names by `jax.ad_checkpoint.checkpoint_name`, as for that
         function. Each has a row of its own, by its name.
-    - `optimiser`: the optax optimiser that trains the model, for the size of its updates.
+    - `optimiser`: the optax optimiser that trains the model, for the size of its updates. Of an
+        `nnx.Optimizer` it is its `tx`, and the state is its `opt_state`.
     """
 
     def __init__(
