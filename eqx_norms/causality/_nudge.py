@@ -1,12 +1,11 @@
 """Inputs beside those of an editor: chaos and ties show there what they are."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from .._processes import fetched
 from ._edits import Edit, Editor
@@ -49,9 +48,11 @@ def constants_beside(by: float, seed: int) -> tuple[Callable, Callable]:
             return value
         return _moved(fetched(value), by, seed, wide=True)
 
-    def watch(eqn, args: Sequence[Array], outs: Sequence[Array], _) -> Sequence[Array]:
-        became = eqn.primitive.name == "convert_element_type" and args[0].dtype != outs[0].dtype
-        if not became or not jnp.issubdtype(outs[0].dtype, jnp.floating):
+    def watch(eqn: Any, args: Any, outs: Any, _: Any) -> Any:
+        casts = eqn.primitive.name == "convert_element_type"
+        if not (casts and jnp.issubdtype(args[0].dtype, jnp.integer)):
+            return outs
+        if not jnp.issubdtype(outs[0].dtype, jnp.floating):
             return outs
         return [out * (1 + by * jnp.sin(out + seed)) for out in outs]
 
@@ -62,5 +63,5 @@ def _moved(values: np.ndarray, by: float, seed: int, wide: bool) -> np.ndarray:
     found, where = np.unique(values, return_inverse=True)
     factors = 1 + by * np.random.default_rng(seed).choice([-1, -0.5, 0.5, 1], size=found.shape)
     exact = found.astype(np.complex128 if np.iscomplexobj(found) else np.float64)
-    moved = (exact * factors)[where].reshape(values.shape)
+    moved = np.asarray((exact * factors)[where]).reshape(values.shape)
     return moved if wide else moved.astype(values.dtype)
