@@ -603,5 +603,5 @@ def test_what_is_no_model():
         capture(lambda _, x: net(x), nnx.clone(net), x, where=nnx.Linear)
     norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
     with pytest.raises(flax.errors.TraceContextError) as info:
-        capture(lambda _, x: norm(x), nnx.clone(norm), x, where=nnx.BatchNorm)
+        capture(lambda _, x: norm(x.astype("float32")), nnx.clone(norm), x, where=nnx.BatchNorm)
     assert "updates a module of `flax.nnx` that it closes over" in info.value.__notes__[0]
