@@ -174,8 +174,8 @@ def _extremes(group: list[Any]) -> str:
 
 def _index(group: list[Any], i: int) -> str:
     label = _label(group[i])
-    patterns = (re.compile(r"\{.*\}"), _NUMBER, _COUNTED)
-    return next((found[0] for p in patterns if (found := p.search(label))), f"[{i}]")
+    found = re.search(rf"\{{.*\}}|{_NUMBER.pattern}", label) or _COUNTED.search(label)
+    return found[0] if found else f"[{i}]"
 
 
 def _not_looked_at(reasons: dict[str, str]) -> str:
