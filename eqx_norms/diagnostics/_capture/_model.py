@@ -75,7 +75,9 @@ class Model:
 
     def paths(self) -> list[str]:
         """Of what is trained, in the order of its leaves."""
-        return [path(keys) for keys in self.keys(self.trained(self.tree))]
+        long = [path(keys) for keys in self.keys(self.trained(self.tree))]
+        short = [each.removesuffix("[<flat index 0>]") for each in long]  # of Haliax's arrays
+        return short if len(set(short)) == len(short) else long
 
     def gradients(self, grads: PyTree) -> PyTree:
         """As the library itself returns them."""

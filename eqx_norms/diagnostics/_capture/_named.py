@@ -28,9 +28,9 @@ class NamedModel(Model):
     batches_first = True
     to_share = "call the one module at both places"
     nothing_there = (
-        "`fn` calls no module with parameters of the second argument, a tree of arrays. That is an "
-        "`equinox.Module` or a `flax.nnx.Module`; or, for `flax.linen` and Haiku, the parameters "
-        "that `fn` gives to `apply`. Of functions without modules, name values by "
+        "the second argument, the model, has none: it is a tree of arrays. Type an "
+        "`equinox.Module` or a `flax.nnx.Module` with a `__call__`; or, for `flax.linen` and Haiku "
+        "the parameters that `fn` gives to `apply`. Of functions without modules, name values by "
         "`jax.ad_checkpoint.checkpoint_name`, and type `where=(), names=('hidden',)`."
     )
 

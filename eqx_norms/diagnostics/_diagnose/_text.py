@@ -128,7 +128,11 @@ def _pattern(row: Any) -> str:
     name = getattr(row, "name", row.path)
     if getattr(row, "step", ()):
         return re.sub(r"\{.*\}", "{i}", name)
-    return re.sub(r"\[\d+\]|#\d+", "[i]", name, count=1)
+    return _NUMBER.sub("[i]", name, 1) if _NUMBER.search(name) else _COUNTED.sub("_[i]", name, 1)
+
+
+_NUMBER = re.compile(r"\[\d+\]|#\d+")
+_COUNTED = re.compile(r"_\d+\b")  # as flax.linen names its modules
 
 
 def _kind(row: Any) -> str:
@@ -165,8 +169,13 @@ def _extremes(group: list[Any]) -> str:
     ]
     if not grads:
         return ""
-    index = lambda i: (re.search(r"\{.*\}|\[\d+\]|#\d+", _label(group[i])) or [f"[{i}]"])[0]
-    return f" (grad: {index(min(grads)[1])} to {index(max(grads)[1])})"
+    return f" (grad: {_index(group, min(grads)[1])} to {_index(group, max(grads)[1])})"
+
+
+def _index(group: list[Any], i: int) -> str:
+    label = _label(group[i])
+    found = re.search(rf"\{{.*\}}|{_NUMBER.pattern}", label) or _COUNTED.search(label)
+    return found[0] if found else f"[{i}]"
 
 
 def _not_looked_at(reasons: dict[str, str]) -> str:
