@@ -1,13 +1,23 @@
-"""LayerNorm and RMSNorm of other libraries: names, eps, dtypes, and errors against float64.
+"""Norms of other libraries: names, eps, dtypes, and errors against float64.
 
     pip install -e ".[masks]" && python -m benchmarks.norm_peers
+    python -m benchmarks.norm_peers page
 
 On Python 3.11, where torch's CPU build is small. Each library computes as it does by default, but
 for eps=1e-5; a column says what its own is. What an offset does is asked of float32 numbers from
 N(offset, 1) in rows of 1024; "half" of float16 numbers with a spread of 300, of which the result
-should have a spread of 1; "constant" of rows of 1e6 / 3, of which it should be 0.
+should have a spread of 1; "constant" of rows of 1e6 / 3, of which it should be 0. For GroupNorm
+each row is a group: of 8 channels of 8 x 16, in images of 4 groups.
+
+With `page` it runs the blocks of docs/moving.md that load parameters of these libraries.
 """
 
+import contextlib
+import functools as ft
+import pathlib
+import re
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -244,6 +254,154 @@ def onnxruntime(rms: bool) -> Peer:
     return Peer("`scale`" if rms else "`Scale`, `B`", "1e-5", y)
 
 
+# ---- GroupNorm.
+
+IMAGES, GROUPS, CHANNELS = (4, 32, 8, 16), 4, 32
+
+
+def of_images(f, back=lambda y: y):
+    """Of `f`, which takes images, and a weight and bias of the channels."""
+
+    def run(x, w, b):
+        return back(f(x.reshape(IMAGES), w[:CHANNELS], b[:CHANNELS])).reshape(ROWS, WIDTH)
+
+    return run
+
+
+def of_images_of_jax(f, *, channels_last=False) -> tuple[Callable, Callable]:
+    def run(x, w, b):
+        if not channels_last:
+            return f(x, w, b)
+        return jnp.moveaxis(f(jnp.moveaxis(x, 1, -1), w, b), -1, 1)
+
+    return of_jax(of_images(run))
+
+
+def our_groups(_) -> Peer:
+    from eqx_norms import group_norm
+
+    f = lambda x, w, b: jax.vmap(lambda x: group_norm(x, GROUPS, w, b))(x)
+    return Peer("`weight`, `bias`", "1e-5", *of_images_of_jax(f))
+
+
+def equinox_groups(_) -> Peer:
+    import equinox as eqx
+
+    def f(x, w, b):
+        layer = eqx.nn.GroupNorm(GROUPS, CHANNELS, eps=EPS)
+        return jax.vmap(eqx.tree_at(lambda m: (m.weight, m.bias), layer, (w, b)))(x)
+
+    return Peer("`weight`, `bias`", "1e-5", *of_images_of_jax(f))
+
+
+def linen_groups(_) -> Peer:
+    import flax.linen as nn
+
+    layer = nn.GroupNorm(GROUPS, epsilon=EPS)
+    f = lambda x, w, b: layer.apply({"params": {"scale": w, "bias": b}}, x)
+    return Peer("`scale`, `bias`", "1e-6", *of_images_of_jax(f, channels_last=True))
+
+
+def haiku_groups(_) -> Peer:
+    import haiku as hk
+
+    def f(x, w, b):
+        norm = hk.transform(lambda x: hk.GroupNorm(GROUPS, eps=EPS)(x))
+        return norm.apply({"group_norm": {"scale": w, "offset": b}}, None, x)
+
+    return Peer("`scale`, `offset`", "1e-5", *of_images_of_jax(f, channels_last=True))
+
+
+def keras_groups(_) -> Peer:
+    import os
+
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+
+    def f(x, w, b):
+        policy = keras.DTypePolicy(_mixed(x.dtype))
+        layer = keras.layers.GroupNormalization(GROUPS, epsilon=EPS, dtype=policy)
+        layer.build(x.shape)
+        return layer.stateless_call([w, b], [], x)[0]
+
+    return Peer("`gamma`, `beta`", "1e-3", *of_images_of_jax(f, channels_last=True))
+
+
+def torch_groups(_, channels_last=False) -> Peer:
+    import torch as th
+    from torch.nn import functional as F
+
+    layout = th.channels_last if channels_last else th.contiguous_format
+    f = lambda x, w, b: F.group_norm(x.contiguous(memory_format=layout), GROUPS, w, b, EPS)
+    run = of_images(f, lambda y: y.contiguous())
+    to = lambda a: th.tensor(np.asarray(a, np.float32)).to(getattr(th, np.dtype(a.dtype).name))
+
+    def y(x, weight, bias):
+        out = run(to(x), to(weight), to(bias))
+        return np.asarray(out.float()).astype(jnp.dtype(str(out.dtype).removeprefix("torch.")))
+
+    def vjp(x, g):
+        x = to(x).requires_grad_()
+        run(x, th.ones(WIDTH), th.zeros(WIDTH)).backward(to(g))
+        return x.grad.numpy()
+
+    return Peer("`weight`, `bias`", "1e-5", y, vjp)
+
+
+def mlx_groups(_) -> Peer:
+    """With torch's groups: its own are strided, of every fourth channel here."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    def f(x, w, b):
+        layer = nn.GroupNorm(GROUPS, CHANNELS, EPS, pytorch_compatible=True)
+        layer.weight, layer.bias = w, b
+        return mx.moveaxis(layer(mx.moveaxis(x, 1, -1)), -1, 1)
+
+    run = of_images(f)
+    to = lambda a: mx.array(np.asarray(a, np.float32)).astype(getattr(mx, np.dtype(a.dtype).name))
+    back = lambda a: np.array(a.astype(mx.float32)).astype(jnp.dtype(str(a.dtype).split(".")[-1]))
+
+    def vjp(x, g):
+        pull = lambda x: run(x, mx.ones(WIDTH), mx.zeros(WIDTH))
+        return back(mx.vjp(pull, [to(x)], [to(g)])[1][0])
+
+    return Peer("`weight`, `bias`", "1e-5", lambda *args: back(run(*map(to, args))), vjp)
+
+
+def onnxruntime_groups(_) -> Peer:
+    import onnx
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    kinds = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+
+    def f(x, w, b):
+        node = helper.make_node(
+            "GroupNormalization", ["x", "w", "b"], ["y"], epsilon=EPS, num_groups=GROUPS
+        )
+        info = lambda name, a: helper.make_tensor_value_info(name, kinds[a.dtype.name], a.shape)
+        given = {"x": x, "w": w, "b": b}
+        inputs = [info(name, a) for name, a in given.items()]
+        graph = helper.make_graph([node], "norm", inputs, [info("y", x)])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        onnx.checker.check_model(model)
+        return ort.InferenceSession(model.SerializeToString()).run(None, given)[0]
+
+    return Peer("`scale`, `bias`", "1e-5", of_images(f))
+
+
+GROUP_PEERS = {
+    "eqx_norms": our_groups,
+    "eqx.nn": equinox_groups,
+    "flax.linen": linen_groups,
+    "haiku": haiku_groups,
+    "keras": keras_groups,
+    "torch": torch_groups,
+    "torch, channels_last": ft.partial(torch_groups, channels_last=True),
+    "mlx": mlx_groups,
+    "onnxruntime": onnxruntime_groups,
+}
 PEERS = {
     "eqx_norms": ours,
     "eqx.nn": equinox,
@@ -321,15 +479,31 @@ def _number(value: float) -> str:
     return f"{value:.0e}" if np.isfinite(value) and value else "0" if value == 0 else "NaN"
 
 
+def run_page() -> None:
+    """The first block of the page, those of Flax and Haiku, and what the tests cannot run."""
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "moving.md").read_text()
+    first = page[: page.index("## From equinox.nn")]
+    code = first + page[page.index("## From Flax") : page.index("## What has no counterpart")]
+    scope: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for language, block in re.findall(r"```(py(?:thon)?)\n(.*?)```", code, re.DOTALL):
+            exec(block, scope)
+            if language == "py":
+                print("runs:", *re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE))
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
+    if sys.argv[1:] == ["page"]:
+        return run_page()
     offsets = [f"{offset:.0e}" if offset else "0" for offset in OFFSETS]
     titles = ["names", "eps", *(f"y {o}" for o in offsets), *(f"dx {o}" for o in offsets)]
     titles += ["constant", "half", "bf16 with float32 weights"]
-    for rms in (False, True):
-        print(f"\n{'RMSNorm' if rms else 'LayerNorm'}\n\n| | {' | '.join(titles)} |")
+    kinds = ("LayerNorm", PEERS, False), ("RMSNorm", PEERS, True), ("GroupNorm", GROUP_PEERS, False)
+    for kind, peers, rms in kinds:
+        print(f"\n{kind}\n\n| | {' | '.join(titles)} |")
         print("|---" * (len(titles) + 1) + "|")
-        for name, make in PEERS.items():
+        for name, make in peers.items():
             if rms and make is standardize:
                 continue
             try:
