@@ -136,7 +136,9 @@ def _page():
     text = PAGE.read_text()
     start = text.index(HEAD[0])
     end = text.index("\n\n", start)
-    rows = [line.strip("| ").split(" | ") for line in text[start:end].splitlines()[2:]]
+    cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
+    whole = lambda row: row + [""] * (2 + len(TOOLS) - len(row))
+    rows = [whole(cells(line)) for line in text[start:end].splitlines()[2:]]
     return (text[:start].rstrip("\n") + "\n", text[end:]), {row[0]: row for row in rows}
 
 

@@ -98,7 +98,7 @@ PROGRAMS = {name: [(name, getattr(jax.nn, name))] for name in NAMES} | {
     "one after the other": [("gelu", jax.nn.gelu), ("tanh", jnp.tanh), ("gelu", EXACT_GELU)],
     "products": [(None, lambda x: x * (1 + jnp.tanh(x)) / 2 + 0.5 * x * x)],
     "an erfc": [(None, lambda x: 0.5 * x * jax.scipy.special.erfc(-x))],
-    "softmax": [(None, jax.nn.softmax)],
+    "softmax": [("softmax", jax.nn.softmax), (None, jax.nn.log_softmax)],
 }
 
 

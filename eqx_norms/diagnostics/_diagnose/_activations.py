@@ -117,8 +117,9 @@ def _axis_of_softmax(jaxpr: Any, i: int) -> int | None:
     exps = _uses(jaxpr, i)
     if [use.primitive.name for use in exps] != ["exp"] or len(eqn.params["axes"]) != 1:
         return None
-    shares = _uses(jaxpr, jaxpr.eqns.index(exps[0]))
-    is_softmax = {use.primitive.name for use in shares} == {"reduce_sum", "div"}
+    uses = {use.primitive.name for use in _uses(jaxpr, jaxpr.eqns.index(exps[0]))}
+    # What has 16 bits is summed in float32.
+    is_softmax = uses in ({"reduce_sum", "div"}, {"convert_element_type", "div"})
     return eqn.params["axes"][0] - len(x.aval.shape) if is_softmax else None
 
 

@@ -20,7 +20,8 @@ def of_scores(x: Float[Array, "*shape"], axis: int) -> Float[Array, "6"]:
     `saturated` is the share of rows in which one score is so far ahead that its weight is 1. Rows
     in which a mask leaves but one are not counted: there, the second is a large negative number.
     """
-    x = jnp.moveaxis(x, axis, -1).astype(jnp.float32)
+    # Nobody differentiates these numbers, of which JAX would trace the derivative all the same.
+    x = jax.lax.stop_gradient(jnp.moveaxis(x, axis, -1).astype(jnp.float32))
     p = jax.nn.softmax(x, axis=-1)
     mean = jnp.mean(p)
     top = jnp.max(x, axis=-1)
