@@ -213,13 +213,13 @@ def on_the_page():
     return {version: set(names.split()) for version, names in found}
 
 
-_LIST = r"  ```text\n  JAX (\S+)\n((?:  [a-z0-9_ ]+\n)+)  ```"
+_LIST = r"```text\nJAX (\S+)\n((?:[a-z0-9_ ]+\n)+)```"
 
 
 def write():
     """Puts the list of this JAX in the place of the one on the page."""
-    lines = textwrap.fill(" ".join(without_rule()), 98)
-    new = textwrap.indent(f"```text\nJAX {jax.__version__}\n{lines}\n```", "  ")
+    lines = textwrap.fill(" ".join(without_rule()), 100)
+    new = f"```text\nJAX {jax.__version__}\n{lines}\n```"
     text = PAGE.read_text()
     old = re.compile(_LIST.replace(r"(\S+)", re.escape(jax.__version__)))
     if not old.search(text):
