@@ -111,7 +111,8 @@ class _Planner:
     def __init__(self, jaxpr: Any, model: PyTree, watch: Observer):
         self.repeated = _repeated(jaxpr)
         self.arrays = {keys: 1 << i for i, keys in enumerate(_array_keys(model))}
-        self.shared, self.shapes = {}, _array_shapes(model)
+        self.shared: dict[tuple, int] = {}
+        self.shapes = _array_shapes(model)
         self.watch = watch
         self.plans = {}
 
