@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from .._mesh import on_any_mesh
 
-NAMES = ("mean", "std", "rms", "largest", "non_finite", "saturated")
+NAMES: tuple[str, ...] = ("mean", "std", "rms", "largest", "non_finite", "saturated")
 _ALONE = 17  # So far ahead of all others, a score has weight 1, in float32.
 _MASKED = 50
 

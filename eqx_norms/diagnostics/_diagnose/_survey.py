@@ -311,7 +311,7 @@ def _described(survey: Survey) -> list[list[Arrangement]]:
             facts = flow.facts.get(-1 if given is None else given, [])
             call.inputs = ft.reduce(operator.or_, (fact.reach for fact in facts), 0)
         else:
-            vmaps = [()] if call.shape is not None else [_of_function(call, flow, types)] * 2
+            vmaps = [_of_function(call, flow, types)] * (2 if call.shape is None else 1)
             facts = flow.facts[call.output]
         call.units = call.hidden and any(fact.affine for fact in facts)
         if call.shape is not None:
@@ -336,7 +336,12 @@ def _described(survey: Survey) -> list[list[Arrangement]]:
 
 def _of_function(call: Seen, flow: Flow, types: list) -> tuple[str, ...]:
     """The kinds of its axes that come from `jax.vmap`: those of the call that it is named after."""
-    if call.last is None or call.last.applied is not None or call.last.returned is None:
+    if (
+        call.shape is not None
+        or call.last is None
+        or call.last.applied is not None
+        or call.last.returned is None
+    ):
         return ()
     of = flow.vmaps.get(call.last.returned)
     same = of and types[call.last.returned][0].shape == types[call.output][0].shape

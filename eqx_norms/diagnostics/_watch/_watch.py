@@ -242,7 +242,8 @@ def _counts(x: Float[Array, "*shape"], largest: Float[Array, ""]) -> Int[Array, 
     share = jnp.abs(x.astype(largest.dtype).ravel()) / jnp.where(largest > 0, largest, 1)
     bits = jax.lax.bitcast_convert_type(share.astype(jnp.float32), jnp.int32)
     exponent = (bits >> 23) - 127
-    quarters = np.float32(2.0 ** (np.arange(1, BINS_A_DOUBLING) / BINS_A_DOUBLING)).view(np.int32)
+    quarters = 2.0 ** (np.arange(1, BINS_A_DOUBLING) / BINS_A_DOUBLING)
+    quarters = quarters.astype(np.float32).view(np.int32)
     above = sum((bits & _MANTISSA >= q & _MANTISSA).astype(jnp.int32) for q in quarters)
     middle = BINS_A_DOUBLING * DOUBLINGS
     size = jnp.clip(BINS_A_DOUBLING * exponent + above, -middle - 1, -1) + middle + 1
