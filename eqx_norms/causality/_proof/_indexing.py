@@ -269,7 +269,8 @@ def _gather(context, eqn, x, indices):
 
 def _places(indices: Known, axes: Sequence[int]) -> tuple[np.ndarray, list[int]]:
     """What the indices are, 0 along the axes for which they are no constants; and these axes."""
-    settled = full(indices, _means_one(indices)).reshape(-1, indices.shape[-1]).all(0)
+    constant = full(indices, _means_one(indices))
+    settled = np.ravel(constant.all(tuple(range(constant.ndim - 1))))
     places = np.where(settled, full(indices, indices.low), 0).astype(indices.dtype)
     return places, [axis for axis, fixed in zip(axes, settled, strict=True) if not fixed]
 
