@@ -25,7 +25,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def as_models_are_written():
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
