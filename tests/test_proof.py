@@ -115,11 +115,16 @@ def test_strict(name):
 
 def reads(fn, x, rng):
     """`[t, j]`: whether any of some edits of input j moves output t, bit for bit."""
-    fn = jax.jit(fn)
-    base, found = np.asarray(fn(x)), np.zeros((T, T), bool)
+    run = jax.jit(fn)
+    try:
+        base = np.asarray(run(x))
+    except jax.errors.JaxRuntimeError as error:  # findings/jax_fft_before_a_triangular_solve.sh
+        assert "fft_thunk" in str(error)
+        run, base = fn, np.asarray(fn(x))
+    found = np.zeros((T, T), bool)
     for j in range(T):
         for size in (1, 3, 0.1):
-            out = np.asarray(fn(x.at[j].set(jnp.asarray(rng.normal(size=D) * size, x.dtype))))
+            out = np.asarray(run(x.at[j].set(jnp.asarray(rng.normal(size=D) * size, x.dtype))))
             found[:, j] |= ~((out == base) | (np.isnan(out) & np.isnan(base))).all(1)
     return found
 
