@@ -196,8 +196,7 @@ def primitives():
     """The names of all that jax.extend lists, and of what has the name of a public function."""
     listed = [getattr(jex.primitives, n).name for n in dir(jex.primitives) if n.endswith("_p")]
     public = {n.removesuffix("_p") for m in (jax.lax, jax.lax.linalg, jr) for n in dir(m)}
-    # Not `isinstance`, which asks some objects of other libraries for what they warn about.
-    made = [x.name for x in gc.get_objects() if issubclass(type(x), jex.Primitive)]
+    made = [x.name for x in gc.get_objects() if isinstance(x, jex.Primitive)]
     named = [n for n in made if n.replace("-", "_") in public or f"random_{n}" in public]
     return {n.replace("-", "_") for n in (*listed, *named)}
 
