@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..._real import Integer
 from . import _reads as r
 from ._flow import finite_as, rule
 from ._known import (
@@ -267,12 +268,12 @@ def _gather(context, eqn, x, indices):
     return [also(out, r.reshaped(rows, lambda shape: _with_axes(shape, dims.offset_dims)))]
 
 
-def _places(indices: Known, axes: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+def _places(indices: Known, axes: Sequence[Integer]) -> tuple[np.ndarray, list[int]]:
     """What the indices are, 0 along the axes for which they are no constants; and these axes."""
     constant = full(indices, _means_one(indices))
     settled = np.ravel(constant.all(tuple(range(constant.ndim - 1))))
     places = np.where(settled, full(indices, indices.low), 0).astype(indices.dtype)
-    return places, [axis for axis, fixed in zip(axes, settled, strict=True) if not fixed]
+    return places, [int(axis) for axis, fixed in zip(axes, settled, strict=True) if not fixed]
 
 
 @rule("scatter", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "scatter_sub")
@@ -308,7 +309,7 @@ def _scatter(context, eqn, x, indices, updates):
     return [finite_as(eqn.outvars[0].aval, reads, x, updates)]
 
 
-def _with_axes(shape: tuple[int, ...], axes: Sequence[int]) -> tuple[int, ...]:
+def _with_axes(shape: tuple[int, ...], axes: Sequence[Integer]) -> tuple[int, ...]:
     return np.expand_dims(np.empty(shape, bool), tuple(axes)).shape
 
 

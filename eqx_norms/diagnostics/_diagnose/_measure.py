@@ -418,7 +418,7 @@ def _of_call(
     return parts
 
 
-def _cancelling(module: eqx.Module | None) -> int | None:
+def _cancelling(module: Any) -> int | None:
     """In how many groups a norm averages, in each of which a derivative at its output that is the
     same everywhere cancels; `None` if its weight makes it uneven, or it is no such norm.
     """
