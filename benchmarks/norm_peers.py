@@ -157,14 +157,9 @@ def _mixed(dtype) -> str:
     return name if name == "float32" else f"mixed_{name}"
 
 
-def torch(rms: bool) -> Peer:
+def of_torch(run):
+    """The output and the gradient in x of a function of tensors, for arrays."""
     import torch as th
-    from torch.nn import functional as F
-
-    def run(x, w, b):
-        if rms:
-            return F.rms_norm(x, (WIDTH,), w, EPS)
-        return F.layer_norm(x, (WIDTH,), w, b, EPS)
 
     to = lambda a: th.tensor(np.asarray(a, np.float32)).to(getattr(th, np.dtype(a.dtype).name))
 
@@ -177,7 +172,18 @@ def torch(rms: bool) -> Peer:
         run(x, th.ones(WIDTH), th.zeros(WIDTH)).backward(to(g))
         return x.grad.numpy()
 
-    return Peer("`weight`, `bias`", "float32's" if rms else "1e-5", y, vjp)
+    return y, vjp
+
+
+def torch(rms: bool) -> Peer:
+    from torch.nn import functional as F
+
+    def run(x, w, b):
+        if rms:
+            return F.rms_norm(x, (WIDTH,), w, EPS)
+        return F.layer_norm(x, (WIDTH,), w, b, EPS)
+
+    return Peer("`weight`, `bias`", "float32's" if rms else "1e-5", *of_torch(run))
 
 
 def mlx(rms: bool) -> Peer:
@@ -334,18 +340,7 @@ def torch_groups(_, channels_last=False) -> Peer:
     layout = th.channels_last if channels_last else th.contiguous_format
     f = lambda x, w, b: F.group_norm(x.contiguous(memory_format=layout), GROUPS, w, b, EPS)
     run = of_images(f, lambda y: y.contiguous())
-    to = lambda a: th.tensor(np.asarray(a, np.float32)).to(getattr(th, np.dtype(a.dtype).name))
-
-    def y(x, weight, bias):
-        out = run(to(x), to(weight), to(bias))
-        return np.asarray(out.float()).astype(jnp.dtype(str(out.dtype).removeprefix("torch.")))
-
-    def vjp(x, g):
-        x = to(x).requires_grad_()
-        run(x, th.ones(WIDTH), th.zeros(WIDTH)).backward(to(g))
-        return x.grad.numpy()
-
-    return Peer("`weight`, `bias`", "1e-5", y, vjp)
+    return Peer("`weight`, `bias`", "1e-5", *of_torch(run))
 
 
 def mlx_groups(_) -> Peer:

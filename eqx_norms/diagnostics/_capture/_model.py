@@ -1,6 +1,6 @@
 """What the instruments ask of a model: its submodules, by path and kind, and its arrays.
 
-`Model` answers for Equinox, and beside it stand `_nnx.py`, for models of `flax.nnx`, and
+`Model` answers for Equinox, and on `FlaxModel` stand `_nnx.py`, for models of `flax.nnx`, and
 `_named.py`, for the parameters of `flax.linen` and of Haiku. None of these is imported here.
 """
 
@@ -128,6 +128,28 @@ class Model:
         return None
 
 
+class FlaxModel(Model):
+    """What models of `flax.nnx` and of named modules share; `arrays` are the model's, by keys."""
+
+    batches_first = True
+    arrays: dict[tuple, Array]
+
+    def has_units_last(self, where: str) -> bool:
+        """Of a kernel, or the `w` of Haiku; those of an embedding are not its last axis."""
+        return where.rpartition(".")[2] in ("kernel", "w")
+
+    def linear_shape(self, keys: tuple, module: Any) -> LinearShape | None:
+        kernel: Any = self.arrays.get((*keys, jtu.GetAttrKey("kernel")))
+        kind, ndim = type(module).__name__, getattr(kernel, "ndim", 0)
+        if kind in ("Linear", "Dense") and ndim == 2:
+            ins, outs = kernel.shape
+            return LinearShape(ins, outs)
+        if kind == "Conv" and getattr(module, "feature_group_count", 1) == 1 and ndim > 2:
+            *width, ins, outs = kernel.shape
+            return LinearShape(ins, outs, tuple(width))
+        return None
+
+
 def path(keys: tuple) -> str:
     return jtu.keystr(keys).removeprefix(".")
 
@@ -151,23 +173,6 @@ def as_attributes(keys: tuple) -> tuple:
         else:
             found.append(jtu.SequenceKey(name) if isinstance(name, int) else key)
     return tuple(found)
-
-
-def is_kernel(where: str) -> bool:
-    """Of Flax, or the `w` of Haiku: units are their last axis. Those of an embedding are not."""
-    return where.rpartition(".")[2] in ("kernel", "w")
-
-
-def flax_linear_shape(kind: str, kernel: Any, groups: int) -> LinearShape | None:
-    """Of a layer of Flax, whose kernel has its units last; `None` if it is no such layer."""
-    ndim = getattr(kernel, "ndim", 0)
-    if kind in ("Linear", "Dense") and ndim == 2:
-        ins, outs = kernel.shape
-        return LinearShape(ins, outs)
-    if kind == "Conv" and groups == 1 and ndim > 2:
-        *width, ins, outs = kernel.shape
-        return LinearShape(ins, outs, tuple(width))
-    return None
 
 
 def _opened(leaf: Any) -> Any:

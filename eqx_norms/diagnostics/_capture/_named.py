@@ -15,17 +15,16 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._instrument import Arrays, Observer, Origin, innermost
-from ._model import LinearShape, Model, as_attributes, flax_linear_shape, is_kernel
+from ._model import FlaxModel, as_attributes
 from ._tag import Place
 
 _PARAMS = jtu.GetAttrKey("params")
 
 
-class NamedModel(Model):
+class NamedModel(FlaxModel):
     """The `params`, or all variables, of modules that the function closes over."""
 
     known = False
-    batches_first = True
     to_share = "call the one module at both places"
     nothing_there = (
         "the second argument, the model, has none: it is a tree of arrays. Type an "
@@ -60,14 +59,6 @@ class NamedModel(Model):
 
     def owns(self, module: Any) -> bool:
         return any(isinstance(module, library.kind) for library in libraries())
-
-    def has_units_last(self, where: str) -> bool:
-        return is_kernel(where)
-
-    def linear_shape(self, keys: tuple, module: Any) -> LinearShape | None:
-        kernel = self.arrays.get((*keys, jtu.GetAttrKey("kernel")))
-        groups = getattr(module, "feature_group_count", 1)
-        return flax_linear_shape(type(module).__name__, kernel, groups)
 
 
 def _arrays(tree: PyTree) -> list[Array]:

@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from ._model import LinearShape, Model, as_attributes, flax_linear_shape, is_kernel, path
+from ._model import FlaxModel, as_attributes, path
 
 
 def holds_modules(model: PyTree) -> bool:
@@ -38,14 +38,13 @@ class Split(NamedTuple):
     states: tuple
 
 
-class NnxModel(Model):
+class NnxModel(FlaxModel):
     """An `nnx.Module`, or a pytree of several.
 
     `tree` is a pair of its `nnx.Param`s and of all else. `fn` gets a copy of the model each time
     that it is traced, so that what it updates in there is no part of the model itself.
     """
 
-    batches_first = True
     to_share = "give both places the one `nnx.Param`, or the one module"
 
     def __init__(self, model: PyTree):
@@ -112,14 +111,6 @@ class NnxModel(Model):
     def equal(self, module: Any, other: Any) -> bool:
         bare = type(module) is type(other) and not self.held(other)[1]
         return bare and nnx.graphdef(module) == nnx.graphdef(other)
-
-    def has_units_last(self, where: str) -> bool:
-        return is_kernel(where)
-
-    def linear_shape(self, keys: tuple, module: Any) -> LinearShape | None:
-        kernel = self.arrays.get((*keys, jtu.GetAttrKey("kernel")))
-        groups = getattr(module, "feature_group_count", 1)
-        return flax_linear_shape(type(module).__name__, kernel, groups)
 
 
 def _of_state(keys: tuple) -> tuple:
