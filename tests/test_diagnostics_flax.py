@@ -44,14 +44,19 @@ def assert_close(a, b):
 # ---- flax.nnx
 
 
+def attend(query, key, value, **_):
+    """As that of nnx, which takes the softmax in float32, whatever the dtype."""
+    scores = jnp.einsum("...qhd,...khd->...hqk", query, key) / query.shape[-1] ** 0.5
+    return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(scores), value)
+
+
 class Block(nnx.Module):
     """A shared linear layer is called twice, ahead of attention and behind it."""
 
     def __init__(self, size, rngs):
         self.shared = nnx.Linear(size, size, rngs=rngs, **WIDE)
-        self.attention = nnx.MultiHeadAttention(
-            2, size, decode=False, rngs=rngs, dtype=jnp.float64, **WIDE
-        )
+        how = {"decode": False, "attention_fn": attend, "dtype": jnp.float64}
+        self.attention = nnx.MultiHeadAttention(2, size, rngs=rngs, **how, **WIDE)
         self.norm = nnx.BatchNorm(size, rngs=rngs, **WIDE)
         # In float32 otherwise, whatever the dtype of the parameters.
         self.norm.mean = nnx.BatchStat(jnp.zeros(size))
