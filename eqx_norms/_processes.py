@@ -54,8 +54,13 @@ def everywhere_the_same(arrays: Iterable[Any]) -> bool:
     return bool((everyone == mine).all())
 
 
-def laid_out(values: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """As `jax.device_put`, which would ask whether all processes have the same `values`."""
+def laid_out(values: np.ndarray, sharding: jax.sharding.Sharding) -> np.ndarray | jax.Array:
+    """As `jax.device_put`, which would ask whether all processes have the same `values`.
+
+    What is on one device is left to JAX: put there, it could not meet what lies on a mesh.
+    """
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return values
     if jax.process_count() == 1:
         return jax.device_put(values, sharding)
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])

@@ -185,12 +185,11 @@ def _cast(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def placed(values: np.ndarray, sharding: Any, *lead: None) -> np.ndarray | Array:
     """`values` laid over devices as an input of that `sharding` is: `fn` may rely on it.
 
-    `lead` are further axes in front. What was on one device is left to JAX: put there, it could not
-    meet what `fn` itself lays over a mesh.
+    `lead` are further axes in front.
     """
-    if not isinstance(sharding, NamedSharding):
-        return values
-    return laid_out(values, NamedSharding(sharding.mesh, P(*lead, *sharding.spec)))
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, P(*lead, *sharding.spec))
+    return laid_out(values, sharding)
 
 
 def _batches(edits: Sequence[Edit], size: int) -> Iterator[list[Edit]]:

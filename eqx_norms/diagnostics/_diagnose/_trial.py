@@ -167,6 +167,6 @@ def has_learnt(loss_fn: Callable, model: Model, args: tuple, loss: float) -> boo
 _SHUFFLES, _LEARNT = 3, 0.05
 
 
-def _shuffled(leaf: Array, draws: np.random.Generator) -> Array:
+def _shuffled(leaf: Array, draws: np.random.Generator) -> np.ndarray | Array:
     entries = draws.permutation(fetched(leaf).ravel())
     return laid_out(entries.reshape(leaf.shape), leaf.sharding)
