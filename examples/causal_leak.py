@@ -59,7 +59,8 @@ class OverBatch(eqx.Module):
 def drawn(shapes: Decoder) -> Decoder:
     """With parameters from NumPy: JAX would compile a program for each of their shapes."""
     rng = np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape), leaf.dtype)
+    entries = lambda leaf: rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape)
+    draw = lambda leaf: jnp.asarray(entries(leaf).astype(leaf.dtype))
     is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
     return jax.tree.map(lambda leaf: draw(leaf) if is_shape(leaf) else leaf, shapes)
 

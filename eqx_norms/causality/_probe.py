@@ -58,22 +58,28 @@ class Probe:
 
     def measure(self, edits: Sequence[Edit], label: str = "causality check") -> Changes:
         """Applies every edit; the first of them must be the empty one."""
-        rows = []
-        base = None
+        rows, base = [], None
         with jax.enable_x64(True) if self.dtype else contextlib.nullcontext():
-            for batch in _progress(list(_batches(edits, self.batch_size)), label):
-                inputs = self._inputs(batch)
-                # Waiting only here lets the device run one batch while the next is drawn.
-                jax.block_until_ready(rows[-1:])
-                outs = self.run(inputs)
+            for outs in self._runs(edits, label):
                 base = tuple(out[0] for out in outs) if base is None else base
-                rows.append(_distances(base, outs, self.out_axes))
+                rows.append(jax.block_until_ready(_distances(base, outs, self.out_axes)))
             rows = fetch(rows)
         leaves = [
             _Leaf(*map(np.concatenate, zip(*leaf, strict=True))) for leaf in zip(*rows, strict=True)
         ]
         sizes = np.array([self.editor.size(edit) for edit in edits])
         return _combine(leaves, sizes, self.eps)
+
+    def _runs(self, edits: Sequence[Edit], label: str) -> Iterator[tuple[np.ndarray | Array, ...]]:
+        """What each batch of edits gives. The device runs one while the next is drawn."""
+        running = None
+        for batch in _progress(list(_batches(edits, self.batch_size)), label):
+            inputs = self._inputs(batch)
+            if running is not None:
+                yield _on_host(running)
+            running = self.run(inputs)
+        if running is not None:
+            yield _on_host(running)
 
     def evaluate(self, edits: Sequence[Edit]) -> np.ndarray:
         """What the function, which here returns one array, gives for each edit."""
@@ -119,32 +125,50 @@ class _Leaf(NamedTuple):
     discrete: Any
 
 
-@functools.partial(jit, static_argnums=2)
+def _on_host(outs: tuple[Array, ...]) -> tuple[np.ndarray | Array, ...]:
+    """Small outputs as NumPy's: to compile what is measured of them takes .2 to .5 s a shape."""
+    return fetch(outs) if sum(out.size for out in outs) <= _SMALL else outs
+
+
+_SMALL = 2**20
+
+
 def _distances(base, outs, out_axes: tuple[int, ...]) -> list[_Leaf]:
-    return [_distance(*leaf) for leaf in zip(base, outs, out_axes, strict=True)]
+    in_numpy = all(isinstance(out, np.ndarray) for out in outs)
+    return (_measured if in_numpy else _compiled)(base, outs, out_axes)
 
 
-def _distance(base: Array, outs: Array, axis: int) -> _Leaf:
+def _measured(base, outs, out_axes: tuple[int, ...]) -> list[_Leaf]:
+    with np.errstate(invalid="ignore", over="ignore"):
+        return [_distance(*leaf) for leaf in zip(base, outs, out_axes, strict=True)]
+
+
+_compiled = jit(_measured, static_argnums=2)
+
+
+def _distance(base, outs, axis: int) -> _Leaf:
+    xp = np if isinstance(outs, np.ndarray) else jnp
     a, b = _comparable(outs), _comparable(base)[None]
     discrete = not jnp.issubdtype(base.dtype, jnp.inexact)
     # Of two large integers the float difference may round to 0.
-    change = jnp.maximum(jnp.abs(a - b), 1 if discrete else 0)
+    change = xp.maximum(xp.abs(a - b), 1 if discrete else 0)
     # A maximum may lose a NaN: there is none below, unless in `base`, which is refused.
-    finite = jnp.isfinite(a)
-    change = jnp.where((outs == base[None]) | ~finite, 0, change)
+    finite = xp.isfinite(a)
+    change = xp.where((outs == base[None]) | ~finite, 0, change)
     others = tuple(i for i in range(1, a.ndim) if i != axis + 1)
     entries = tuple(range(1, a.ndim))
-    magnitude = jnp.maximum(jnp.abs(a), jnp.abs(b))
+    magnitude = xp.maximum(xp.abs(a), xp.abs(b))
+    unedited = largest(b) if xp is jnp else np.abs(b).max(initial=0)  # NumPy's keeps a NaN
     return _Leaf(
         size=change.max(others, initial=0),
-        scale=jnp.where(finite, magnitude, 0).max(entries, initial=0),
-        unedited=jnp.broadcast_to(largest(b), a.shape[:1]),
+        scale=xp.where(finite, magnitude, 0).max(entries, initial=0),
+        unedited=xp.broadcast_to(unedited, a.shape[:1]),
         broken=~finite.all(others),
-        discrete=jnp.full(a.shape[:1], discrete),
+        discrete=xp.full(a.shape[:1], discrete),
     )
 
 
-def _comparable(leaf: Array) -> Array:
+def _comparable(leaf):
     kept = (jnp.float64, jnp.complex64, jnp.complex128)
     return leaf if leaf.dtype in kept else leaf.astype(jnp.float32)
 
