@@ -134,7 +134,8 @@ def compare_norms(names: list[str], lines: int, settings: Settings, out: Path) -
 
   {"norm":<27}{"reads later letters?":<25}reads other lines?""")
     ids = (0, len(vocabulary) - 1)  # edits are to draw from the whole alphabet
-    surprises, reports, figure = [], [], Figure(figsize=(15, 4.8), dpi=100, layout="constrained")
+    surprises, reports, figure = [], [], Figure(figsize=(15, 4.8), dpi=100)
+    figure.subplots_adjust(left=0.04, right=0.98, bottom=0.1, top=0.88, wspace=0.25)
     axes = figure.subplots(1, len(READS), squeeze=False)[0]
     for ax, (norm, expected) in zip(axes, READS.items(), strict=True):
         model = make_model(norm, len(vocabulary), lines, settings)

@@ -13,7 +13,7 @@ def heat_map(report, *, title: str, noun: str, ax=None):
     Blue where reading is allowed, red for a leak, yellow for what must be read and is not.
     """
     try:
-        import matplotlib.pyplot as plt
+        from matplotlib.collections import LineCollection
         from matplotlib.colors import ListedColormap, LogNorm
     except ImportError as error:
         raise ImportError(
@@ -22,6 +22,8 @@ def heat_map(report, *, title: str, noun: str, ax=None):
         ) from error
 
     if ax is None:
+        import matplotlib.pyplot as plt
+
         _, ax = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
     matrix, allowed = report.matrix, report.allowed
     block = -(-max(allowed.shape) // _CELLS)
@@ -43,8 +45,9 @@ def heat_map(report, *, title: str, noun: str, ax=None):
     if report.blind:
         missing = np.where(block_max(report.missing(), block), largest, np.nan)
         ax.imshow(missing, cmap=ListedColormap(["gold"], "blind"), **place)
-    for x, y in _outline(allowed):
-        ax.plot(x, y, color="black", linewidth=1 if max(allowed.shape) <= 64 else 0.4)
+    width = 1 if max(allowed.shape) <= 64 else 0.4
+    # One artist: the layout of a figure asks each of them for its extent.
+    ax.add_collection(LineCollection(_outline(allowed), colors="black", linewidths=width))
 
     rows, columns = allowed.shape
     ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), title=title)
@@ -71,16 +74,16 @@ def _name_ticks(axis, positions, count: int) -> None:
         axis.set_major_formatter(named)
 
 
-def _outline(allowed: np.ndarray) -> list[tuple[list[float], list[float]]]:
-    """The line segments between allowed and forbidden cells, each run of them as one."""
+def _outline(allowed: np.ndarray) -> list[list[tuple[float, float]]]:
+    """The segments between allowed and forbidden cells, each run of them as one."""
     edges = []
     for flip, cells in ((False, allowed), (True, allowed.T)):
         for row, differs in enumerate(cells[:-1] != cells[1:]):
             starts = np.flatnonzero(differs & ~np.r_[False, differs[:-1]])
             ends = np.flatnonzero(differs & ~np.r_[differs[1:], False])
             for start, end in zip(starts, ends, strict=True):
-                along, across = [start - 0.5, end + 0.5], [row + 0.5, row + 0.5]
-                edges.append((across, along) if flip else (along, across))
+                segment = [(start - 0.5, row + 0.5), (end + 0.5, row + 0.5)]
+                edges.append([(y, x) for x, y in segment] if flip else segment)
     return edges
 
 
