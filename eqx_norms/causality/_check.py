@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.extend.core as jex
@@ -25,7 +25,7 @@ from ._edits import (
     nothing,
     pure_mixing_edits,
 )
-from ._held import held_numbers, with_arrays
+from ._held import Held, held_numbers, with_arrays
 from ._host import is_beside, remarks, running
 from ._inputs import (
     Axes,
@@ -680,12 +680,14 @@ def _proof(
     how: How,
     splits: Sequence[int] | str,
 ) -> Proof:
-    closed, held = _with_parameters(fn, x, problem, how)
-    near = jex.ClosedJaxpr(closed.jaxpr, [*map(readable, closed.consts)])
-    question = Question(
-        near, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths, held
-    )
-    proof = prove(question, rule.allowed, how.assume_bounded)
+    for closed, held in _with_parameters(fn, x, problem, how):
+        near = jex.ClosedJaxpr(closed.jaxpr, [*map(readable, closed.consts)])
+        question = Question(
+            near, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths, held
+        )
+        proof = prove(question, rule.allowed, how.assume_bounded)
+        if proof.holds:
+            break
     if not proof.meetings:
         return proof
     # What was assumed of scores has to hold on x, and on every edit that would be tried.
@@ -701,19 +703,27 @@ def _proof(
 
 def _with_parameters(
     fn: Callable, x: PyTree, problem: Problem, how: How
-) -> tuple[jex.ClosedJaxpr, frozenset]:
-    """A trace in which parameters are no numbers of the program, and those that are all the same.
+) -> Iterator[tuple[jex.ClosedJaxpr, Held]]:
+    """Traces in which parameters are no numbers of the program, and those that are all the same.
 
-    NumPy scalars are. Where they cannot be told by their place, they are by their value.
+    NumPy scalars are, and entries of NumPy arrays. Where they cannot be told by their place, they
+    are by their value. What NumPy makes of its own arrays is no parameter: so these are replaced
+    only after a proof that met an entry of theirs among the numbers, and failed.
     """
-    if not (held := held_numbers(fn)):
-        return problem.closed, held
-    try:
-        told = with_arrays(fn)
-        closed = make_problem(told, x, how.axis, how.out_axis, how.fixed).closed
-        return closed, held_numbers(told)
-    except Exception:  # it needed NumPy's own, for a shape or as a static argument
-        return problem.closed, held
+
+    def told(all_of_them: bool) -> tuple[jex.ClosedJaxpr, Held] | None:
+        try:
+            copy = with_arrays(fn, all_of_them)
+            closed = make_problem(copy, x, how.axis, how.out_axis, how.fixed).closed
+            return closed, held_numbers(copy)
+        except Exception:  # it needed NumPy's own, for a shape or as a static argument
+            return None
+
+    held = held_numbers(fn)
+    first = (held.numbers and told(False)) or (problem.closed, held)
+    yield first
+    if first[1].arrays and first[1].were_met and (second := told(True)) is not None:
+        yield second
 
 
 def _editor(problem: Problem, how: How) -> Editor:
