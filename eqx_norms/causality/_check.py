@@ -285,6 +285,7 @@ def assert_reads(
     required: Bool[Array | np.ndarray, "*T_out T_in"] | None = None,
     axis: Axes = 0,
     out_axis: Axes | None = None,
+    pointwise: bool = False,
     labels: Labels = None,
     out_labels: Labels = None,
     scales: Sequence[Real] = (1.0, 10.0, 100.0),
@@ -342,6 +343,11 @@ def assert_reads(
     **Returns:**
 
     The [`eqx_norms.causality.CausalityReport`][].
+
+    **Warns:**
+
+    `CausalityWarning` if some outputs may read other positions, and none was found to; see
+    `pointwise`.
 
     **Raises:**
 
@@ -740,7 +746,7 @@ def _editor(problem: Problem, how: How) -> Editor:
 
 def _proved(rule: Rule, proof: Proof, common: Mapping[str, Any]) -> CausalityReport:
     """The report of what needs no edit: 0 where an output cannot read an input, NaN elsewhere."""
-    alone = "causal" in rule.kind and rule.required is None
+    others = proof.connected & ~np.eye(*rule.allowed.shape, dtype=bool)
     return CausalityReport(
         leak=False,
         status="proved",
@@ -754,7 +760,7 @@ def _proved(rule: Rule, proof: Proof, common: Mapping[str, Any]) -> CausalityRep
         joint=False,
         notes=(),
         assumptions=proof.assumptions,
-        pointwise=alone and not (proof.connected & ~np.eye(len(rule.allowed), dtype=bool)).any(),
+        pointwise=_asks_who_mixes(rule) and not others.any(),
         **common,
     )
 
@@ -772,13 +778,20 @@ def _require_same_trace(problem: Problem) -> None:
             raise ValueError(DIFFERS_FROM_ITSELF)
 
 
+def _asks_who_mixes(rule: Rule) -> bool:
+    """Whether outputs may read other positions, and nothing is said of whether they do."""
+    if rule.kind == "independent" or rule.required is not None:
+        return False
+    outputs, inputs = rule.allowed.shape
+    return outputs == inputs and bool(_may_mix(rule.allowed).any())
+
+
 def _silent(
     rule: Rule, edits: Sequence[Edit], moved: Bool[np.ndarray, "E T_out"]
 ) -> Bool[np.ndarray, " T_out"]:
     """The outputs that no other input moves, of those that may read another."""
-    outputs, inputs = rule.allowed.shape
-    if rule.kind == "independent" or rule.required is not None or outputs != inputs:
-        return np.zeros(outputs, bool)
+    if not _asks_who_mixes(rule):
+        return np.zeros(len(rule.allowed), bool)
     silent = _may_mix(rule.allowed)
     for edit, row in zip(edits, moved, strict=True):
         silent &= ~row | edit.where
@@ -791,9 +804,8 @@ def _may_mix(allowed: Bool[np.ndarray, "T T"]) -> Bool[np.ndarray, " T"]:
 
 
 def _all_alone(rule: Rule, silent: Bool[np.ndarray, " T_out"]) -> bool:
-    """Whether a causal test shows nothing."""
-    causal = "causal" in rule.kind
-    return causal and bool(silent.any()) and np.array_equal(silent, _may_mix(rule.allowed))
+    """Whether the test shows nothing."""
+    return bool(silent.any()) and np.array_equal(silent, _may_mix(rule.allowed))
 
 
 def _inert(rule: Rule, silent: Bool[np.ndarray, " T_out"]) -> list[str]:
