@@ -287,14 +287,13 @@ def test_behind_a_callback(getkey):
 SATURATED = {
     # In float32 none of it is left, which looks like rounding far smaller than it is.
     "1 - cos": (lambda x: 1 - jnp.cos(x), lambda x: 2 * jnp.sin(x / 2) ** 2, 1e-4),
-    "an offset": (lambda x: (x + 1e10) - 1e10, lambda x: x, 1.0),
     "log(1 + x)": (lambda x: jnp.log(1 + x), jnp.log1p, 1e-9),
     "sqrt(1 + x)": (lambda x: jnp.sqrt(1 + x) - 1, lambda x: x / (jnp.sqrt(1 + x) + 1), 1e-9),
     "sinh": (lambda x: (jnp.exp(x) - jnp.exp(-x)) / 2, jnp.sinh, 1e-9),
 }
 
 
-@pytest.mark.parametrize("name", [n if n == "an offset" else slow(n) for n in SATURATED])
+@pytest.mark.parametrize("name", ["1 - cos", *map(slow, [*SATURATED][1:])])
 def test_what_float64_cancels_too_is_no_difference(name, getkey):
     one, two, size = SATURATED[name]
     x = size * normal(getkey(), (8,))
