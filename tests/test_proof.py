@@ -12,6 +12,7 @@ import sys
 import causality_zoo as zoo
 import equinox as eqx
 import flax.linen as nn
+import flax.nnx as nnx
 import haiku as hk
 import hard_oracle
 import jax
@@ -585,6 +586,52 @@ def added_one_by_one(gates):
 def test_an_entry_of_a_numpy_array_is_a_parameter(fn):
     """Python takes it out before JAX sees it, and it stands in the trace as a number would."""
     report = check_causal(fn, line(), prove=True, splits=(3,), pointwise=True)
+    assert not report.status == "proved"
+
+
+class Slotted:
+    __slots__ = "gate"
+
+    def __init__(self):
+        self.gate = np.zeros(())
+
+
+class Mixing(Slotted):
+    __slots__ = ()
+
+    def __call__(self, x):
+        return x + self.gate * x.sum()
+
+
+class Helped:
+    def __call__(self, x):
+        return x + self.mixed(x)
+
+    def mixed(self, x):
+        return HELD * x.sum()
+
+
+class ByProperty(Helped):
+    def mixed(self, x):
+        return self.gate * x.sum()
+
+    @property
+    def gate(self):
+        return HELD
+
+
+class ByVariable(nnx.Module):
+    def __init__(self):
+        self.gate = nnx.Param(np.zeros(()))
+
+    def __call__(self, x):
+        return x + self.gate[...] * x.sum()
+
+
+@pytest.mark.parametrize("module", [Mixing, Helped, slow(ByProperty), slow(ByVariable)])
+def test_a_numpy_scalar_is_found_wherever_an_object_has_it(module):
+    """In slots, in what a method looks up, in variables of other libraries."""
+    report = check_causal(module(), line(), prove=True, splits=(3,), pointwise=True)
     assert not report.status == "proved"
 
 

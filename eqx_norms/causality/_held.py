@@ -9,6 +9,7 @@ in closures, attributes, defaults, pytrees and globals.
 import collections
 import dataclasses
 import functools
+import sys
 import sysconfig
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -101,10 +102,25 @@ def _parts(node: Any) -> Iterator[Any]:
     if type(node).__module__.startswith(("jax", "numpy", "weakref")):
         return
     yield from getattr(node, "__dict__", {}).values()
-    yield from (getattr(node, name, None) for name in getattr(type(node), "__slots__", ()))
-    if not isinstance(node, types.FunctionType) and callable(node):
-        yield type(node).__call__
-        yield from (value for value in vars(type(node)).values() if is_scalar(value))
+    for kind in type(node).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        names = [slots] if isinstance(slots, str) else slots
+        yield from (getattr(node, name, None) for name in names)
+        if not isinstance(node, types.FunctionType) and not _is_of_a_library(kind):
+            yield from map(_plain, vars(kind).values())
+
+
+def _is_of_a_library(kind: type) -> bool:
+    if kind.__module__.split(".")[0] in sys.stdlib_module_names:
+        return True
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    return file.startswith(_LIBRARIES)
+
+
+def _plain(attribute: Any) -> Any:
+    """The function of a method, whatever kind of method it is; else what is given."""
+    names = ("__func__", "fget", "func")
+    return next((getattr(attribute, n) for n in names if hasattr(type(attribute), n)), attribute)
 
 
 def _of_function(fn: types.FunctionType) -> Iterator[Any]:
