@@ -700,7 +700,8 @@ def _proof(
     editor = _editor(problem, how)
     tried = rule.choose(splits, np.random.default_rng(0))
     mixing = mixing_edits(editor.length, both=rule.kind == "reads")
-    edits = [nothing(editor), *rule.edits(tried, editor.kinds), *mixing]
+    trials = rule.edits(tried, editor.kinds, splits == "auto")
+    edits = [nothing(editor), *trials, *mixing]
     scores = make_probe(sizes(closed, proof.meetings), editor, (), 0.0, how.batch_size).evaluate(
         edits
     )
