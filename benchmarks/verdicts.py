@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from eqx_norms import RMSNorm
 from eqx_norms.causality import (
     assert_causal,
+    assert_reads,
     check_causal,
     check_same,
     dependency_matrix,
@@ -81,6 +82,11 @@ def _():
     table = jr.normal(jr.key(3), (50, 8))
     one = lambda ids: jax.nn.softmax(table[ids] @ table[ids].T) @ table[ids]
     return warned(lambda: assert_causal(jax.vmap(one), jr.randint(jr.key(4), (16, 32), 0, 50)))
+
+
+@case("1", "... with a rule", "a warning")
+def _():
+    return warned(lambda: assert_reads(centred, BATCH, np.tri(4, dtype=bool)))
 
 
 @case("1", "the axis of time", "leak")
@@ -221,6 +227,19 @@ for _name, _zero in [("np.zeros(())", np.zeros(())), ("np.float32(0)", np.float3
     _gate = lambda zero=_zero: proof(lambda x: x + zero * x[::-1])
     case("2", f"a gate {_name}: a parameter", "clear")(_gate)
 
+GATES = np.zeros(3)
+
+
+@case("2", "a gate that is an entry of np.zeros(3)", "clear")
+def _():
+    return proof(lambda x: x + GATES[1] * x[::-1])
+
+
+@case("2", "a gate in a variable of nnx, np.zeros(())", "clear")
+def _():
+    gate = nnx.Param(np.zeros(()))
+    return proof(lambda x: x + gate[...] * x[::-1])
+
 
 # 3. Rounding that is not
 
@@ -237,6 +256,16 @@ def _():
 def _():
     x = 1e4 + jr.normal(jr.key(6), (64,))
     return check_same(lambda x: (x * x).mean() - x.mean() ** 2, jnp.var, x).status
+
+
+@case("3", "1 - cos(x), small x", "imprecise")
+def _():
+    return check_same(lambda x: 1 - jnp.cos(x), lambda x: 2 * jnp.sin(x / 2) ** 2, 1e-4 * X).status
+
+
+@case("3", "log(1 + x), small x", "imprecise")
+def _():
+    return check_same(lambda x: jnp.log(1 + x), jnp.log1p, 1e-9 * X).status
 
 
 @case("3", "a gate on an overflow, float16", "undecided")

@@ -3,6 +3,7 @@
 What must hold is one sentence: an edit never moves an output that the structure calls unconnected.
 """
 
+import collections
 import functools
 import pathlib
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import causality_zoo as zoo
 import equinox as eqx
 import flax.linen as nn
+import flax.nnx as nnx
 import haiku as hk
 import hard_oracle
 import jax
@@ -551,7 +553,7 @@ def test_a_ref_from_outside_is_refused():
 # Parameters
 
 
-HELD = np.float32(0)
+HELD, ENTRIES = np.float32(0), np.zeros(2, np.float32)
 
 
 @pytest.mark.parametrize("gate", (np.zeros(()), slow(np.float32(0)), slow(np.float64(0))))
@@ -565,6 +567,86 @@ def test_whose_array_a_parameter_is_does_not_matter(gate):
     ):
         report = check_causal(fn, line(), prove=True, splits=(3,), pointwise=True)
         assert not report.status == "proved"
+
+
+def added_one_by_one(gates):
+    return lambda x: functools.reduce(lambda y, gate: y + gate * x.sum(), gates, x)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        added_one_by_one(np.zeros(2)),
+        lambda x: x + ENTRIES[1] * x.sum(),
+        slow(added_one_by_one(jax.device_get([jnp.zeros(())]))),
+        slow(added_one_by_one(collections.deque([np.zeros(())]))),
+        slow(added_one_by_one(np.array([np.float32(0), None])[:1])),
+    ],
+)
+def test_an_entry_of_a_numpy_array_is_a_parameter(fn):
+    """Python takes it out before JAX sees it, and it stands in the trace as a number would."""
+    report = check_causal(fn, line(), prove=True, splits=(3,), pointwise=True)
+    assert not report.status == "proved"
+
+
+class Slotted:
+    __slots__ = "gate"
+
+    def __init__(self):
+        self.gate = np.zeros(())
+
+
+class Mixing(Slotted):
+    __slots__ = ()
+
+    def __call__(self, x):
+        return x + self.gate * x.sum()
+
+
+class Helped:
+    def __call__(self, x):
+        return x + self.mixed(x)
+
+    def mixed(self, x):
+        return HELD * x.sum()
+
+
+class ByProperty(Helped):
+    def mixed(self, x):
+        return self.gate * x.sum()
+
+    @property
+    def gate(self):
+        return HELD
+
+
+class ByVariable(nnx.Module):
+    def __init__(self):
+        self.gate = nnx.Param(np.zeros(()))
+
+    def __call__(self, x):
+        return x + self.gate[...] * x.sum()
+
+
+@pytest.mark.parametrize("module", [Mixing, Helped, slow(ByProperty), slow(ByVariable)])
+def test_a_numpy_scalar_is_found_wherever_an_object_has_it(module):
+    """In slots, in what a method looks up, in variables of other libraries."""
+    report = check_causal(module(), line(), prove=True, splits=(3,), pointwise=True)
+    assert not report.status == "proved"
+
+
+def test_what_numpy_arrays_hold_takes_nothing_from_a_proof():
+    """Zeros among them, where the program needs zeros of its own."""
+    weights, mask = np.zeros((LINE, LINE), np.float32), np.tri(LINE, dtype=bool)
+    fn = lambda x: jnp.where(mask, jnp.outer(x, x) + weights, 0.0) @ x
+    assert check_causal(fn, line(), prove=True).status == "proved"
+
+
+def test_a_numpy_scalar_that_is_fixed_is_a_parameter():
+    x = {"x": line(), "gate": np.float32(0)}
+    fn = lambda x: x["x"] + x["gate"] * x["x"].sum()
+    report = check_causal(fn, x, prove=True, splits=(3,), pointwise=True, fixed="gate")
+    assert not report.status == "proved"
 
 
 def test_a_numpy_scalar_takes_nothing_from_a_proof():

@@ -98,8 +98,9 @@ def test_who_means_it_is_not_warned():
     norm = zoo.norm_of_each_token
     report = assert_causal(norm, floats(T, D), pointwise=True)
     assert report.pointwise and "as is meant (pointwise=True)" in words(report)
+    assert assert_reads(norm, floats(T, D), CAUSAL, pointwise=True).pointwise
     assert not assert_independent(norm, floats(T, D)).pointwise
-    assert not assert_reads(norm, floats(T, D), CAUSAL).pointwise
+    assert not assert_reads(norm, floats(T, D), rules.independent(T)).pointwise
 
 
 @pytest.mark.slow
@@ -110,6 +111,18 @@ def test_who_asks_for_more_is_answered_and_not_warned(prove):
     assert assert_independent(fn, x, prove=prove).status == ("proved" if prove else "clear")
     # What is warned of is no leak, and a leak is not warned of.
     assert check_causal(fn, x, axis=(0, 1), prove=prove).leak
+
+
+@pytest.mark.parametrize("prove", [True, slow(False)])
+@pytest.mark.parametrize(
+    "allowed", [rules.causal(3), slow(rules.window(3, 2)), slow(rules.segments([0, 0, 1]))]
+)
+def test_a_rule_that_is_asked_along_the_batch_axis_warns(allowed, prove):
+    with pytest.warns(CausalityWarning, match="pass the axis of time instead: axis=1;"):
+        report = assert_reads(jax.vmap(over_time), floats(3, 5, 2), allowed, prove=prove)
+    assert report.pointwise and not report.leak
+    causal = jax.vmap(lambda x: jnp.cumsum(x, 0))
+    assert not assert_reads(causal, floats(2, 3, 2), rules.causal(3), axis=1, prove=prove).pointwise
 
 
 def test_a_model_that_mixes_only_where_numbers_are_large_is_not_warned_of():

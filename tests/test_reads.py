@@ -517,8 +517,10 @@ def test_outputs_that_mix_nothing_are_remarked_upon(x):
     some = CAUSAL & (np.arange(T)[:, None] < 2) | np.eye(T, dtype=bool)
     text = words(check_causal(attend(some), x))
     assert "6 of 8 outputs react to no input but their own" in text and "complete=True" in text
-    text = words(check_reads(attend(np.eye(T, dtype=bool)), x, PACKED))
-    assert "6 of 8 outputs react to no input but their own" in text and "required=" in text
+    text = words(check_reads(attend(some), x, PACKED))
+    assert "5 of 8 outputs react to no input but their own" in text and "required=" in text
+    text = words(check_reads(attend(np.eye(T, dtype=bool)), x, PACKED, pointwise=True))
+    assert "react to" not in text and "No output reads another position" in text
     assert "react to" not in words(check_reads(attend(CAUSAL.T), x, CAUSAL.T))
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.extend.core as jex
@@ -25,7 +25,7 @@ from ._edits import (
     nothing,
     pure_mixing_edits,
 )
-from ._held import held_numbers, with_arrays
+from ._held import Held, held_numbers, with_arrays
 from ._host import is_beside, remarks, running
 from ._inputs import (
     Axes,
@@ -285,6 +285,7 @@ def assert_reads(
     required: Bool[Array | np.ndarray, "*T_out T_in"] | None = None,
     axis: Axes = 0,
     out_axis: Axes | None = None,
+    pointwise: bool = False,
     labels: Labels = None,
     out_labels: Labels = None,
     scales: Sequence[Real] = (1.0, 10.0, 100.0),
@@ -342,6 +343,11 @@ def assert_reads(
     **Returns:**
 
     The [`eqx_norms.causality.CausalityReport`][].
+
+    **Warns:**
+
+    `CausalityWarning` if some outputs may read other positions, and none was found to; see
+    `pointwise`.
 
     **Raises:**
 
@@ -680,19 +686,22 @@ def _proof(
     how: How,
     splits: Sequence[int] | str,
 ) -> Proof:
-    closed, held = _with_parameters(fn, x, problem, how)
-    near = jex.ClosedJaxpr(closed.jaxpr, [*map(readable, closed.consts)])
-    question = Question(
-        near, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths, held
-    )
-    proof = prove(question, rule.allowed, how.assume_bounded)
+    for closed, held in _with_parameters(fn, x, problem, how):
+        near = jex.ClosedJaxpr(closed.jaxpr, [*map(readable, closed.consts)])
+        question = Question(
+            near, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths, held
+        )
+        proof = prove(question, rule.allowed, how.assume_bounded)
+        if proof.holds:
+            break
     if not proof.meetings:
         return proof
     # What was assumed of scores has to hold on x, and on every edit that would be tried.
     editor = _editor(problem, how)
     tried = rule.choose(splits, np.random.default_rng(0))
     mixing = mixing_edits(editor.length, both=rule.kind == "reads")
-    edits = [nothing(editor), *rule.edits(tried, editor.kinds), *mixing]
+    trials = rule.edits(tried, editor.kinds, splits == "auto")
+    edits = [nothing(editor), *trials, *mixing]
     scores = make_probe(sizes(closed, proof.meetings), editor, (), 0.0, how.batch_size).evaluate(
         edits
     )
@@ -701,19 +710,27 @@ def _proof(
 
 def _with_parameters(
     fn: Callable, x: PyTree, problem: Problem, how: How
-) -> tuple[jex.ClosedJaxpr, frozenset]:
-    """A trace in which parameters are no numbers of the program, and those that are all the same.
+) -> Iterator[tuple[jex.ClosedJaxpr, Held]]:
+    """Traces in which parameters are no numbers of the program, and those that are all the same.
 
-    NumPy scalars are. Where they cannot be told by their place, they are by their value.
+    NumPy scalars are, and entries of NumPy arrays. Where they cannot be told by their place, they
+    are by their value. What NumPy makes of its own arrays is no parameter: so these are replaced
+    only after a proof that met an entry of theirs among the numbers, and failed.
     """
-    if not (held := held_numbers(fn)):
-        return problem.closed, held
-    try:
-        told = with_arrays(fn)
-        closed = make_problem(told, x, how.axis, how.out_axis, how.fixed).closed
-        return closed, held_numbers(told)
-    except Exception:  # it needed NumPy's own, for a shape or as a static argument
-        return problem.closed, held
+
+    def told(all_of_them: bool) -> tuple[jex.ClosedJaxpr, Held] | None:
+        try:
+            copy = with_arrays(fn, all_of_them)
+            closed = make_problem(copy, x, how.axis, how.out_axis, how.fixed).closed
+            return closed, held_numbers(copy)
+        except Exception:  # it needed NumPy's own, for a shape or as a static argument
+            return None
+
+    held = held_numbers(fn)
+    first = (held.numbers and told(False)) or (problem.closed, held)
+    yield first
+    if first[1].arrays and first[1].were_met and (second := told(True)) is not None:
+        yield second
 
 
 def _editor(problem: Problem, how: How) -> Editor:
@@ -730,7 +747,7 @@ def _editor(problem: Problem, how: How) -> Editor:
 
 def _proved(rule: Rule, proof: Proof, common: Mapping[str, Any]) -> CausalityReport:
     """The report of what needs no edit: 0 where an output cannot read an input, NaN elsewhere."""
-    alone = "causal" in rule.kind and rule.required is None
+    others = proof.connected & ~np.eye(*rule.allowed.shape, dtype=bool)
     return CausalityReport(
         leak=False,
         status="proved",
@@ -744,7 +761,7 @@ def _proved(rule: Rule, proof: Proof, common: Mapping[str, Any]) -> CausalityRep
         joint=False,
         notes=(),
         assumptions=proof.assumptions,
-        pointwise=alone and not (proof.connected & ~np.eye(len(rule.allowed), dtype=bool)).any(),
+        pointwise=_asks_who_mixes(rule) and not others.any(),
         **common,
     )
 
@@ -762,13 +779,20 @@ def _require_same_trace(problem: Problem) -> None:
             raise ValueError(DIFFERS_FROM_ITSELF)
 
 
+def _asks_who_mixes(rule: Rule) -> bool:
+    """Whether outputs may read other positions, and nothing is said of whether they do."""
+    if rule.kind == "independent" or rule.required is not None:
+        return False
+    outputs, inputs = rule.allowed.shape
+    return outputs == inputs and bool(_may_mix(rule.allowed).any())
+
+
 def _silent(
     rule: Rule, edits: Sequence[Edit], moved: Bool[np.ndarray, "E T_out"]
 ) -> Bool[np.ndarray, " T_out"]:
     """The outputs that no other input moves, of those that may read another."""
-    outputs, inputs = rule.allowed.shape
-    if rule.kind == "independent" or rule.required is not None or outputs != inputs:
-        return np.zeros(outputs, bool)
+    if not _asks_who_mixes(rule):
+        return np.zeros(len(rule.allowed), bool)
     silent = _may_mix(rule.allowed)
     for edit, row in zip(edits, moved, strict=True):
         silent &= ~row | edit.where
@@ -781,9 +805,8 @@ def _may_mix(allowed: Bool[np.ndarray, "T T"]) -> Bool[np.ndarray, " T"]:
 
 
 def _all_alone(rule: Rule, silent: Bool[np.ndarray, " T_out"]) -> bool:
-    """Whether a causal test shows nothing."""
-    causal = "causal" in rule.kind
-    return causal and bool(silent.any()) and np.array_equal(silent, _may_mix(rule.allowed))
+    """Whether the test shows nothing."""
+    return bool(silent.any()) and np.array_equal(silent, _may_mix(rule.allowed))
 
 
 def _inert(rule: Rule, silent: Bool[np.ndarray, " T_out"]) -> list[str]:

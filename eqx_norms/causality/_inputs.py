@@ -298,8 +298,9 @@ def named_leaves(x: PyTree, is_leaf: Callable | None = None) -> tuple[dict[str, 
 def _fixed_leaves(named: Mapping[str, Any], fixed: str | Iterable[str]) -> dict[str, Any]:
     fixed = {fixed} if isinstance(fixed, str) else {*fixed}
     require_names("fixed", fixed, named, "array")
-    # Under `jax.vmap`, JAX takes no NumPy array from outside.
-    as_jax = lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+    # Under `jax.vmap`, JAX takes no NumPy array from outside; and a float is a parameter.
+    numpy = np.ndarray | np.inexact
+    as_jax = lambda leaf: jnp.asarray(leaf) if isinstance(leaf, numpy) else leaf
     return {name: as_jax(leaf) for name, leaf in named.items() if name in fixed}
 
 

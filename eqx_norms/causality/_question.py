@@ -11,7 +11,7 @@ from ._inputs import Problem
 
 
 class CausalityWarning(UserWarning):
-    """A causal test shows nothing: no output reads another position, as along a batch axis."""
+    """A test shows nothing: no output reads another position, as along a batch axis."""
 
 
 def nothing_is_read(problem: Problem, asked: str, zero_branch: bool) -> str:

@@ -72,8 +72,9 @@ class CausalityReport:
         says of scores was so on x and on every edit.
     - `obstacles`: what stood in the way of a proof that was asked for: each operation, the line
         that traced to it, and the outputs that it connects.
-    - `pointwise`: no output was found to read another position, so a causal test shows nothing
-        about a model that should. It is always `False` for a rule that is not causal.
+    - `pointwise`: no output was found to read another position, although some may, so the test
+        shows nothing about a model that should. It is always `False` for `assert_independent`, and
+        where `required` was asked.
     - `names`: the names of the arrays of `x` in which edits replaced something.
     - `arrays`: if `x` has several arrays, those that leak when they alone are edited, each with its
         part of `matrix`, for up to 32 of the inputs that leak.

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 
 from ..._jaxprs import called, first_ref, is_foreign, opened
 from .._edits import is_mask
+from .._held import Held
 from .._inputs import place
 from .._lines import line_of
 from . import (
@@ -74,7 +75,7 @@ class Context:
     signs: dict = dataclasses.field(default_factory=dict)
     meetings: dict[Any, Meeting] = dataclasses.field(default_factory=dict)
     used: set = dataclasses.field(default_factory=set)
-    held: frozenset = frozenset()
+    held: Held = dataclasses.field(default_factory=Held)
     opaque: set = dataclasses.field(default_factory=set)
     platforms: set = dataclasses.field(default_factory=set)
     looking: bool = False
@@ -186,11 +187,10 @@ def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) 
 _CONTROL = {"scan": _control.scan, "while": _control.loop, "cond": _control.branch}
 
 
-def _scalar(held: frozenset, value: Any) -> Known:
+def _scalar(held: Held, value: Any) -> Known:
     """A number in the program; a parameter, if it equals one that the function holds."""
     if np.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.inexact):
-        dtype = jnp.result_type(value)
-        if any(np.asarray(number).astype(dtype) == value for number in held):
+        if held.have(np.asarray(value, jnp.result_type(value))):
             return parameter(value, LARGE)
     return constant(value)
 
@@ -360,7 +360,7 @@ class Question:
     in_axes: Sequence[int]
     out_axes: Sequence[int]
     out_lengths: Sequence[int] = ()
-    held: frozenset = frozenset()
+    held: Held = dataclasses.field(default_factory=Held)
     computed: dict = dataclasses.field(default_factory=dict)
 
     def connected(

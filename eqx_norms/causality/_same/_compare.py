@@ -14,10 +14,12 @@ from ..._processes import fetched
 from ..._real import Real
 from .._host import compiled, own_error
 from .._lost import blame
+from .._nudge import rounded_anew
 from .._probe import placed
 from .._widen import coarsest, float_constants, float_dtypes, is_key, opaque_parts, widen
 
 _EPS32, _EPS64 = (float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64))
+_FLUSHED = float(np.finfo(np.float64).tiny)  # what is smaller may be 0 in one of the two
 # Rounding shrinks 2**29-fold from float32 to float64, from coarser floats by more. Where it was
 # small by luck, as it may be in a leaf of few entries, it seems to shrink by less.
 _SHRINK = 2.0**23
@@ -92,8 +94,9 @@ class Judge:
 
     What float64 leaves of a difference is rounding if it is no larger than the sum of what can
     be measured of rounding there: `noise_ulps` eps of float64; a small part of what each function
-    rounds in its own precision; `noise_ulps` times as far as the outputs move when inputs and
-    constants do by an eps; and what the rounding of constants that the two do not share may do.
+    rounds in its own precision; `noise_ulps` times as far as the outputs move when inputs,
+    constants and what is rounded on the way do by an eps; and what the rounding of constants that
+    the two do not share may do.
     """
 
     one: jex.ClosedJaxpr
@@ -157,7 +160,7 @@ class Judge:
         exact = self._runs(_wide(self.one, self.rows), _wide(self.two, self.rows), _EPS64)
         shrunk = _rounding(self.one, self.rows, own.one, exact.one)
         shrunk += _rounding(self.two, self.rows, own.two, exact.two)
-        return exact._replace(limit=exact.limit + shrunk / _SHRINK)
+        return exact._replace(limit=exact.limit + shrunk / _SHRINK + _FLUSHED)
 
     def _tell(self, own: Runs, exact: Runs) -> tuple[Runs, Bool[np.ndarray, "K L"], Sequence[str]]:
         """With all that rounding may do, what float64 cannot decide, and why not."""
@@ -200,8 +203,8 @@ class Judge:
         if blurred.any():
             share = (moved[blurred] / scale[blurred]).max()
             notes += [
-                "The functions are chaotic: an eps of float64 in inputs and constants moves the "
-                f"outputs by up to {share:.2g} of their size, so that rounding may do as much."
+                "The functions are chaotic: an eps of float64 in inputs, constants and results on "
+                f"the way moves outputs by up to {share:.2g} of their size, and so may rounding."
             ]
         behind = np.zeros_like(above)
         if self._opaque and above.any():
@@ -283,14 +286,17 @@ class Judge:
         return [*notes, told] if told else notes
 
     def _moved(self, chosen: np.ndarray, exact: Runs) -> Float[np.ndarray, "C L"]:
-        """How far the outputs of both move when inputs and constants do by an eps of float64."""
+        """How far the outputs of both move when inputs, constants, and what is rounded on the way
+        do by an eps of float64.
+        """
         rng = np.random.default_rng(0)
         nudge = lambda value: _nudged(value, rng, _EPS64)
         lies = [getattr(leaf, "sharding", None) for leaf in self.rows[0]]
         with jax.enable_x64(True):
             rows = [list(map(placed, map(nudge, self.rows[k]), lies)) for k in chosen]
-        one = gaps([exact.one[k] for k in chosen], _wide(self.one, rows, nudge)).size
-        return one + gaps([exact.two[k] for k in chosen], _wide(self.two, rows, nudge)).size
+        moved = lambda closed: _wide(closed, rows, nudge, watch=rounded_anew)
+        one = gaps([exact.one[k] for k in chosen], moved(self.one)).size
+        return one + gaps([exact.two[k] for k in chosen], moved(self.two)).size
 
     def _rounded_constants(self, chosen: np.ndarray, exact: Runs) -> Float[np.ndarray, "C L"]:
         """How far the outputs move when constants do by half an eps of their own dtype.
@@ -363,9 +369,10 @@ def _wide(
     rows: Sequence[Row],
     constant: Callable[[Any], Any] = lambda c: c,
     to: Any = np.float64,
+    watch: Callable[..., Sequence[Array]] | None = None,
 ) -> Outputs:
     with jax.enable_x64(True), np.errstate(over="ignore"):  # a constant too large for float32
-        return _run(compiled(widen(closed, to, constant), closed), rows)
+        return _run(compiled(widen(closed, to, constant, watch), closed), rows)
 
 
 def _run(fn: Callable, rows: Sequence[Row]) -> Outputs:
