@@ -141,3 +141,32 @@ def _cholesky(context, eqn, a):
     along = [r.reshaped(first, lambda shape: (*shape, 1))]
     along += [r.reshaped(first, lambda shape: (*shape[:-1], 1, shape[-1]))]
     return [finite_as(aval, r.union(*along), a)]
+
+
+# How many axes the first operand's matrix, or its vector, has. A matrix is done with alone, or in as
+# many steps as its size says. Not so those of eigh and svd: on some devices they are turned together,
+# until the last of them has converged.
+_OF_MATRICES = {
+    "cholesky_update eig geqp3 geqrf hessenberg householder_product lu ormqr qr schur "
+    "symmetric_product tridiagonal": 2,
+    "lu_pivots_to_permutation tridiagonal_solve": 1,
+}
+_AXES = {name: count for names, count in _OF_MATRICES.items() for name in names.split()}
+
+
+@rule(*_AXES)
+def _each_matrix(context, eqn, *operands):
+    """All of a matrix, and of what stands beside it; of the others of the batch nothing."""
+    first = operands[0].shape
+    batch = first[: len(first) - _AXES[eqn.primitive.name]]
+    count = len(batch)
+    if any(x.shape[:count] != batch for x in (*operands, *(v.aval for v in eqn.outvars))):
+        return connect_all(context, eqn, *operands)
+    parts = [r.reduced(x.reads, range(count, len(x.shape))) for x in operands]
+    reads = None if 0 in first else r.union(*parts)
+    results = []
+    for v in eqn.outvars:
+        inside = (1,) * (len(v.aval.shape) - count)
+        mine = r.reshaped(reads, lambda shape, inside=inside: (*shape, *inside))
+        results.append(finite_as(v.aval, mine, *operands))
+    return results
