@@ -192,9 +192,9 @@ def decoders(length):
 # refused, and what passes between devices is only inside of a `shard_map`, which is gone through.
 GONE_THROUGH = (
     "call closed_call composite core_call custom_jvp_call custom_vjp_call custom_lin eval_jaxpr "
-    "jit remat2 scan while cond iota empty empty2 iota_2x32_shape platform_index get swap addupdate all_gather "
-    "all_gather_invariant all_gather_reduced all_to_all axis_index pbroadcast pcast pmax pmin "
-    "ppermute preduced psum psum_invariant pvary reduce_scatter custom_linear_solve"
+    "jit remat2 scan while cond iota empty empty2 iota_2x32_shape platform_index get swap "
+    "addupdate all_gather all_gather_invariant all_gather_reduced all_to_all axis_index pbroadcast "
+    "pcast pmax pmin ppermute preduced psum psum_invariant pvary reduce_scatter custom_linear_solve"
 )
 
 

@@ -5,8 +5,7 @@ and what passes between devices operations along an axis. These the proof has ru
 """
 
 import contextlib
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
