@@ -3,17 +3,20 @@
     python -m benchmarks.proofs
     python -m benchmarks.proofs --without-rule
     python -m benchmarks.proofs --without-rule --write    # into docs/causality.md
+    python -m benchmarks.proofs --functions               # which functions meet them
 
 The table is of one block of each kind, in seconds of processor time with all that a check does
-around the proof. The list is of the primitives of this JAX: those that jax.lax, jax.lax.linalg or
-jax.random has a function of, with which jax.numpy and jax.scipy are written, and those that
-jax.extend lists.
+around the proof. The list is of the primitives of this JAX: those that jax.lax, jax.numpy, jax.nn,
+jax.random and jax.scipy are written with, and those that jax.extend lists.
 """
 
 import argparse
-import gc
+import contextlib
+import inspect
+import itertools
 import pathlib
 import re
+import sys
 import textwrap
 import time
 import warnings
@@ -24,6 +27,9 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import jax.random as jr
+import jax.scipy.linalg
+import jax.scipy.signal
+import jax.scipy.special
 from jax.sharding import AxisType, PartitionSpec as P
 
 from eqx_norms.causality import check_causal
@@ -182,28 +188,74 @@ def decoders(length):
         print(f"| {name} | {report.status}{why} | {seconds:.1f} |", flush=True)
 
 
-# A call is gone through, a loop has its own rule, an iota is a constant, Refs are refused, and what
-# passes between devices is only inside of a `shard_map`, which is gone through with them.
+# A call is gone through, a loop has its own rule, what has no operands is a constant, Refs are
+# refused, and what passes between devices is only inside of a `shard_map`, which is gone through.
 GONE_THROUGH = (
     "call closed_call composite core_call custom_jvp_call custom_vjp_call custom_lin eval_jaxpr "
-    "jit remat2 scan while cond iota get swap addupdate all_gather "
-    "all_gather_invariant all_gather_reduced all_to_all axis_index pbroadcast pcast pmax pmin "
-    "ppermute preduced psum psum_invariant pvary reduce_scatter"
+    "jit remat2 scan while cond iota empty empty2 iota_2x32_shape platform_index get swap "
+    "addupdate all_gather all_gather_invariant all_gather_reduced all_to_all axis_index pbroadcast "
+    "pcast pmax pmin ppermute preduced psum psum_invariant pvary reduce_scatter custom_linear_solve"
 )
 
 
+# Parts of the names of the modules that hold what jax.lax, jax.numpy, jax.nn, jax.random and
+# jax.scipy are written with.
+HOLD = {"lax", "nn", "numpy", "random", "scipy", "cudnn"}
+
+
 def primitives():
-    """The names of all that jax.extend lists, and of what has the name of a public function."""
-    listed = [getattr(jex.primitives, n).name for n in dir(jex.primitives) if n.endswith("_p")]
-    public = {n.removesuffix("_p") for m in (jax.lax, jax.lax.linalg, jr) for n in dir(m)}
-    made = [x.name for x in gc.get_objects() if isinstance(x, jex.Primitive)]
-    named = [n for n in made if n.replace("-", "_") in public or f"random_{n}" in public]
-    return {n.replace("-", "_") for n in (*listed, *named)}
+    """The names of all that jax.extend lists, and of what the modules of these packages hold."""
+    modules = [jex.primitives]
+    for name, module in sys.modules.items():
+        package, *parts = name.split(".")
+        if package == "jax" and HOLD & {*parts} and not {"experimental", "parallel"} & {*parts}:
+            modules.append(module)
+    held = [x for module in modules for x in vars(module).values()]
+    return {x.name.replace("-", "_") for x in held if isinstance(x, jex.Primitive)}
 
 
 def without_rule():
     """The names of the primitives that connect all that goes in with all that comes out."""
     return sorted(primitives() - {*RULES, *GONE_THROUGH.split()})
+
+
+def functions():
+    """Public functions that meet a primitive without a rule, by what it is, traced on arrays of
+    some shapes and dtypes; and how many could be traced so, of how many.
+    """
+    modules = [jnp, jnp.linalg, jnp.fft, jax.nn, jax.lax.linalg, jr]
+    modules += [jax.scipy.special, jax.scipy.signal, jax.scipy.linalg, jax.scipy.stats]
+    array, found, traced, total = jax.ShapeDtypeStruct, {}, 0, 0
+    kinds = [array(s, d) for s in ((4, 4), (4,), ()) for d in (jnp.float32, jnp.int32, bool)]
+    kinds += [jax.eval_shape(lambda: jr.key(0)), array((2, 4, 4), jnp.float32)]
+    tries = [[kind] * n for kind in kinds for n in (1, 2, 3)] + [*itertools.permutations(kinds, 2)]
+    without = {*without_rule()}
+    for module in modules:
+        for name, fn in vars(module).items():
+            if name.startswith("_") or not inspect.isfunction(inspect.unwrap(fn)):
+                continue
+            met, total = names_of(fn, tries), total + 1
+            traced += met is not None
+            for primitive in without & (met or set()):
+                found.setdefault(primitive, []).append(f"{module.__name__}.{name}")
+    return found, traced, total
+
+
+def names_of(fn, tries):
+    """The primitives in the program of a function, of the first operands that it takes."""
+    kinds = [p.kind for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
+    count = len([kind for kind in kinds if kind < inspect.Parameter.VAR_POSITIONAL])
+    for operands in [o for o in tries if len(o) == max(count, 1)]:
+        with contextlib.suppress(Exception):
+            return {eqn.primitive.name for eqn in equations(jax.make_jaxpr(fn)(*operands))}
+
+
+def equations(closed):
+    """All of a jaxpr, those of what it holds as well."""
+    for eqn in getattr(closed, "jaxpr", closed).eqns:
+        yield eqn
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
 
 
 def on_the_page():
@@ -233,7 +285,14 @@ def main():
     parser.add_argument("--length", type=int, default=512, help="positions")
     parser.add_argument("--without-rule", action="store_true", help="that list alone")
     parser.add_argument("--write", action="store_true", help="put it into the page")
+    parser.add_argument("--functions", action="store_true", help="those that meet them")
     options = parser.parse_args()
+    if options.functions:
+        found, traced, total = functions()
+        for primitive, names in sorted(found.items()):
+            print(f"{primitive}: {', '.join(names)}")
+        print(f"{traced} of {total} functions were traced.")
+        return
     if options.without_rule:
         print(textwrap.fill(" ".join(without_rule()), 100))
         if options.write:

@@ -103,7 +103,8 @@ def _ragged_dot(context, eqn, a, b, sizes):
 @rule("triangular_solve")
 def _triangular_solve(context, eqn, a, b):
     """By substitution: what came before in the order in which the triangle is gone through, of the
-    right-hand side and of the triangle; of what lies beyond that nothing.
+    right-hand side and of the triangle; of what lies beyond that nothing. As long as the
+    right-hand side is zero so is the result.
     """
     aval, p = eqn.outvars[0].aval, eqn.params
     if not (a.finite and b.finite) or 0 in b.shape:
@@ -118,7 +119,15 @@ def _triangular_solve(context, eqn, a, b):
     other = last if p["left_side"] else last - 1
     equations = r.reshaped(equations, lambda shape: (*shape[:other], 1, *shape[other:]))
     reads = r.accumulated(r.union(equations, b.reads), solved, reverse=not forward)
-    return [finite_as(aval, reads, a, b)]
+    return [_zero_at(finite_as(aval, reads, a, b), _zero_so_far(b.zero, solved, forward))]
+
+
+def _zero_so_far(zero: Mask | bool, axis: int, forward: bool) -> Mask | bool:
+    """Where all entries before, along the axis, are zero, and the entry itself."""
+    if not isinstance(zero, Mask):
+        return zero
+    turn = (lambda a: a) if forward else (lambda a: np.flip(a, axis))
+    return mask_of(turn(np.logical_and.accumulate(turn(zero.array()), axis)))
 
 
 def _triangle(shape: tuple[int, ...], lower: bool, strictly: bool = False) -> Mask | bool:
@@ -141,3 +150,32 @@ def _cholesky(context, eqn, a):
     along = [r.reshaped(first, lambda shape: (*shape, 1))]
     along += [r.reshaped(first, lambda shape: (*shape[:-1], 1, shape[-1]))]
     return [finite_as(aval, r.union(*along), a)]
+
+
+# How many axes the first operand's matrix, or its vector, has. A matrix is done with alone, or in
+# as many steps as its size says. Not so those of eigh and svd: on some devices they are turned
+# together, until the last of them has converged.
+_OF_MATRICES = {
+    "cholesky_update eig geqp3 geqrf hessenberg householder_product lu ormqr qr schur "
+    "symmetric_product tridiagonal": 2,
+    "lu_pivots_to_permutation tridiagonal_solve": 1,
+}
+_AXES = {name: count for names, count in _OF_MATRICES.items() for name in names.split()}
+
+
+@rule(*_AXES)
+def _each_matrix(context, eqn, *operands):
+    """All of a matrix, and of what stands beside it; of the others of the batch nothing."""
+    first = operands[0].shape
+    batch = first[: len(first) - _AXES[eqn.primitive.name]]
+    count = len(batch)
+    if any(x.shape[:count] != batch for x in (*operands, *(v.aval for v in eqn.outvars))):
+        return connect_all(context, eqn, *operands)
+    parts = [r.reduced(x.reads, range(count, len(x.shape))) for x in operands]
+    reads = None if 0 in first else r.union(*parts)
+    results = []
+    for v in eqn.outvars:
+        inside = (1,) * (len(v.aval.shape) - count)
+        mine = r.reshaped(reads, lambda shape, inside=inside: (*shape, *inside))
+        results.append(finite_as(v.aval, mine, *operands))
+    return results

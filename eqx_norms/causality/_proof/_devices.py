@@ -5,8 +5,7 @@ and what passes between devices operations along an axis. These the proof has ru
 """
 
 import contextlib
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import source_info_util
-from jax.sharding import AbstractMesh, PartitionSpec, use_abstract_mesh
+from jax.sharding import PartitionSpec
 
 from ..._jaxprs import called, first_ref, opened
 from .._lines import of_a_library
@@ -28,22 +27,12 @@ _IDENTITIES = ("pvary", "pcast", "reshard", "sharding_constraint")
 Place = list[tuple[str, ...]]  # the mesh's axes along each axis of an array
 
 
-def on_one_device(eqn: jex.JaxprEqn) -> Any:
-    """What a `shard_map` computes, as a jaxpr of its operands and the number of a device.
+def on_one_device(eqn: jex.JaxprEqn, device: Any, *args: Any) -> list[Any]:
+    """What a `shard_map` computes, of its operands and the number of a device.
 
     A result that counts as the same on all devices is that of the numbered one: whether it is the
-    same, nobody has checked if `check_vma=False`. `None` where JAX cannot do devices side by side.
+    same, nobody has checked if `check_vma=False`.
     """
-    alike: Callable[[Any], Any] = lambda aval: jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-    avals, device = [alike(v.aval) for v in eqn.invars], jax.ShapeDtypeStruct((), jnp.int32)
-    try:
-        with use_abstract_mesh(AbstractMesh((), ())), _at(eqn):
-            return jax.make_jaxpr(functools.partial(_mapped, eqn))(device, *avals)
-    except Exception:  # of an operation that JAX has no rule for, each kind has its own
-        return None
-
-
-def _mapped(eqn: jex.JaxprEqn, device: Any, *args: Any) -> list[Any]:
     p = eqn.params
     if first_ref(p["jaxpr"]) is not None:
         raise NotImplementedError("A Ref of one device is none of all.")
@@ -105,7 +94,7 @@ class _Device:
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
         read = lambda atom: atom.val if isinstance(atom, jex.Literal) else values[atom]
         for eqn in jaxpr.eqns:
-            with _at(eqn) if known_lines else contextlib.nullcontext():
+            with at_line_of(eqn) if known_lines else contextlib.nullcontext():
                 outs = self.equation(eqn, list(map(read, eqn.invars)), known_lines)
             values.update(zip(eqn.outvars, outs, strict=True))
         return list(map(read, jaxpr.outvars))
@@ -115,7 +104,7 @@ class _Device:
         if name in _IDENTITIES:
             return args
         if name == SHARD_MAP:
-            return _mapped(eqn, self.number, *args)
+            return on_one_device(eqn, self.number, *args)
         if name in BODIES:
             inside = lambda body, xs, path: (self.run(body, xs, known_lines), None)
             return rewritten(eqn, args, inside)[0]
@@ -130,7 +119,7 @@ class _Device:
         return outs if eqn.primitive.multiple_results else [outs]
 
 
-def _at(eqn: jex.JaxprEqn):
+def at_line_of(eqn: jex.JaxprEqn):
     """What is traced in this context comes from the line of the equation."""
     return source_info_util.user_context(eqn.source_info.traceback)
 

@@ -31,9 +31,8 @@ _NAMES = (
     "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz "
     "complex conj convert_element_type copy copy_p cos cosh digamma eq eq_to erf erf_inv erfc "
     "expm1 floor ge gt imag integer_pow is_finite le le_to lgamma log log1p log2 lt lt_to max min "
-    "name ne neg "
-    "nextafter not one_minus_square or polygamma population_count pow real reduce_precision rem "
-    "round rsqrt sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign "
+    "mulhi name ne neg nextafter not one_minus_square or polygamma polynomial population_count pow "
+    "real reduce_precision rem round rsqrt sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign "
     "sin sinh sqrt square tan tanh threefry2x32 xor zeta"
 )
 
@@ -93,7 +92,8 @@ def _bits(context, eqn, x):
     return _elementwise(context, eqn, x) if same else connect_all(context, eqn, x)
 
 
-@rule("optimization_barrier", "stop_gradient", "device_put", "reshard")
+@rule("optimization_barrier", "stop_gradient", "device_put", "reshard", "layout_constraint")
+@rule("stage", "random_clone")
 @rule("eqx_norms_again", "eqx_norms_apart", "eqx_norms_grouped", "eqx_norms_settled")
 def _each(context, eqn, *operands):
     """Identities, the norms' own included."""

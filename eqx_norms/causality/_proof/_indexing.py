@@ -289,10 +289,11 @@ def _scatter(context, eqn, x, indices, updates):
     inside = np.flatnonzero(landing >= 0)
     targets = landing[inside]
     reads, put = x.reads, updates.reads
+    overwrites = eqn.primitive.name == "scatter" and eqn.params["update_jaxpr"] is None
     if unknown:
         rows = r.reduced(indices.reads, [len(indices.shape) - 1])
         put = r.union(put, r.reshaped(rows, lambda n: _with_axes(n, dims.update_window_dims)))
-    elif eqn.primitive.name == "scatter" and eqn.params["update_jaxpr"] is None:
+    elif overwrites:
         overwritten = np.zeros(size(x), bool)
         overwritten[targets] = True
         reads = r.without(reads, mask_of(overwritten.reshape(x.shape)))
@@ -306,7 +307,20 @@ def _scatter(context, eqn, x, indices, updates):
         labels, kept = label(codes.reshape(shape))
         rows = np.concatenate([np.zeros_like(rows[:1]), rows])[kept]
         reads = r.union(reads, r.reduced(r.term(labels, rows), unknown, keepdims=True))
-    return [finite_as(eqn.outvars[0].aval, reads, x, updates)]
+    out = finite_as(eqn.outvars[0].aval, reads, x, updates)
+    return [out if unknown else _elsewhere(out, x, targets, updates, inside, overwrites)]
+
+
+def _elsewhere(out: Known, x: Known, targets, updates: Known, inside, overwrites: bool) -> Known:
+    """With the bounds that x has where no update lands, and there, if it overwrites and is the only
+    one, those of the update.
+    """
+    sources = np.full(x.shape, -1)
+    sources.flat[targets] = inside
+    there = _over(out, out, sources >= 0, x)
+    if overwrites and len(np.unique(targets)) == len(targets):
+        there = _over(out, _by_source(updates, out, sources), sources >= 0, x)
+    return known(out, out.reads, there.labels, there.low, there.high)
 
 
 def _with_axes(shape: tuple[int, ...], axes: Sequence[Integer]) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from ..._jaxprs import called, opened
 from .._loops import rewritten
-from ._devices import SHARD_MAP, on_one_device
+from ._definitions import DEFINED, definition
+from ._devices import SHARD_MAP
 from ._masks import Meeting
 
 Meetings = Mapping[Any, Meeting]  # by the path of the equation and the number of the operand
@@ -65,12 +66,13 @@ class _Run:
         return found.at[self.numbers[name]].max(size.max(initial=0))
 
     def equation(self, eqn: jex.JaxprEqn, args: Sequence[Any], path) -> tuple[Sequence, Array]:
-        inner = called(eqn)
+        name = eqn.primitive.name
         inside = any(place[: len(path)] == path for place, _ in self.numbers if place != path)
-        if inside and eqn.primitive.name == SHARD_MAP:
-            return self.evaluate(on_one_device(eqn), [np.int32(0), *args], path)
+        defined = inside and name in DEFINED
+        inner = definition(eqn) if defined else called(eqn)
         if inside and inner is not None:
-            return self.evaluate(inner, args, path)
+            device = [np.int32(0)] if name == SHARD_MAP else []
+            return self.evaluate(inner, [*device, *args], path)
         if inside:
             return rewritten(eqn, args, self.evaluate, self.none(), jnp.maximum, path)
         outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))

@@ -31,7 +31,8 @@ from . import (
     _reads as r,
     _windows,
 )
-from ._devices import SHARD_MAP, on_one_device
+from ._definitions import DEFINED, definition
+from ._devices import SHARD_MAP
 from ._elementwise import ENTRY_BY_ENTRY
 from ._exact import exact, in_numpy
 from ._flow import RULES, connect_all
@@ -98,10 +99,10 @@ class Context:
             self.computed[id(atom)] = atom, _scalar(self.held, atom.val)
         return self.computed[id(atom)][1]
 
-    def on_one_device(self, eqn: jex.JaxprEqn) -> Any:
-        key = "one device", id(eqn)
+    def definition(self, eqn: jex.JaxprEqn) -> Any:
+        key = "definition", id(eqn)
         if key not in self.computed:
-            self.computed[key] = eqn, on_one_device(eqn)
+            self.computed[key] = eqn, definition(eqn)
         return self.computed[key][1]
 
     def line(self, eqn: jex.JaxprEqn) -> str:
@@ -145,8 +146,8 @@ def _literal(atom: Any) -> bool:
 
 def _equation(context: Context, eqn: jex.JaxprEqn, operands: list[Known], path) -> list[Known]:
     name = eqn.primitive.name.replace("-", "_")
-    inner = called(eqn)
-    if name == SHARD_MAP and (inner := context.on_one_device(eqn)) is not None:
+    inner = context.definition(eqn) if name in DEFINED else called(eqn)
+    if name == SHARD_MAP and inner is not None:
         operands = [free((), np.int32), *operands]  # whichever device
     if name in _CONTROL or inner is not None:
         context.calls.append(eqn)
