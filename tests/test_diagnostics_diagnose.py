@@ -23,7 +23,7 @@ from slow import few, slow
 
 from eqx_norms.diagnostics import capture_grads, diagnose
 from eqx_norms.diagnostics._diagnose._numbers import of_parameter
-from eqx_norms.diagnostics._diagnose._scores import of_scores
+from eqx_norms.diagnostics._diagnose._scores import of_scores, pooled
 
 # The cheapest; one more is in `test_under_debug_nans`, another in `test_plot`.
 QUICK_SICK = ("the_sum_of_a_norm",)
@@ -349,8 +349,9 @@ def test_a_mask_saturates_no_softmax(mask, getkey):
     scores = normal(getkey(), (4, 4))
     if mask is not None:
         scores = jnp.where(jnp.tril(jnp.ones((4, 4), bool)), scores, mask)
-    assert of_scores(scores, -1)[-1] == 0
-    assert of_scores(scores.at[2, 1].set(100.0), -1)[-1] == (1 / 3 if mask is not None else 1 / 4)
+    saturated = lambda x: pooled(np.asarray(of_scores(x, -1)[None]), x.shape, -1)["saturated"]
+    assert saturated(scores) == 0
+    assert saturated(scores.at[2, 1].set(100.0)) == (1 / 3 if mask is not None else 1 / 4)
 
 
 @pytest.mark.slow

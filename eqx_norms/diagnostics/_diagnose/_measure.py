@@ -136,7 +136,9 @@ def measure(
         by_call = {id(call): {} for call in survey.calls}
         for alike, found in zip(kinds.values(), fetch(ends), strict=True):
             for i, call in enumerate(alike):
-                by_call[id(call)] = {name: x[i].ravel() for name, x in found.items()}
+                here = {name: [x[i] for x in arrays] for name, arrays in found.items()}
+                lead = _examples_shape(call, survey)
+                by_call[id(call)] = _numbers.of_ends(**here, loops=call.loops, lead=lead)
         units = _units(survey)
         calls = list(map(_of_call, survey.calls, units, by_call.values(), outputs, inputs))
         value_fn = lambda params: loss_fn(model.with_trained(model.tree, params), *args)
@@ -319,69 +321,47 @@ def _ends(
     lead: tuple[int, ...],
     mapped: tuple[int, ...],
     computed: bool,
-) -> dict[str, Array]:
-    """Of what calls are given, for each call and step: its size, and whether it and the derivative
-    there are finite, and all examples the same.
+) -> dict[str, list[Array]]:
+    """Of each array that calls are given, for each call and step: what is not finite, in each
+    example if it has an axis of these, and in the derivative there; its largest entry; and whether
+    all examples are the same. So few numbers, for XLA compiles a kernel for each.
     """
-    each = lambda fn: each_step((len(given), *loops), fn)
-    stacked = lambda lists: [jnp.stack(arrays) for arrays in zip(*lists, strict=True)]
-    of = lambda fn, arrays: each(lambda arrays: _any(fn, arrays))(arrays)
-    found = {}
-    floats = stacked(map(_floats, given))
-    if floats:
-        back = stacked(map(_floats, grads))
-        found |= {
-            "input_non_finite": of(lambda x: ~jnp.isfinite(x), floats),
-            "input_nan": of(jnp.isnan, floats),
-            "input_inf": of(jnp.isposinf, floats),
-            "grad_input_non_finite": of(lambda x: ~jnp.isfinite(x), back),
-        }
-        found["input_rms"] = each(_largest_rms)(floats)
-        around = 1 + len(loops)
-        back = [x for x in back if x.shape[around : around + len(lead)] == lead]
-        if back:
-            where = each(ft.partial(_where_bad, lead=lead))(back)
-            found |= {f"grad_input_{name}": number for name, number in where.items()}
-    if mapped:
-        alike = ft.partial(_alike, computed=computed)
-        found["inputs_alike"] = each(alike)(stacked([x[i] for i in mapped] for x in given))
+    around = 1 + len(loops)
+    found = {"bits": [], "grad_bits": [], "largest": [], "alike": []}
+    columns = enumerate(zip(zip(*given, strict=True), zip(*grads, strict=True), strict=True))
+    for i, (arrays, derivatives) in columns:
+        x, size = jnp.stack(arrays), None
+        if is_floating(x):
+            kept = around + len(lead) if x.shape[around:][: len(lead)] == lead else around
+            bits = _bits(jnp.concatenate([x, jnp.stack(derivatives)]), kept)
+            size = jnp.max(jnp.abs(x), tuple(range(around, x.ndim)))
+            found["bits"].append(bits[: len(arrays)])
+            found["grad_bits"].append(bits[len(arrays) :])
+            found["largest"].append(size)
+        if i in mapped:
+            found["alike"].append(_alike(x, around, size if computed else None))
     return found
 
 
-@on_any_mesh
-def _where_bad(arrays: list[Array], lead: tuple[int, ...]) -> dict[str, Array]:
-    """In which share of the examples, which have axes of these lengths in front, there is a NaN;
-    if in none, infinity; if in none, -inf. And the number of the first of them, or -1.
-    """
-    count = math.prod(lead)
-    of = lambda fn: jnp.stack([fn(x).reshape(count, -1).any(1) for x in arrays]).any(0)
-    nan, inf, bad = of(jnp.isnan), of(jnp.isposinf), of(lambda x: ~jnp.isfinite(x))
-    bad = jnp.where(nan.any(), nan, jnp.where(inf.any(), inf, bad))
-    return {
-        "bad_share": jnp.mean(bad, dtype=jnp.float32),
-        "bad_first": jnp.where(bad.any(), jnp.argmax(bad), -1),
-    }
+def _bits(x: Array, kept: int) -> Array:
+    """Along the first axes, as `of_bits` in `_numbers.py` takes them."""
+    kinds = (jnp.isneginf(x), jnp.isposinf(x), jnp.isnan(x))
+    bits = sum(kind.astype(jnp.uint8) << i for i, kind in enumerate(kinds))
+    return jax.lax.reduce_or(bits, tuple(range(kept, x.ndim)))
 
 
 ALIKE = 8  # Fewer examples may be the same by chance.
 
 
-def _alike(arrays: list[Array], computed: bool) -> Array:
-    """Whether the first axis has the same all along, in all arrays; but for rounding, which differs
-    from example to example in a convolution, in what is computed.
+def _alike(x: Array, around: int, size: Array | None) -> Array:
+    """Whether the axis behind so many has the same all along; of what is computed, of this size,
+    but for rounding, which differs from example to example in a convolution.
     """
-    return jnp.stack([_same(x, computed) for x in arrays]).all()
-
-
-def _same(x: Array, computed: bool) -> Array:
-    if not (computed and is_floating(x)):
-        return jnp.all(x == x[:1])
+    first, axes = jax.lax.slice_in_dim(x, 0, 1, axis=around), tuple(range(around, x.ndim))
+    if size is None:
+        return jnp.all(x == first, axes)
     rounding = max(1e-4, 16 * float(jnp.finfo(x.dtype).eps))
-    return jnp.all(jnp.abs(x - x[:1]) <= (rounding * largest(x)).astype(x.dtype))
-
-
-def _largest_rms(arrays: list[Array]) -> Array:
-    return largest(jnp.stack([activation_stats(x).rms.astype(jnp.float32) for x in arrays]))
+    return jnp.max(jnp.abs(x - first), axes) <= (rounding * size).astype(x.dtype)
 
 
 def _activation_input(call: Seen, marked: Marked) -> Array | None:
@@ -399,7 +379,9 @@ def _of_call(
     """For each array of the output its statistics, each with a number for each step."""
     axis, (values, grads) = units.axis, output
     if call.shape is not None:
-        found = dict(zip(_scores.NAMES, _numbers.in_steps(values[0], call.loops).T, strict=True))
+        found = _scores.pooled(
+            _numbers.in_steps(values[0], call.loops), call.shape, call.activation.axis
+        )
         return [found if call.units else {k: v for k, v in found.items() if k != "saturated"}]
     if call.applied is not None:
         given, y = values
@@ -481,10 +463,6 @@ def _of_parameters(
             if figures:
                 figures |= _numbers.of_update(param, update)
     return found
-
-
-def _any(fn: Callable, arrays: list[Array]) -> Array:
-    return jnp.stack([fn(x).any() for x in arrays]).any()
 
 
 def _floats(arrays: list[Any]) -> list[Array]:
