@@ -115,10 +115,11 @@ def table(key, names, tools, write):
         ]
         rows[title] = [title, illness, *answers]
         print(_line(rows[title]), flush=True)
-    if write:
-        page, _ = _page()
-        lines = [_line(rows[n.replace("_", " ")]) for n in models if n.replace("_", " ") in rows]
-        PAGE.write_text("\n".join([page[0], *HEAD, *lines]) + page[1])
+        if write:  # after each, for all of them take hours
+            page, _ = _page()
+            titles = (n.replace("_", " ") for n in models)
+            lines = [_line(rows[title]) for title in titles if title in rows]
+            PAGE.write_text("\n".join([page[0], *HEAD, *lines]) + page[1])
 
 
 HEAD = (
