@@ -535,8 +535,8 @@ def _growth_in_one_call(rows: Sequence[Row], data: float) -> Finding | None:
         size = row.statistics["rms"] / max(1.0, data, row.statistics.get("input_largest", math.inf))
         if limit < size < math.inf:
             advice = (
-                "This is the rms of what it returns, divided by the largest of what it is given. Look "
-                "at what is multiplied many times, as in a recurrence."
+                "This is the rms of what it returns, divided by the largest of what it is given. "
+                "Look at what is multiplied many times, as in a recurrence."
             )
             return Finding("growing activations", row.path, size, limit, advice)
     return None

@@ -4,7 +4,7 @@ import functools as ft
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,16 +14,15 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ..._largest import largest
 from ..._processes import fetch, fetched, laid_out
 from .._capture._interpret import Marked
 from .._capture._model import Model
-from .._layer_statistics import each_step, is_floating
+from .._layer_statistics import is_floating
 from .._mesh import on_any_mesh
 from .._once import jit_once
 from .._optimiser import compiled_updates
-from .._statistics import activation_stats
 from . import _numbers, _scores
+from ._dataflow import NOTHING, Fact
 from ._survey import Seen, Survey, when
 from ._trial import has_learnt, try_steps
 
@@ -210,17 +209,32 @@ def _linear_pairs(survey: Survey) -> list[tuple[str, str]]:
     # Convolutions of width 1 are often factors of one matrix, on purpose.
     linear = {k: s for k, s in survey.linear.items() if not s.kernel or min(s.kernel) > 1}
     calls = [call for call in survey.calls if call.path in linear]
-    by_mark = {call.returned: call for call in calls if call.returned is not None}
+    by_mark = {call.returned: call for call in survey.calls if call.returned is not None}
     for call in calls:
         for fact in survey.flow.facts.get(-1 if call.given is None else call.given, []):
-            before = by_mark.get(fact.same)
-            if before is None or len(survey.flow.readers.get(fact.same, ())) != 1:
+            before = _linear_before(fact, by_mark, linear, survey)
+            if before is None:
                 continue
             one, two = linear[before.path], linear[call.path]
             full = one.outs >= min(one.ins, two.outs) and one.kernel == two.kernel
             if full and _parent(before.path) == _parent(call.path):
                 pairs[before.path, call.path] = None
     return list(pairs)
+
+
+def _linear_before(
+    fact: Fact, by_mark: dict[int, Seen], linear: Collection[str], survey: Survey
+) -> Seen | None:
+    """The linear layer of which this is the output, if nothing else reads it: also through a
+    Dropout, and through what returns its input, as an `equinox.nn.Identity`.
+    """
+    before = by_mark.get(fact.same)
+    while before is not None and before.path not in linear:
+        through = before.given if before.type == "Dropout" else before.returned
+        facts = survey.flow.facts.get(NOTHING if through is None else through)
+        fact = facts[0] if facts else Fact()
+        before = by_mark.get(fact.same)
+    return before if len(survey.flow.readers.get(fact.same, ())) == 1 else None
 
 
 def _parent(path: str) -> str:
@@ -378,7 +392,7 @@ def _of_call(
 ) -> list[_numbers.Statistics]:
     """For each array of the output its statistics, each with a number for each step."""
     axis, (values, grads) = units.axis, output
-    if call.shape is not None:
+    if call.shape is not None and call.activation is not None:
         found = _scores.pooled(
             _numbers.in_steps(values[0], call.loops), call.shape, call.activation.axis
         )

@@ -109,8 +109,7 @@ def where_bad(x: Steps, lead: tuple[int, ...]) -> Statistics:
     """`nan`, `inf`, `bad_share` and `bad_first` of examples that have axes of these lengths."""
     rows = x.reshape(len(x), math.prod(lead), -1)
     kinds = {MINUS_INF: np.isneginf, INF: np.isposinf, NAN: np.isnan}
-    bits = sum(bit * is_kind(rows).any(2) for bit, is_kind in kinds.items())
-    found = _of_bits(bits)
+    found = _of_bits(np.sum([bit * is_kind(rows).any(2) for bit, is_kind in kinds.items()], 0))
     del found["non_finite"]
     return found
 
