@@ -23,6 +23,7 @@ from diagnosis_zoo import (
     cross_entropy,
     floats,
     healthy,
+    sick,
 )
 
 
@@ -816,3 +817,129 @@ def gated_graph_network(key):
     x = floats(key, BATCH, 6, WIDTH)
     loss_fn = lambda m, edges, x, y: zoo.cross_entropy(jax.vmap(m)(edges, x), y)
     return Case(loss_fn, GraphCell(key), (edges, x, zoo.labels(x)), {"classes": CLASSES})
+
+
+# ---- Sick.
+
+
+class Adapted(eqx.Module):
+    """A layer beside two factors, both of which start at zero."""
+
+    linear: eqx.nn.Linear
+    down: jax.Array
+    up: jax.Array
+
+    def __init__(self, linear):
+        self.linear = linear
+        self.down = jnp.zeros((2, linear.in_features))
+        self.up = jnp.zeros((linear.out_features, 2))
+
+    def __call__(self, x, *, key=None):
+        return self.linear(x) + self.up @ (self.down @ x)
+
+
+@sick
+def adapters_of_zeros_in_a_scan(key):
+    """Of a decoder, of which nothing else is trained."""
+
+    def block(key):
+        some = lambda b: (b.up, b.attention.query_proj)
+        return eqx.tree_at(some, zoo.Block(WIDTH, key, causal=True), replace_fn=Adapted)
+
+    model = diagnosis_models.Tower(key, block, 3, scanned=True)
+    some = lambda m: (m.blocks.up, m.blocks.attention.query_proj)
+    factors = lambda m: [factor for each in some(m) for factor in (each.down, each.up)]
+    which = eqx.tree_at(factors, jax.tree.map(lambda _: False, model), replace_fn=lambda _: True)
+    trained, frozen = eqx.partition(model, which)
+    loss_fn = lambda trained, frozen, ids: zoo.next_token(eqx.combine(trained, frozen), ids)
+    return zoo.ill(Case(loss_fn, trained, (frozen, zoo.tokens(key))), ("no gradient", ""))
+
+
+@sick
+def projections_of_equal_weights(key):
+    """Of an attention, in a scan over the layers."""
+    block = lambda k: zoo.Block(WIDTH, k, causal=True)
+    model = diagnosis_models.Tower(key, block, 3, scanned=True)
+    names = [f"{name}_proj" for name in ("query", "key", "value", "output")]
+    of = lambda m: [getattr(m.blocks.attention, name).weight for name in names]
+    model = eqx.tree_at(of, model, replace_fn=lambda w: jnp.full_like(w, 0.05))
+    places = [("identical units", f"blocks.attention.{name}.weight") for name in names]
+    return zoo.ill(Case(zoo.next_token, model, (zoo.tokens(key),)), *places)
+
+
+class Recurrence(eqx.Module):
+    """Its parameters are in the module itself."""
+
+    matrix: jax.Array
+    into: jax.Array
+    head: eqx.nn.Linear
+
+    def __call__(self, xs):
+        step = lambda h, x: (jax.nn.relu(self.matrix @ h + self.into @ x), None)
+        return self.head(jax.lax.scan(step, jnp.zeros(WIDTH), xs)[0])
+
+
+@sick
+def a_recurrence_of_relus_that_explodes(key):
+    a, b, c = jr.split(key, 3)
+    matrix = 2 * jnp.eye(WIDTH) + 0.1 * floats(a, WIDTH, WIDTH)
+    model = Recurrence(matrix, floats(b, WIDTH, WIDTH), linear(WIDTH, 1, c))
+    x = floats(key, BATCH, 50, WIDTH)
+    case = Case(zoo.regress, model, (x, x[:, 0, :1]))
+    return zoo.ill(case, ("growing activations", ""), ("growing activations", "head"))
+
+
+@sick
+def a_dropout_for_an_activation(key):
+    a, b = jr.split(key)
+    layers = [linear(WIDTH, 32, a), eqx.nn.Dropout(0.1), linear(32, CLASSES, b)]
+    x = floats(key)
+
+    def loss_fn(model, x, y, key):
+        run = lambda x, key: model(x, key=key)
+        return cross_entropy(jax.vmap(run)(x, jr.split(key, len(x))), y)
+
+    case = Case(loss_fn, eqx.nn.Sequential(layers), (x, zoo.labels(x), key))
+    return zoo.ill(case, ("no activation", "layers[0]"))
+
+
+@sick
+def an_activation_that_returns_its_input(key):
+    model = eqx.nn.MLP(WIDTH, CLASSES, 32, 2, eqx.nn.Identity(), key=key)
+    places = [("no activation", f"layers[{i}]") for i in range(2)]
+    return zoo.ill(zoo.classifier(model, floats(key)), *places)
+
+
+def of_members(models, x, y):
+    run = eqx.filter_vmap(lambda m, x: jax.vmap(m)(x), in_axes=(eqx.if_array(0), None))
+    return jnp.mean(jax.vmap(cross_entropy, (0, None))(run(models, x), y))
+
+
+@sick
+def scores_of_one_member_too_large(key):
+    """Of three that read the same data, and have their attention in the model itself."""
+    models = eqx.filter_vmap(lambda k: zoo.Heads(k))(jr.split(key, 3))
+    weight = models.attention.query.weight.at[1].multiply(1e3)
+    models = eqx.tree_at(lambda m: m.attention.query.weight, models, weight)
+    x = floats(key, BATCH, TOKENS, WIDTH)
+    return zoo.ill(Case(of_members, models, (x, zoo.labels(x))), ("saturated", "attention"))
+
+
+@sick
+def a_mean_of_normed_tokens(key):
+    """A block, a norm, and the mean of all that it returns."""
+
+    class Mean(eqx.Module):
+        into: eqx.nn.Linear
+        block: zoo.Block
+        norm: eqx.nn.LayerNorm
+
+        def __call__(self, x):
+            return jnp.mean(jax.vmap(self.norm)(self.block(jax.vmap(self.into)(x))))
+
+    a, b = jr.split(key)
+    model = Mean(linear(4, WIDTH, a), zoo.Block(WIDTH, b), eqx.nn.LayerNorm(WIDTH))
+    loss_fn = lambda model, x: jnp.mean((jax.vmap(model)(x) - 1) ** 2)
+    return zoo.ill(
+        Case(loss_fn, model, (floats(key, BATCH, TOKENS, 4),)), ("cancelled gradient", "norm")
+    )

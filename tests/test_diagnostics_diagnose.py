@@ -30,8 +30,8 @@ from eqx_norms.diagnostics._diagnose._scores import of_scores, pooled
 QUICK_SICK = ("the_sum_of_a_norm",)
 
 
-# Of those in `diagnosis_more` a few that compile soon; `python -m benchmarks.diagnosis --states` asks
-# them all, in every state.
+# Of those in `diagnosis_more` a few that compile soon: `python -m benchmarks.diagnosis --states`
+# asks them all, in every state.
 SOON = ("clip_with_its_temperature", "deep_sets", "hypernetwork", "actions_that_are_forbidden")
 ASKED = [
     name

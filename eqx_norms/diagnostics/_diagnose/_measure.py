@@ -392,10 +392,10 @@ def _of_call(
 ) -> list[_numbers.Statistics]:
     """For each array of the output its statistics, each with a number for each step."""
     axis, (values, grads) = units.axis, output
-    if call.shape is not None and call.activation is not None:
-        found = _scores.pooled(
-            _numbers.in_steps(values[0], call.loops), call.shape, call.activation.axis
-        )
+    if call.shape is not None:
+        assert call.activation is not None and call.activation.axis is not None
+        in_steps = _numbers.in_steps(values[0], call.loops)
+        found = _scores.pooled(in_steps, call.shape, call.activation.axis)
         return [found if call.units else {k: v for k, v in found.items() if k != "saturated"}]
     if call.applied is not None:
         given, y = values
