@@ -115,8 +115,8 @@ def diagnose(
     - `"saturated"`: a hidden layer has a function that is flat at both ends, such as tanh, and more
         than three quarters of its inputs are where its slope is below a tenth of its largest.
         Gates, and layers in a loop over time, are not judged. Or in three quarters of the rows of
-        the softmax of an attention one weight is 1 and all others are 0, in float32, in all heads of
-        one member of an ensemble.
+        the softmax of an attention one weight is 1 and all others are 0, in float32, in all heads
+        of one member of an ensemble.
     - `"exploding gradient"`, `"vanishing gradient"`: going back through 4 layers or more, each
         computed from the one before, the rms of the gradient changes 1000-fold, by the slope of its
         logarithm. Update ratios that train span less. The layers have the same path except for a
