@@ -3,6 +3,7 @@
     python benchmarks/diagnosis.py --write         # the table of docs/diagnosis.md
     python benchmarks/diagnosis.py --models gru convnet    # these rows of it
     python benchmarks/diagnosis.py --cost 12      # of so many blocks: diagnose, Watch
+    python benchmarks/diagnosis.py --states --batches 1 32 255 256    # what is said of healthy ones
 
 The models are those that our own tests use. A tool is asked whether anything is wrong, and where.
 The table of norms is what people log: the norm of each parameter and of its gradient, read by the
@@ -25,9 +26,12 @@ import optax
 from eqx_norms.diagnostics import Watch, diagnose
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
-import diagnosis_architectures  # noqa: F401  which adds to the zoo, as the next one
-import diagnosis_models  # noqa: F401
+import diagnosis_architectures  # which adds to the zoo, as the next ones
+import diagnosis_models
+import diagnosis_more
 import diagnosis_zoo as zoo
+
+MODULES = (diagnosis_architectures, diagnosis_models, diagnosis_more, zoo)
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "diagnosis.md"
 
@@ -115,10 +119,11 @@ def table(key, names, tools, write):
         ]
         rows[title] = [title, illness, *answers]
         print(_line(rows[title]), flush=True)
-    if write:
-        page, _ = _page()
-        lines = [_line(rows[n.replace("_", " ")]) for n in models if n.replace("_", " ") in rows]
-        PAGE.write_text("\n".join([page[0], *HEAD, *lines]) + page[1])
+        if write:  # after each, for all of them take hours
+            page, _ = _page()
+            titles = (n.replace("_", " ") for n in models)
+            lines = [_line(rows[title]) for title in titles if title in rows]
+            PAGE.write_text("\n".join([page[0], *HEAD, *lines]) + page[1])
 
 
 HEAD = (
@@ -140,6 +145,19 @@ def _page():
     whole = lambda row: row + [""] * (2 + len(TOOLS) - len(row))
     rows = [whole(cells(line)) for line in text[start:end].splitlines()[2:]]
     return (text[:start].rstrip("\n") + "\n", text[end:]), {row[0]: row for row in rows}
+
+
+def in_all_states(seed, names, states, batches):
+    """A line for each healthy model, state and size of a batch."""
+    for name in names or zoo.HEALTHY:
+        for batch in batches:
+            for module in MODULES:
+                setattr(module, "BATCH", batch)  # noqa: B010
+            case = zoo.HEALTHY[name](jr.key(seed))
+            for state in states:
+                found = ours(zoo.STATES[state](case))
+                what = ", ".join(f"{kind} at {where or 'the model'}" for kind, where in found)
+                print(f"{name}, {state}, {batch} examples: {what or '-'}", flush=True)
 
 
 def cost(key, depth):
@@ -177,9 +195,13 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="*", help="of the zoo; all by default")
     parser.add_argument("--tools", nargs="*", default=TOOLS, choices=TOOLS)
     parser.add_argument("--write", action="store_true", help="into docs/diagnosis.md")
+    parser.add_argument("--states", nargs="*", help="of healthy models; all by default")
+    parser.add_argument("--batches", nargs="*", type=int, default=[32])
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     if chosen.cost:
         cost(jr.key(chosen.seed), chosen.cost)
+    elif chosen.states is not None:
+        in_all_states(chosen.seed, chosen.models, chosen.states or zoo.STATES, chosen.batches)
     else:
         table(jr.key(chosen.seed), chosen.models, chosen.tools, chosen.write)

@@ -850,3 +850,11 @@ def trained(case, steps=100, rate=3e-3):
     dynamic, state = train(dynamic)
     options = {**case.options, "optimiser": (optim, state)}
     return case._replace(model=eqx.combine(dynamic, static), options=options)
+
+
+STATES = {
+    "at the start": lambda case: case,
+    "half way": lambda case: trained(case, steps=50),
+    "trained": trained,
+    "in bfloat16": lambda case: in_dtype(case, jnp.bfloat16),
+}

@@ -108,13 +108,15 @@ def diagnose(
         1e-6, nor for a bias that shifts all outputs.
     - `"identical units"`: all rows of a weight are the same, and each row of its gradient is the
         same as another one.
-    - `"no activation"`: the output of a `Linear` goes unchanged into another `Linear` of the same
-        module, and nowhere else, or that of a `Conv` into one with the same kernel. A bottleneck
-        between wider layers, groups and kernels of width 1 are no finding.
+    - `"no activation"`: the output of a `Linear` goes unchanged, or through a `Dropout`, into
+        another `Linear` of the same module, and nowhere else, or that of a `Conv` into one with the
+        same kernel. A bottleneck between wider layers, groups and kernels of width 1 are no
+        finding.
     - `"saturated"`: a hidden layer has a function that is flat at both ends, such as tanh, and more
         than three quarters of its inputs are where its slope is below a tenth of its largest.
         Gates, and layers in a loop over time, are not judged. Or in three quarters of the rows of
-        the softmax of an attention one weight is 1 and all others are 0, in float32.
+        the softmax of an attention one weight is 1 and all others are 0, in float32, in all heads
+        of one member of an ensemble.
     - `"exploding gradient"`, `"vanishing gradient"`: going back through 4 layers or more, each
         computed from the one before, the rms of the gradient changes 1000-fold, by the slope of its
         logarithm. Update ratios that train span less. The layers have the same path except for a
@@ -123,8 +125,8 @@ def diagnose(
     - `"rank collapse"`: the effective rank of 8 examples and 8 units or more is below 1.1 in a
         hidden layer and in all that follow, and was 2 before.
     - `"growing activations"`: over 4 layers or more, their rms grows 100-fold, by the slope of its
-        logarithm, or one call returns 1e6 times as much as it is given, and as any of `args`. A sum
-        of 100 blocks of equal size grows 10-fold.
+        logarithm, or one call returns 1e6 times the largest number that it is given, and as much as
+        any of `args`. A sum of 100 blocks of equal size grows 10-fold.
     - `"range"`: in float16, an entry is beyond a quarter of the largest number. In float16 and
         bfloat16, a quarter of a derivative is below the smallest normal number. In bfloat16,
         outputs have a spread of less than 1/512 of their mean. In a parameter, a row is 100 times

@@ -527,16 +527,16 @@ def _growth(family: Sequence[Row]) -> Finding | None:
 
 
 def _growth_in_one_call(rows: Sequence[Row], data: float) -> Finding | None:
-    """Of the last call that returns so much more than it is given, than any of the data, which may
-    be in units that make it large, and than 1.
+    """Of the last call that returns so much more than the largest number that it is given, than any
+    of the data, which may be in units that make it large, and than 1.
     """
     limit = THRESHOLDS["growth in one call"]
     for row in rows[::-1]:
-        size = row.statistics["rms"] / max(1.0, data, row.statistics.get("input_rms", math.inf))
+        size = row.statistics["rms"] / max(1.0, data, row.statistics.get("input_largest", math.inf))
         if limit < size < math.inf:
             advice = (
-                "This is the rms of what it returns, divided by that of what it is given. Look at "
-                "what is multiplied many times, as in a recurrence."
+                "This is the rms of what it returns, divided by the largest of what it is given. "
+                "Look at what is multiplied many times, as in a recurrence."
             )
             return Finding("growing activations", row.path, size, limit, advice)
     return None

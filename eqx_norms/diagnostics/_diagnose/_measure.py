@@ -4,7 +4,7 @@ import functools as ft
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,16 +14,15 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ..._largest import largest
 from ..._processes import fetch, fetched, laid_out
 from .._capture._interpret import Marked
 from .._capture._model import Model
-from .._layer_statistics import each_step, is_floating
+from .._layer_statistics import is_floating
 from .._mesh import on_any_mesh
 from .._once import jit_once
 from .._optimiser import compiled_updates
-from .._statistics import activation_stats
 from . import _numbers, _scores
+from ._dataflow import NOTHING, Fact
 from ._survey import Seen, Survey, when
 from ._trial import has_learnt, try_steps
 
@@ -136,7 +135,9 @@ def measure(
         by_call = {id(call): {} for call in survey.calls}
         for alike, found in zip(kinds.values(), fetch(ends), strict=True):
             for i, call in enumerate(alike):
-                by_call[id(call)] = {name: x[i].ravel() for name, x in found.items()}
+                here = {name: [x[i] for x in arrays] for name, arrays in found.items()}
+                lead = _examples_shape(call, survey)
+                by_call[id(call)] = _numbers.of_ends(**here, loops=call.loops, lead=lead)
         units = _units(survey)
         calls = list(map(_of_call, survey.calls, units, by_call.values(), outputs, inputs))
         value_fn = lambda params: loss_fn(model.with_trained(model.tree, params), *args)
@@ -208,17 +209,32 @@ def _linear_pairs(survey: Survey) -> list[tuple[str, str]]:
     # Convolutions of width 1 are often factors of one matrix, on purpose.
     linear = {k: s for k, s in survey.linear.items() if not s.kernel or min(s.kernel) > 1}
     calls = [call for call in survey.calls if call.path in linear]
-    by_mark = {call.returned: call for call in calls if call.returned is not None}
+    by_mark = {call.returned: call for call in survey.calls if call.returned is not None}
     for call in calls:
         for fact in survey.flow.facts.get(-1 if call.given is None else call.given, []):
-            before = by_mark.get(fact.same)
-            if before is None or len(survey.flow.readers.get(fact.same, ())) != 1:
+            before = _linear_before(fact, by_mark, linear, survey)
+            if before is None:
                 continue
             one, two = linear[before.path], linear[call.path]
             full = one.outs >= min(one.ins, two.outs) and one.kernel == two.kernel
             if full and _parent(before.path) == _parent(call.path):
                 pairs[before.path, call.path] = None
     return list(pairs)
+
+
+def _linear_before(
+    fact: Fact, by_mark: dict[int, Seen], linear: Collection[str], survey: Survey
+) -> Seen | None:
+    """The linear layer of which this is the output, if nothing else reads it: also through a
+    Dropout, and through what returns its input, as an `equinox.nn.Identity`.
+    """
+    before = by_mark.get(fact.same)
+    while before is not None and before.path not in linear:
+        through = before.given if before.type == "Dropout" else before.returned
+        facts = survey.flow.facts.get(NOTHING if through is None else through)
+        fact = facts[0] if facts else Fact()
+        before = by_mark.get(fact.same)
+    return before if len(survey.flow.readers.get(fact.same, ())) == 1 else None
 
 
 def _parent(path: str) -> str:
@@ -319,69 +335,47 @@ def _ends(
     lead: tuple[int, ...],
     mapped: tuple[int, ...],
     computed: bool,
-) -> dict[str, Array]:
-    """Of what calls are given, for each call and step: its size, and whether it and the derivative
-    there are finite, and all examples the same.
+) -> dict[str, list[Array]]:
+    """Of each array that calls are given, for each call and step: what is not finite, in each
+    example if it has an axis of these, and in the derivative there; its largest entry; and whether
+    all examples are the same. So few numbers, for XLA compiles a kernel for each.
     """
-    each = lambda fn: each_step((len(given), *loops), fn)
-    stacked = lambda lists: [jnp.stack(arrays) for arrays in zip(*lists, strict=True)]
-    of = lambda fn, arrays: each(lambda arrays: _any(fn, arrays))(arrays)
-    found = {}
-    floats = stacked(map(_floats, given))
-    if floats:
-        back = stacked(map(_floats, grads))
-        found |= {
-            "input_non_finite": of(lambda x: ~jnp.isfinite(x), floats),
-            "input_nan": of(jnp.isnan, floats),
-            "input_inf": of(jnp.isposinf, floats),
-            "grad_input_non_finite": of(lambda x: ~jnp.isfinite(x), back),
-        }
-        found["input_rms"] = each(_largest_rms)(floats)
-        around = 1 + len(loops)
-        back = [x for x in back if x.shape[around : around + len(lead)] == lead]
-        if back:
-            where = each(ft.partial(_where_bad, lead=lead))(back)
-            found |= {f"grad_input_{name}": number for name, number in where.items()}
-    if mapped:
-        alike = ft.partial(_alike, computed=computed)
-        found["inputs_alike"] = each(alike)(stacked([x[i] for i in mapped] for x in given))
+    around = 1 + len(loops)
+    found = {"bits": [], "grad_bits": [], "largest": [], "alike": []}
+    columns = enumerate(zip(zip(*given, strict=True), zip(*grads, strict=True), strict=True))
+    for i, (arrays, derivatives) in columns:
+        x, size = jnp.stack(arrays), None
+        if is_floating(x):
+            kept = around + len(lead) if x.shape[around:][: len(lead)] == lead else around
+            bits = _bits(jnp.concatenate([x, jnp.stack(derivatives)]), kept)
+            size = jnp.max(jnp.abs(x), tuple(range(around, x.ndim)))
+            found["bits"].append(bits[: len(arrays)])
+            found["grad_bits"].append(bits[len(arrays) :])
+            found["largest"].append(size)
+        if i in mapped:
+            found["alike"].append(_alike(x, around, size if computed else None))
     return found
 
 
-@on_any_mesh
-def _where_bad(arrays: list[Array], lead: tuple[int, ...]) -> dict[str, Array]:
-    """In which share of the examples, which have axes of these lengths in front, there is a NaN;
-    if in none, infinity; if in none, -inf. And the number of the first of them, or -1.
-    """
-    count = math.prod(lead)
-    of = lambda fn: jnp.stack([fn(x).reshape(count, -1).any(1) for x in arrays]).any(0)
-    nan, inf, bad = of(jnp.isnan), of(jnp.isposinf), of(lambda x: ~jnp.isfinite(x))
-    bad = jnp.where(nan.any(), nan, jnp.where(inf.any(), inf, bad))
-    return {
-        "bad_share": jnp.mean(bad, dtype=jnp.float32),
-        "bad_first": jnp.where(bad.any(), jnp.argmax(bad), -1),
-    }
+def _bits(x: Array, kept: int) -> Array:
+    """Along the first axes, as `of_bits` in `_numbers.py` takes them."""
+    kinds = (jnp.isneginf(x), jnp.isposinf(x), jnp.isnan(x))
+    bits = sum(kind.astype(jnp.uint8) << i for i, kind in enumerate(kinds))
+    return jax.lax.reduce_or(bits, tuple(range(kept, x.ndim)))
 
 
 ALIKE = 8  # Fewer examples may be the same by chance.
 
 
-def _alike(arrays: list[Array], computed: bool) -> Array:
-    """Whether the first axis has the same all along, in all arrays; but for rounding, which differs
-    from example to example in a convolution, in what is computed.
+def _alike(x: Array, around: int, size: Array | None) -> Array:
+    """Whether the axis behind so many has the same all along; of what is computed, of this size,
+    but for rounding, which differs from example to example in a convolution.
     """
-    return jnp.stack([_same(x, computed) for x in arrays]).all()
-
-
-def _same(x: Array, computed: bool) -> Array:
-    if not (computed and is_floating(x)):
-        return jnp.all(x == x[:1])
+    first, axes = jax.lax.slice_in_dim(x, 0, 1, axis=around), tuple(range(around, x.ndim))
+    if size is None:
+        return jnp.all(x == first, axes)
     rounding = max(1e-4, 16 * float(jnp.finfo(x.dtype).eps))
-    return jnp.all(jnp.abs(x - x[:1]) <= (rounding * largest(x)).astype(x.dtype))
-
-
-def _largest_rms(arrays: list[Array]) -> Array:
-    return largest(jnp.stack([activation_stats(x).rms.astype(jnp.float32) for x in arrays]))
+    return jnp.max(jnp.abs(x - first), axes) <= (rounding * size).astype(x.dtype)
 
 
 def _activation_input(call: Seen, marked: Marked) -> Array | None:
@@ -399,7 +393,9 @@ def _of_call(
     """For each array of the output its statistics, each with a number for each step."""
     axis, (values, grads) = units.axis, output
     if call.shape is not None:
-        found = dict(zip(_scores.NAMES, _numbers.in_steps(values[0], call.loops).T, strict=True))
+        assert call.activation is not None and call.activation.axis is not None
+        in_steps = _numbers.in_steps(values[0], call.loops)
+        found = _scores.pooled(in_steps, call.shape, call.activation.axis)
         return [found if call.units else {k: v for k, v in found.items() if k != "saturated"}]
     if call.applied is not None:
         given, y = values
@@ -481,10 +477,6 @@ def _of_parameters(
             if figures:
                 figures |= _numbers.of_update(param, update)
     return found
-
-
-def _any(fn: Callable, arrays: list[Array]) -> Array:
-    return jnp.stack([fn(x).any() for x in arrays]).any()
 
 
 def _floats(arrays: list[Any]) -> list[Array]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ..._processes import fetched
 from .._layer_statistics import RANK_EXAMPLES, drawn_rows
@@ -102,19 +102,59 @@ def share_below(x: Steps, limit: float) -> np.ndarray:
     return np.mean((size > 0) & (size < limit), 1)
 
 
+MINUS_INF, INF, NAN = 1, 2, 4  # Bits of what is not finite in the entries of an example.
+
+
 def where_bad(x: Steps, lead: tuple[int, ...]) -> Statistics:
-    """Whether there is a `nan` and an `inf`, and as of `_where_bad` in `_measure.py`."""
+    """`nan`, `inf`, `bad_share` and `bad_first` of examples that have axes of these lengths."""
     rows = x.reshape(len(x), math.prod(lead), -1)
-    of = lambda bad: bad.any(2)
-    nan, inf, bad = of(np.isnan(rows)), of(np.isposinf(rows)), of(~np.isfinite(rows))
-    any_nan, any_inf = nan.any(1), inf.any(1)
-    bad = np.where(any_nan[:, None], nan, np.where(any_inf[:, None], inf, bad))
+    kinds = {MINUS_INF: np.isneginf, INF: np.isposinf, NAN: np.isnan}
+    found = _of_bits(np.sum([bit * is_kind(rows).any(2) for bit, is_kind in kinds.items()], 0))
+    del found["non_finite"]
+    return found
+
+
+def _of_bits(bits: Int[np.ndarray, "steps examples"]) -> Statistics:
+    """Whether there is a `nan`, an `inf` and anything `non_finite`. `bad_share` is the share of
+    examples with a NaN; if none has any, with infinity; if none, with -inf. `bad_first` is the
+    number of the first of them, or -1.
+    """
+    kinds = np.bitwise_or.reduce(bits, 1)
+    worst = np.where(kinds & NAN, NAN, np.where(kinds & INF, INF, MINUS_INF))
+    bad = (bits & worst[:, None]) != 0
     return {
-        "nan": any_nan,
-        "inf": any_inf,
+        "nan": (kinds & NAN) != 0,
+        "inf": (kinds & INF) != 0,
+        "non_finite": kinds != 0,
         "bad_share": bad.mean(1),
         "bad_first": np.where(bad.any(1), bad.argmax(1), -1),
     }
+
+
+def of_ends(
+    bits: list[np.ndarray],
+    grad_bits: list[np.ndarray],
+    largest: list[np.ndarray],
+    alike: list[np.ndarray],
+    loops: tuple[int, ...],
+    lead: tuple[int, ...],
+) -> Statistics:
+    """Of what `_ends` in `_measure.py` says of the arrays that one call is given."""
+    found, steps = {}, math.prod(loops)
+    together = lambda arrays: np.concatenate([x.reshape(steps, -1) for x in arrays], axis=1)
+    if bits:
+        kinds = _of_bits(together(bits))
+        found |= {f"input_{name}": kinds[name] for name in ("non_finite", "nan", "inf")}
+        found["input_largest"] = together(largest).max(1)
+        found["grad_input_non_finite"] = _of_bits(together(grad_bits))["non_finite"]
+        # Others have no axis of the examples.
+        rows = [x.reshape(steps, -1) for x in grad_bits if x.shape[len(loops) :] == lead]
+        if rows:
+            where = _of_bits(np.bitwise_or.reduce(rows))
+            found |= {f"grad_input_{name}": where[name] for name in ("bad_share", "bad_first")}
+    if alike:
+        found["inputs_alike"] = together(alike).all(1)
+    return found
 
 
 @ignoring

@@ -329,23 +329,29 @@ def _described(survey: Survey) -> list[list[Arrangement]]:
                 for kinds in (vmaps if each == call.output else flow.vmaps[each])
             ]
         call.loops = (*around, *lengths)
+        if call.shape is not None:  # which has axes of loops no more than of members
+            call.shape = _without(call.shape, [i - len(around) for i in members])
         call.kinds += ("member",) * len(lengths)
         call.examples = vmaps[0].count("example") if vmaps else 0
     return arrangements
 
 
+def _without(shape: tuple[int, ...], axes: list[int]) -> tuple[int, ...]:
+    return tuple(length for i, length in enumerate(shape) if i not in axes)
+
+
 def _of_function(call: Seen, flow: Flow, types: list) -> tuple[str, ...]:
     """The kinds of its axes that come from `jax.vmap`: those of the call that it is named after."""
-    if (
-        call.shape is not None
-        or call.last is None
-        or call.last.applied is not None
-        or call.last.returned is None
-    ):
+    if call.last is None or call.last.applied is not None or call.last.returned is None:
         return ()
     of = flow.vmaps.get(call.last.returned)
-    same = of and types[call.last.returned][0].shape == types[call.output][0].shape
-    return of[0] if of and (same or len(of[0]) <= len(types[call.output][0].shape)) else ()
+    if not of:
+        return ()
+    there, here = (types[mark][0].shape for mark in (call.last.returned, call.output))
+    if call.shape is not None:  # Scores have other axes behind these.
+        ahead = len(call.loops) + len(of[0])
+        return of[0] if there[:ahead] == here[:-1][:ahead] else ()
+    return of[0] if there == here or len(of[0]) <= len(here) else ()
 
 
 def _arrangement(loops: int, kinds: tuple[str, ...], lengths: tuple[int, ...]) -> Arrangement:
