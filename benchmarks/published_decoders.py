@@ -41,6 +41,7 @@ from ._decoders import IDS, LAST, PIECE, Check, T, text
 
 VOCABULARY, PADS, PAD = LAST + 1, 5, 1
 LARGEST = 4_000_000  # parameters
+EDITS = 100  # at one time
 # Sizes that configurations call by these names; what a family has beside them is in `OWN`.
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -112,10 +113,11 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 class Decoder(NamedTuple):
-    """A model, and the names of the arguments that its `forward` takes."""
+    """A model, the names of the arguments that its `forward` takes, and what gives its logits."""
 
     model: Any
     accepts: frozenset[str]
+    full: Any
 
     @property
     def cache(self) -> str | None:
@@ -123,16 +125,13 @@ class Decoder(NamedTuple):
         return next((name for name in names if name in self.accepts), None)
 
 
-def _full(decoder: Decoder) -> Any:
-    return from_torch(decoder.model)
-
-
 def causal(decoder: Decoder) -> Any:
-    return check_causal(_full(decoder), text(), axis=1, allowed_values=IDS)
+    return check_causal(decoder.full, text(), axis=1, allowed_values=IDS, batch_size=EDITS)
 
 
 def batch(decoder: Decoder) -> Any:
-    return check_independent(_full(decoder), text(3, length=8), allowed_values=IDS)
+    x = text(3, length=8)
+    return check_independent(from_torch(decoder.model), x, allowed_values=IDS)
 
 
 def _padded(decoder: Decoder, left: bool, positions: bool) -> Any:
@@ -150,7 +149,7 @@ def _padded(decoder: Decoder, left: bool, positions: bool) -> Any:
         logits = model(**given, **_uncached(decoder)).logits
         return logits[:, PADS:] if left else logits[:, :-PADS]
 
-    return _same(_full(decoder), from_torch(decoder.model, call))
+    return _same(decoder.full, from_torch(decoder.model, call, batch_axis=0))
 
 
 def _uncached(decoder: Decoder) -> dict[str, bool]:
@@ -178,17 +177,21 @@ def packed(decoder: Decoder) -> Any:
     if "position_ids" not in decoder.accepts:
         return None
     segments = np.arange(T) // (T // 2)
-    positions = torch.arange(T)[None] % (T // 2)
-    call = lambda model, ids: model(ids, position_ids=positions, **_uncached(decoder)).logits
     rule = rules.causal(T) & rules.segments(segments)
-    return check_reads(from_torch(decoder.model, call), text(), rule, axis=1, allowed_values=IDS)
+
+    def call(model, ids):
+        positions = (torch.arange(T) % (T // 2)).expand(len(ids), T)
+        return model(ids, position_ids=positions, **_uncached(decoder)).logits
+
+    fn = from_torch(decoder.model, call, batch_axis=0)
+    return check_reads(fn, text(), rule, axis=1, allowed_values=IDS, batch_size=EDITS)
 
 
 def _cached(decoder: Decoder, **how: Any) -> Any:
     if not decoder.cache:
         return None
     call = _cache_of_ours if "RecurrentGemma" in type(decoder.model).__name__ else None
-    return _same(_full(decoder), stepped(decoder.model, call=call, **how))
+    return _same(decoder.full, stepped(decoder.model, call=call, batch_axis=0, **how))
 
 
 def _cache_of_ours(model: Any, ids: Any, cache: Any) -> tuple[Any, Any]:
@@ -205,14 +208,14 @@ def _cached_with_positions(decoder: Decoder, cuts: int) -> Any:
 
     def call(model, ids, cache):
         done = 0 if cache is None else cache[1]
-        positions = torch.arange(done, done + ids.shape[1])[None]
+        positions = torch.arange(done, done + ids.shape[1]).expand(ids.shape)
         given = {name: None if cache is None else cache[0], "position_ids": positions}
         if cache is None and "RecurrentGemma" in type(model).__name__:
             given[name] = transformers.DynamicCache(config=model.config)
         out = model(ids, use_cache=True, **given)
         return out.logits, (out.get(name, given[name]), done + ids.shape[1])
 
-    return _same(_full(decoder), stepped(decoder.model, cuts, call=call))
+    return _same(decoder.full, stepped(decoder.model, cuts, call=call, batch_axis=0))
 
 
 CHECKS = [
@@ -247,7 +250,8 @@ def built(family: str) -> Decoder:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    return Decoder(model, frozenset(inspect.signature(model.forward).parameters))
+    accepts = frozenset(inspect.signature(model.forward).parameters)
+    return Decoder(model, accepts, from_torch(model, batch_axis=0))
 
 
 def _small(config: Any, own: dict[str, Any]) -> Any:
@@ -332,7 +336,7 @@ def picture(path: pathlib.Path) -> None:
 
     decoder, ids = built("prophetnet"), text(length=24)
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
-    read = lambda: dependency_matrix(_full(decoder), ids, axis=1) > 0
+    read = lambda: dependency_matrix(decoder.full, ids, axis=1) > 0
     with mended_prophetnet():
         after = read()
     future = ~np.tri(24, dtype=bool)
