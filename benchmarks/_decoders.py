@@ -130,7 +130,8 @@ def sweep(
             if args.json:
                 args.json.write_text(json.dumps(found, indent=1, sort_keys=True))
     found = dict(sorted(found.items()))
-    print(f"{time.perf_counter() - start:.0f} s", *table(found), sep="\n")
+    took, processor = time.perf_counter() - start, sum(os.times()[:4])
+    print(f"{took:.0f} s, {processor:.0f} s of processor time", *table(found), sep="\n")
     if args.against:
         before = json.loads(args.against.read_text())
         changed = [name for name, row in found.items() if before.get(name, row) != row]

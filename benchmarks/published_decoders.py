@@ -67,6 +67,15 @@ SIZES = {
     **dict.fromkeys(("mamba_d_state", "mamba_n_heads", "state_size"), 8),
     **dict.fromkeys(("n_group", "topk_group", "mamba_n_groups", "n_shared_experts"), 1),
     **dict.fromkeys(("first_k_dense_replace", "index_n_heads"), 1),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 8),
+    **dict.fromkeys(("swa_head_dim", "dim_head", "router_hidden_size", "hc_lowrank"), 8),
+    **dict.fromkeys(("mamba_num_heads", "ssm_state_size", "mamba_chunk_size", "chunk_size"), 8),
+    **dict.fromkeys(("dim_ff", "shared_intermediate_size", "dense_intermediate_size"), 48),
+    **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank"), 8),
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_global": 32,
+    **dict.fromkeys(("input_embedding_size", "output_embedding_size"), 32),
     "rotary_dim": 4,
     "pad_token_id": PAD,
     "bos_token_id": 2,
@@ -109,6 +118,18 @@ OWN: dict[str, dict[str, Any]] = {
         )
     },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+    },
+    "phi4_multimodal": {"audio_config": {"nemo_conv_channels": 32, "ext_pw_out_channel": 32}},
 }
 
 
@@ -239,8 +260,10 @@ CHECKS = [
 def built(family: str) -> Decoder:
     """A small model of the family, in evaluation mode, with weights large enough to matter."""
     torch.manual_seed(0)
-    config = _small(transformers.AutoConfig.for_model(family), OWN.get(family, {}))
-    cls = getattr(transformers, NAMES[family])
+    cls, config = getattr(transformers, NAMES[family]), transformers.AutoConfig.for_model(family)
+    if not isinstance(config, cls.config_class):  # the decoder beside an encoder, alone
+        config = config.get_text_config(decoder=True)
+    config = _small(config, OWN.get(family, {}))
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls(config).parameters())
     if size > LARGEST:
@@ -256,14 +279,22 @@ def built(family: str) -> Decoder:
 
 def _small(config: Any, own: dict[str, Any]) -> Any:
     """With `SIZES`, those of the parts that it is made of, as a decoder beside an encoder, too."""
-    options = {name: size for name, size in SIZES.items() if hasattr(config, name)}
-    if hasattr(config, "kv_lora_rank"):
+    options = {name: size for name, size in SIZES.items() if _takes(config, name)} | own
+    if "kv_lora_rank" in options:
         options["num_key_value_heads"] = options["num_attention_heads"]
-    for name, cls in getattr(config, "sub_configs", {}).items():
-        if isinstance(getattr(config, name, None), cls):
-            options[name] = _small(getattr(config, name), {})
-    options |= own
+    for name in getattr(config, "sub_configs", {}):
+        if isinstance(part := getattr(config, name, None), transformers.PreTrainedConfig):
+            options[name] = _small(part, own.get(name, {}))
     return type(config)(**{name: one for name, one in options.items() if one is not None})
+
+
+def _takes(config: Any, name: str) -> bool:
+    if isinstance(getattr(type(config), name, None), property):
+        return False
+    try:
+        return hasattr(config, name)
+    except Exception:  # it is another one in some layers
+        return True
 
 
 def answers(family: str, verbose: bool) -> dict[str, str]:

@@ -7,7 +7,6 @@ here is an object that knows how to run in another, which `_widen` asks for.
 
 import contextlib
 import dataclasses
-import functools
 import operator
 import pickle
 import random
@@ -48,9 +47,10 @@ def host(
     assert_causal(host(lambda x: np.cumsum(x, axis=0)), x)
     ```
 
-    It runs unchanged, eagerly, once for each edit (see `batch_axis`), on arrays of the dtypes of `x`, including those
-    of 64 bits. So sessions of ONNX Runtime and functions of Keras and TensorFlow can be checked, if
-    they take and return NumPy arrays. For torch see [`eqx_norms.causality.from_torch`][].
+    It runs unchanged, eagerly, once for each edit (see `batch_axis`), on arrays of the dtypes of
+    `x`, including those of 64 bits. So sessions of ONNX Runtime and functions of Keras and
+    TensorFlow can be checked, if they take and return NumPy arrays. For torch see
+    [`eqx_norms.causality.from_torch`][].
 
     Rounding is told from a leak as in JAX: what changes runs again in float64 (in float32 if all
     is float64), here by a call with floats of that dtype. There is no second precision if the
