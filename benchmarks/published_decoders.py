@@ -122,7 +122,7 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -334,9 +334,23 @@ WHY = {
         ("kimi_linear", "qwen4_exp_text"),
         "refused: the layers of this small model are all linear, and their cache has no length",
     ),
+    "blt": (
+        "**defect**: a cache, the default, is made by the length of `config.num_hidden_layers`, which "
+        "this configuration has not: an error. Hashes of bytes and patches take padding for text"
+    ),
     "cpmant": "reads in both directions by design, as a prefix",
     "xlm": "bidirectional by design, unless `causal=True`",
     "xlnet": "bidirectional by design, unless `attn_type` or `perm_mask` says otherwise",
+}
+
+
+# Why a family is not built.
+UNBUILT = {
+    "gemma3n": "its encoder of images needs timm; its decoder is gemma3n_text",
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "by design: it reads the keys and values of the model for which it drafts",
+    ),
 }
 
 
@@ -394,7 +408,7 @@ def main() -> None:
     prepare()
     if args.picture:
         return picture(args.picture)
-    table = lambda found: _decoders.table(found, CHECKS, WHY)
+    table = lambda found: _decoders.table(found, CHECKS, WHY, UNBUILT)
     _decoders.sweep(args, NAMES, answers, prepare, table, ("transformers", "torch", "jax"))
 
 

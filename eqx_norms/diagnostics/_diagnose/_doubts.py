@@ -18,7 +18,7 @@ from .._layer_statistics import is_floating
 from .._optimiser import compiled_state, compiled_step
 
 _SMALL, _NEAR = 1e-3, 1e-2  # where a step is measured, and what counts as a vector near 0
-_TIMES, _TURNED, _SHARE = 30.0, 1e-2, 0.5
+_TIMES, _TURNED, _SHARE = 30.0, 1e-2, 0.25
 
 
 class Doubt(NamedTuple):
