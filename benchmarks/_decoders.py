@@ -11,7 +11,8 @@ import os
 import pathlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,7 +77,10 @@ SIGNS = {"ok": "", "-": "-"} | dict.fromkeys(("leak", "different", "differs from
 
 
 def table(
-    found: dict[str, dict[str, str]], checks: Sequence[Check], why: dict[str, str]
+    found: dict[str, dict[str, str]],
+    checks: Sequence[Check],
+    why: dict[str, str],
+    why_not_built: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[str]:
     """The page's: families that are as hoped for in a list, the others in rows, of those alike."""
     fine = [name for name, row in found.items() if {*row.values()} <= {"ok", "-"}]
@@ -95,9 +99,9 @@ def table(
     for names, row in sorted((sorted(names), row) for row, names in alike.items()):
         signs = (SIGNS.get(word, "E") for word in row[:-1])
         yield f"| {', '.join(names)} | " + " | ".join(signs) + f" | {row[-1]} |"
-    if unbuilt:
+    for name in unbuilt:
         yield ""
-        yield f"Not built by this script: {', '.join(unbuilt)}."
+        yield f"Not built: {name}, {why_not_built.get(name, found[name]['not built'])}."
 
 
 def parser(words: str | None, names: Iterable[str]) -> argparse.ArgumentParser:
@@ -130,7 +134,8 @@ def sweep(
             if args.json:
                 args.json.write_text(json.dumps(found, indent=1, sort_keys=True))
     found = dict(sorted(found.items()))
-    print(f"{time.perf_counter() - start:.0f} s", *table(found), sep="\n")
+    took, processor = time.perf_counter() - start, sum(os.times()[:4])
+    print(f"{took:.0f} s, {processor:.0f} s of processor time", *table(found), sep="\n")
     if args.against:
         before = json.loads(args.against.read_text())
         changed = [name for name, row in found.items() if before.get(name, row) != row]

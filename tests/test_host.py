@@ -73,6 +73,75 @@ def test_the_other_rules():
     assert np.array_equal(reads, rule)
 
 
+# Edits as examples of one batch
+
+
+def rows_apart(x):
+    """Of (examples, time, features), which it sees as they come."""
+    return x.cumsum(1)
+
+
+def seen_by(fn):
+    """`fn`, and the shapes that it was called with."""
+    shapes = []
+
+    def told(x):
+        shapes.append(jax.tree.leaves(x)[0].shape)
+        return fn(x)
+
+    return told, shapes
+
+
+def test_edits_together_say_what_they_say_one_by_one():
+    x = floats(2, T, D)
+    for fn, status in (rows_apart, "clear"), (lambda x: x - x.mean(1, keepdims=True), "leak"):
+        together, shapes = seen_by(fn)
+        report = check_causal(host(together, batch_axis=0), x, axis=1, batch_size=50)
+        alone = check_causal(host(fn), x, axis=1)
+        assert report.status == alone.status == status and report.edits == alone.edits
+        assert np.array_equal(report.matrix > 0, alone.matrix > 0)
+        assert {*shapes} == {x.shape, (100, T, D)} and len(shapes) < report.edits / 3
+    together, shapes = seen_by(lambda x: np.float32(3) * x)
+    assert assert_same(host(together, batch_axis=-3), lambda x: x + 2 * x, x).status in (
+        "same bits",
+        "rounding",
+    )
+    assert (16, T, D) in shapes
+
+
+@pytest.mark.slow
+def test_edits_together_with_arrays_that_stay_and_another_axis():
+    scale = np.linspace(1, 2, 2 * D, dtype=np.float32).reshape(1, 2, D)
+    x = {"x": floats(T, 2, D), "scale": scale}
+    fn = lambda x: x["x"].cumsum(0) * x["scale"]
+    together, shapes = seen_by(fn)
+    assert check_causal(host(together, batch_axis=1), x, fixed="scale").status == "clear"
+    assert (1, 16, D) in shapes  # of the scale, which comes first
+    # A sum in another order is rounding, and decided by float64.
+    report = check_same(host(fn, batch_axis=1), lambda x: fn(x)[::1] * np.float32(1), x)
+    assert report.status in ("same bits", "rounding")
+    # What rounds to float32 inside has no float64: as without.
+    noisy = lambda x: total_minus_rest(x.astype(np.float32))
+    for axis in (None, 1):
+        assert check_causal(host(noisy, batch_axis=axis), floats(T, 2, D)).status == "undecided"
+
+
+def test_what_must_hold_of_edits_together():
+    x = floats(3, T, D)
+    mixes = host(lambda x: x.cumsum(1) - x.mean(0), batch_axis=0)
+    with refused(ValueError, "batch_axis=, leave that out"):
+        check_causal(mixes, x, axis=1)
+    with refused(ValueError, "batch_axis=0 must be the axis of the examples", "(3,)"):
+        check_causal(
+            host(lambda x: x.mean((0, 2)), batch_axis=0), floats(4, 3, D), axis=1, out_axis=0
+        )
+    # With JAX around it they run one by one.
+    together, shapes = seen_by(rows_apart)
+    fn = host(together, batch_axis=0)
+    assert check_causal(lambda x: fn(x) * 2, jnp.asarray(x), axis=1).status == "clear"
+    assert {*shapes} == {x.shape}
+
+
 # How it is called
 
 

@@ -26,7 +26,7 @@ from ._edits import (
     pure_mixing_edits,
 )
 from ._held import Held, held_numbers, with_arrays
-from ._host import is_beside, remarks, running
+from ._host import in_batches, remarks, running
 from ._inputs import (
     Axes,
     Problem,
@@ -468,10 +468,9 @@ def _check(
         report = dataclasses.replace(report, notes=tuple(known_notes))
         return _questioned(report, problem, how)
     editor = _editor(problem, how)
-    eager = is_beside(problem.closed)
-    probe = make_probe(
-        problem.fn, editor, problem.out_axes, function_eps(problem), how.batch_size, eager=eager
-    )
+    of_probe = editor, problem.out_axes, function_eps(problem), how.batch_size
+    beside = in_batches(problem.fn, problem.closed)
+    probe = make_probe(problem.fn, *of_probe, beside=beside)
     judge = Judge(problem, probe, how.noise_ulps, how.confirm_x64)
     try:
         if report is None:

@@ -7,6 +7,7 @@ here is an object that knows how to run in another, which `_widen` asks for.
 
 import contextlib
 import dataclasses
+import operator
 import pickle
 import random
 import sys
@@ -22,6 +23,7 @@ from jaxtyping import PyTree
 
 from .._jaxprs import opened
 from .._processes import fetched, jit, readable
+from .._real import Integer
 from ._tensors import as_array
 
 _SEED = 0
@@ -30,7 +32,10 @@ _raised: list[Exception] = []
 
 
 def host(
-    fn: Callable[[PyTree], PyTree], *, in_float64: Callable[[PyTree], PyTree] | None = None
+    fn: Callable[[PyTree], PyTree],
+    *,
+    in_float64: Callable[[PyTree], PyTree] | None = None,
+    batch_axis: Integer | None = None,
 ) -> "Host":
     """A function of NumPy arrays that JAX cannot trace, for all the checks of this module.
 
@@ -42,9 +47,10 @@ def host(
     assert_causal(host(lambda x: np.cumsum(x, axis=0)), x)
     ```
 
-    It runs unchanged, eagerly, once for each edit, on arrays of the dtypes of `x`, including those
-    of 64 bits. So sessions of ONNX Runtime and functions of Keras and TensorFlow can be checked, if
-    they take and return NumPy arrays. For torch see [`eqx_norms.causality.from_torch`][].
+    It runs unchanged, eagerly, once for each edit (see `batch_axis`), on arrays of the dtypes of
+    `x`, including those of 64 bits. So sessions of ONNX Runtime and functions of Keras and
+    TensorFlow can be checked, if they take and return NumPy arrays. For torch see
+    [`eqx_norms.causality.from_torch`][].
 
     Rounding is told from a leak as in JAX: what changes runs again in float64 (in float32 if all
     is float64), here by a call with floats of that dtype. There is no second precision if the
@@ -63,6 +69,11 @@ def host(
         `numpy.asarray` takes. The first call is made with `x` itself, and shows which shapes it
         returns. Inside a function of JAX it is made with zeros, because there are no values yet.
     - `in_float64`: what to call in place of `fn` in the second precision.
+    - `batch_axis`: the axis of the examples in all arrays of `x` and in all outputs, if none of
+        them reads another. Edits then run together as further examples, `batch_size=` of them in
+        one call, which is many times as fast. It needs a function that is nothing but this one,
+        without JAX around it; else they run one by one. If an example does read another, the check
+        raises an error, or sees a leak. [`eqx_norms.causality.assert_independent`][] tells.
 
     **Returns:**
 
@@ -77,14 +88,21 @@ def host(
     if not callable(fn):
         raise TypeError(f"fn must be a function of arrays, got {type(fn).__name__}")
     second = fn if in_float64 is None else in_float64
-    return Host(lambda x, to: (fn if to is None else second)(x), getattr(fn, "__name__", "fn"))
+    run = lambda x, to: (fn if to is None else second)(x)
+    return Host(run, getattr(fn, "__name__", "fn"), batch_axis)
 
 
 class Host:
     """Runs `run(x, to)` beside JAX; `to` is the float dtype of the second precision, else None."""
 
-    def __init__(self, run: Callable[[PyTree, np.dtype | None], PyTree], name: str):
+    def __init__(
+        self,
+        run: Callable[[PyTree, np.dtype | None], PyTree],
+        name: str,
+        batch_axis: Integer | None = None,
+    ):
         self.run, self.name = run, name
+        self.batch_axis = batch_axis if batch_axis is None else operator.index(batch_axis)
         self.drew = False  # whether a call drew random numbers
         self.refused: dict[np.dtype, str] = {}  # why there is no other precision
         self._shapes: dict[Any, PyTree] = {}
@@ -232,6 +250,85 @@ def compiled(fn: Callable, closed: jex.ClosedJaxpr) -> Callable:
     """`fn`, which evaluates `closed`, under `jax.jit` if that is for it."""
     eagerly = lambda *leaves: fn(*map(jnp.asarray, leaves))
     return eagerly if is_beside(closed) else jit(fn)
+
+
+def in_batches(
+    fn: Callable, closed: jex.ClosedJaxpr, to: Any = None
+) -> Callable[[Sequence[Any]], Sequence[Any]] | None:
+    """`fn`, which evaluates `closed`, of stacked inputs; None where JAX is to run it."""
+    return together(closed, to) or one_by_one(fn, closed)
+
+
+def one_by_one(
+    fn: Callable, closed: jex.ClosedJaxpr
+) -> Callable[[Sequence[Any]], Sequence[Any]] | None:
+    """The same with a call for each of the inputs."""
+
+    def run(batch: Sequence[Any]) -> Sequence[Any]:
+        outs = [fn(*map(jnp.asarray, leaves)) for leaves in zip(*batch, strict=True)]
+        return tuple(map(jnp.stack, zip(*outs, strict=True)))
+
+    return run if is_beside(closed) else None
+
+
+def together(
+    closed: jex.ClosedJaxpr, to: Any = None, constant: Callable[[Any], Any] = lambda c: c
+) -> Callable[[Sequence[Any]], Sequence[Any]] | None:
+    """What takes stacked inputs as the examples of one call; None unless `closed` is such a call.
+
+    `constant` may put others in the place of what it holds, as the arrays of x that are `fixed`.
+    """
+    jaxpr = opened(closed)
+    if len(jaxpr.eqns) != 1 or (call := _call_of(eqn := jaxpr.eqns[0])) is None:
+        return None
+    if call.host.batch_axis is None or not jaxpr.invars or eqn.outvars != jaxpr.outvars:
+        return None
+    if to is not None and in_precision(eqn, to) is None:
+        return None
+    atoms, axis = eqn.invars, call.host.batch_axis
+    _require_examples([*(atom.aval.shape for atom in atoms), *(o.shape for o in call.outs)], axis)
+    held = dict(zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=True))
+
+    def run(batch: Sequence[Any]) -> Sequence[Any]:
+        count, given = len(batch[0]), dict(zip(jaxpr.invars, batch, strict=True))
+
+        def read(atom: Any) -> Any:
+            if not isinstance(atom, jex.Literal) and atom in given:
+                return given[atom]
+            value = constant(atom.val if isinstance(atom, jex.Literal) else held[atom])
+            return np.broadcast_to(value, (count, *np.shape(value)))
+
+        leaves = [_joined(np.asarray(read(atom)), axis) for atom in atoms]
+        leaves = [leaf if to is None else _cast(leaf, np.dtype(to)) for leaf in leaves]
+        stacked = [np.broadcast_to(np.empty((), o.dtype), (count, *o.shape)) for o in call.outs]
+        outs = tuple(_struct(_joined(out, axis)) for out in stacked)
+        found = dataclasses.replace(call, outs=outs, to=to and np.dtype(to))(*leaves)
+        return [_apart(leaf, count, axis) for leaf in found]
+
+    return run
+
+
+def _require_examples(shapes: Sequence[tuple[int, ...]], axis: int) -> None:
+    there = [-len(shape) <= axis < len(shape) for shape in shapes]
+    if not all(there) or len({shape[axis] for shape in shapes}) != 1:
+        raise ValueError(
+            f"batch_axis={axis} must be the axis of the examples in every array of x and in every "
+            f"output, got shapes {', '.join(map(str, shapes))}; leave it out, or add that axis"
+        )
+
+
+def _joined(stacked: np.ndarray, axis: int) -> np.ndarray:
+    """The first axis goes into that of the examples, which is `axis` without it."""
+    axis %= stacked.ndim - 1
+    moved = np.moveaxis(stacked, 0, axis)
+    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
+
+
+def _apart(joined: np.ndarray, count: int, axis: int) -> np.ndarray:
+    """The inverse of `_joined`."""
+    axis %= joined.ndim
+    rest = joined.shape[axis + 1 :]
+    return np.moveaxis(joined.reshape(*joined.shape[:axis], count, -1, *rest), axis, 0)
 
 
 def remarks(closed: jex.ClosedJaxpr) -> list[str]:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from .._real import Real
 from ._edits import Edit, Editor, nothing
-from ._host import is_beside, own_error
+from ._host import in_batches, one_by_one, own_error
 from ._inputs import Problem
 from ._lost import blame
 from ._nudge import Shaken, beside, constants_beside
@@ -205,9 +205,8 @@ class Judge:
         if any(leaf.ids is None for leaf in probe.editor.leaves):
             return dataclasses.replace(probe, editor=beside(probe.editor, _ANEW, seed, wide=True))
         fn = widen(self.problem.closed, np.float64, *constants_beside(_ANEW, seed))
-        eager = is_beside(self.problem.closed)
         of_probe = probe.editor, probe.out_axes, probe.eps, probe.batch_size
-        return make_probe(fn, *of_probe, np.float64, eager)
+        return make_probe(fn, *of_probe, np.float64, one_by_one(fn, self.problem.closed))
 
     def _certain(
         self, edits: Sequence[Edit], leaks: Bool[np.ndarray, "E T"], exact: Changes
@@ -382,11 +381,9 @@ class Judge:
     def _second(self) -> Probe:
         """The probe in the second precision."""
         fn, eps = widen(self.problem.closed, self._other), float(np.finfo(self._other).eps)
-        probe = self.probe
-        eager = is_beside(self.problem.closed)
-        return make_probe(
-            fn, probe.editor, probe.out_axes, eps, probe.batch_size, self._other, eager
-        )
+        of_probe = self.probe.editor, self.probe.out_axes, eps, self.probe.batch_size
+        beside = in_batches(fn, self.problem.closed, self._other)
+        return make_probe(fn, *of_probe, self._other, beside)
 
 
 _REDRAWN = (
@@ -508,7 +505,8 @@ def require_sane_baseline(
 DIFFERS_FROM_ITSELF = (
     "fn gives different outputs for the same x, so that no comparison can be trusted; if it "
     "draws random numbers (dropout), pass a fixed key: lambda x: model(x, key=jax.random.key(0)); "
-    "if it reads or writes global state, freeze it or switch it to inference mode"
+    "if it reads or writes global state, freeze it or switch it to inference mode; if it has "
+    "batch_axis=, leave that out, for an example may read another"
 )
 
 

@@ -15,7 +15,7 @@ from .._processes import fetch, jit
 from .._real import Real
 from ._call import options_by_name
 from ._edits import Edit, Editor, TokenValues, at_one, make_editor, nothing, single_edits
-from ._host import is_beside, running
+from ._host import in_batches, running
 from ._inputs import Axes, Problem, make_problem
 from ._judge import Judge, Verdict, function_eps, require_sane_baseline
 from ._probe import make_probe
@@ -99,10 +99,9 @@ def dependency_matrix(
 def _perturbed_matrix(
     problem: Problem, editor: Editor, batch_size: int
 ) -> Float[np.ndarray, "T_out T_in"]:
-    eager = is_beside(problem.closed)
-    probe = make_probe(
-        problem.fn, editor, problem.out_axes, function_eps(problem), batch_size, eager=eager
-    )
+    of_probe = editor, problem.out_axes, function_eps(problem), batch_size
+    beside = in_batches(problem.fn, problem.closed)
+    probe = make_probe(problem.fn, *of_probe, beside=beside)
     edits = [nothing(editor), *single_edits(editor, range(problem.length)), nothing(editor)]
     changes = probe.measure(edits, "dependency matrix")
     require_sane_baseline(problem, edits, changes, _NOISE_ULPS)

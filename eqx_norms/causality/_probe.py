@@ -7,7 +7,6 @@ baseline can be compared with an edit bit for bit, and it holds one forward pass
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -104,17 +103,12 @@ class Probe:
 
 
 def make_probe(
-    fn, editor: Editor, out_axes, eps: float, batch_size: int, dtype=None, eager: bool = False
+    fn, editor: Editor, out_axes, eps: float, batch_size: int, dtype=None, beside=None
 ) -> Probe:
-    """A probe of `fn`, which takes and returns flat leaves; `eager`, one call after the other."""
+    """A probe of `fn`, which takes and returns flat leaves; `beside` runs batches of it."""
     mapped = jit(lambda batch: jax.lax.map(lambda leaves: fn(*leaves), batch))
-    run = functools.partial(_one_by_one, fn) if eager else mapped
-    return Probe(run, editor, tuple(out_axes), eps, batch_size, dtype and np.dtype(dtype))
-
-
-def _one_by_one(fn, batch: tuple[np.ndarray | Array, ...]) -> tuple[Array, ...]:
-    outs = [fn(*map(jnp.asarray, leaves)) for leaves in zip(*batch, strict=True)]
-    return tuple(map(jnp.stack, zip(*outs, strict=True)))
+    of_probe = editor, tuple(out_axes), eps, batch_size, dtype and np.dtype(dtype)
+    return Probe(mapped if beside is None else beside, *of_probe)
 
 
 class _Leaf(NamedTuple):

@@ -46,7 +46,17 @@ def compiled_updates(
         return eqx.filter_jit(next_updates)(optim, grads, opt_state, params, loss, value_fn)
 
 
+def compiled_step(optim: Any, grads: PyTree, opt_state: PyTree, params: PyTree) -> PyTree:
+    """The updates of an optimiser that needs nothing but these; else a `TypeError`."""
+    return _updates()(optim, grads, opt_state, params)
+
+
+def compiled_state(optim: Any, grads: PyTree, opt_state: PyTree, params: PyTree) -> PyTree:
+    """The state after that."""
+    return _updates(1)(optim, grads, opt_state, params)
+
+
 @ft.cache
-def _updates() -> Callable[..., PyTree]:
+def _updates(part: int = 0) -> Callable[..., PyTree]:
     options: Any = {"compiler_options": once()}  # which the annotations do not know
-    return eqx.filter_jit(lambda optim, *rest: optim.update(*rest)[0], **options)
+    return eqx.filter_jit(lambda optim, *rest: optim.update(*rest)[part], **options)

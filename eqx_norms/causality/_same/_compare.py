@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..._processes import fetched
 from ..._real import Real
-from .._host import compiled, own_error
+from .._host import compiled, own_error, together
 from .._lost import blame
 from .._nudge import rounded_anew
 from .._probe import placed
@@ -361,7 +361,7 @@ def _scale(a: np.ndarray, b: np.ndarray, apart: np.ndarray) -> float:
 
 
 def _own(closed: jex.ClosedJaxpr, rows: Sequence[Row]) -> Outputs:
-    return _run(compiled(jex.jaxpr_as_fun(closed), closed), rows)
+    return _run(jex.jaxpr_as_fun(closed), closed, rows)
 
 
 def _wide(
@@ -372,11 +372,16 @@ def _wide(
     watch: Callable[..., Sequence[Array]] | None = None,
 ) -> Outputs:
     with jax.enable_x64(True), np.errstate(over="ignore"):  # a constant too large for float32
-        return _run(compiled(widen(closed, to, constant, watch), closed), rows)
+        return _run(widen(closed, to, constant, watch), closed, rows, to, constant)
 
 
-def _run(fn: Callable, rows: Sequence[Row]) -> Outputs:
-    return [host(fn(*row)) for row in rows]
+def _run(fn: Callable, closed: jex.ClosedJaxpr, rows: Sequence[Row], *how: Any) -> Outputs:
+    """`fn` evaluates `closed`; `how`, in another precision and with other constants."""
+    if (run := together(closed, *how)) is not None:
+        outs = run([np.stack([*map(fetched, leaf)]) for leaf in zip(*rows, strict=True)])
+        return [host(row) for row in zip(*outs, strict=True)]
+    run = compiled(fn, closed)
+    return [host(run(*row)) for row in rows]
 
 
 def host(leaves: Sequence[Array]) -> list[np.ndarray]:

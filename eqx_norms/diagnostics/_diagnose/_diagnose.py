@@ -135,7 +135,10 @@ def diagnose(
         median weight; 1e-3 is usual. Or it is below 1e-5 wherever a schedule may stand, and at the
         end of a step of the usual size the loss is half as steep at least. Or there are gradients,
         and every update is 0 wherever a schedule may stand. Or rounding to 16 bits loses half of a
-        parameter's updates. Or two parameters hold the same random numbers.
+        parameter's updates, or the decay of a quarter of the optimiser's state. Or its steps of a
+        parameter at 0 would be 30 times as large at 1. Or it makes a matrix of the vectors of
+        several layers, so that the step of one turns with the gradient of another. Or two
+        parameters hold the same random numbers.
     - `"initial loss"`: the loss is more than 1 above log(`classes`), which takes logits of standard
         deviation 1.4. Without `classes`, it is a cross-entropy, and in most examples the model is
         sure of one class, and wrong; or a binary one, and of most entries the model is sure, and

@@ -659,6 +659,7 @@ def _updates(measured: Measured) -> Iterator[Finding]:
             "stand. Look for a learning rate of zero."
         )
         yield Finding("update ratio", "optimiser", 0, SMALL, advice)
+    yield from (Finding("update ratio", *doubt) for doubt in measured.doubts)
     middle = typical_ratio(parameters)
     if middle is not None and middle > (limit := THRESHOLDS["large update"]):
         yield _update(parameters, middle, limit, max, "Lower the learning rate.")

@@ -23,6 +23,7 @@ from .._once import jit_once
 from .._optimiser import compiled_updates
 from . import _numbers, _scores
 from ._dataflow import NOTHING, Fact
+from ._doubts import Doubt, doubts
 from ._survey import Seen, Survey, when
 from ._trial import has_learnt, try_steps
 
@@ -97,6 +98,7 @@ class Measured(NamedTuple):
     data_rms: float  # the largest of what the function is given besides the model
     linear_pairs: list[tuple[str, str]]
     trial: Numbers
+    doubts: list[Doubt]  # of the optimiser and its state
     has_learnt: Callable[[], bool]  # which compiles the loss once more
 
 
@@ -146,7 +148,8 @@ def measure(
         if optimiser is not None:
             optim, opt_state = optimiser
             updates = compiled_updates(optim, model_grads, opt_state, trained, loss, value_fn)
-        params = _of_parameters(model, model_grads, updates, _stacks(survey))
+        stacks = _stacks(survey)
+        params = _of_parameters(model, model_grads, updates, stacks)
     rows, by_call, not_taken = [], {}, []
     for call, parts in zip(survey.calls, calls, strict=True):
         made = _rows(call, parts, survey)
@@ -162,9 +165,11 @@ def measure(
             reached = _reached_from_elsewhere(loss_fn, model, args, {p.path for p in idle})
             for p in idle:
                 p.statistics["reached"] = p.path in reached
-        trial = {}
+        trial, doubtful = {}, []
         if updates is not None:
             assert optimiser is not None
+            sizes = [figures.get("rms", math.nan) for figures in params]
+            doubtful = doubts(optimiser, model_grads, trained, model.paths(), stacks, sizes)
             trial = try_steps(
                 loss_fn, model, args, optimiser, loss, model_grads, updates, parameters
             )
@@ -180,6 +185,7 @@ def measure(
         max((r for r in map(_size, jtu.tree_leaves(args)) if math.isfinite(r)), default=0.0),
         _linear_pairs(survey),
         trial,
+        doubtful,
         ft.cache(lambda: has_learnt(loss_fn, model, args, float(loss))),
     )
 
