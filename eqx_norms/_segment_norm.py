@@ -106,9 +106,9 @@ class SegmentNorm(eqx.Module):
     torch_geometric's `LayerNorm(mode="graph")`. With `groups=channels` each channel has its own
     statistics, as in its `InstanceNorm`.
 
-    It is exact at any offset. With a million tokens in one segment, which are added one after the
-    other, `y` is off by up to 1e-5, or 2e-6 of its largest entry. The backward is hand-written. It
-    keeps `x` in its own dtype, three numbers for each token and group, the segments, and the mask.
+    It is exact at any offset, and for a million tokens in one segment. The backward is
+    hand-written. It keeps `x` in its own dtype, three numbers for each token and group, the
+    segments, and the mask.
 
     !!! tip "Which tokens of a segment are read"
 
