@@ -20,6 +20,7 @@ from jax.extend.core import primitives
 from jaxtyping import Array, PyTree
 
 from ..._jaxprs import is_jaxpr, opened
+from .._capture._activations import Activation, activation_of, recognised
 from .._capture._capture import _check_arrays, _Program, _zero_shift
 from .._capture._instrument import Where
 from .._capture._interpret import ArrayType, Marked, loops_around, marked_types, supported
@@ -27,7 +28,6 @@ from .._capture._library import observe
 from .._capture._model import Model, path
 from .._capture._plan import Output, Plan, Step, make_plan
 from .._capture._tag import Inputs, tag_p
-from ._activations import Activation, activation_of, recognised
 from ._dataflow import Fact, Flow
 from ._scores import of_scores
 
