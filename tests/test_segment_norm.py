@@ -144,6 +144,19 @@ def test_other_segments_are_not_read():
     assert check_reads(one, x, rule).leak
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", (1, 2, CHANNELS))
+def test_segments_of_a_padded_row(groups):
+    """Proved: each reads its own segment, and of that what is no padding, in any order of ids."""
+    real, x = MASKS["tokens"], normal(jax.random.key(seed(5)), (TOKENS, CHANNELS))
+    norm = SegmentNorm(CHANNELS, groups)
+    masked = lambda x: norm(x, IDS, num_segments=COUNT, where=jnp.asarray(real))
+    rule = rules.segments(IDS) & rules.unpadded(real)
+    assert check_reads(masked, x, rule, prove=True).status == "proved"
+    bare = lambda x: norm(x, IDS, num_segments=COUNT)
+    assert check_reads(bare, x, rule).status == "leak"
+
+
 def test_kept_are_x_and_three_numbers_a_token():
     x, ids = jnp.ones((50, 64), jnp.bfloat16), jnp.arange(50) // 7
     norm = lambda x, ids: SegmentNorm(64, 2)(x, ids, num_segments=8)
@@ -161,6 +174,16 @@ def test_batches_and_counted_segments():
     got = jax.jit(jax.vmap(norm))(x, ids)
     want = [segment_norm(x, ids) for x, ids in zip(x, ids, strict=True)]
     np.testing.assert_allclose(got, jnp.stack(want), rtol=0, atol=1e-5)
+
+
+def test_numbers_that_no_int32_holds():
+    """They are of no segment, and not what is left of them in 32 bits."""
+    x = normal(jax.random.key(seed(6)), (4, 2))
+    for outside in (2**32, 2**32 + 1, -(2**32), 2**63 - 1):
+        ids = np.array([0, 1, outside, 0], np.int64)
+        y = segment_norm(x, ids, num_segments=2)
+        assert not y[2].any()
+        np.testing.assert_array_equal(y, segment_norm(x, np.array([0, 1, -1, 0]), num_segments=2))
 
 
 def test_bad_input():

@@ -42,6 +42,7 @@ class Seen:
     parameters of its own, in `"time"`, or a `"member"`.
 
     - `examples`: how many axes of examples the first array has, behind these.
+    - `batched`: whether the first of its other axes is that of the batch, as in Flax.
     - `shape`: of a softmax, of which only figures are marked, that of its scores.
     - `inputs`: the marks of which its input was made.
     - `begins`, `returns`: where, as the numbers of the equations around it, the outermost first,
@@ -65,6 +66,7 @@ class Seen:
     last: "Seen | None" = dataclasses.field(default=None, repr=False)
     kinds: tuple[str, ...] = ()
     examples: int = 0
+    batched: bool = False
     shape: tuple[int, ...] | None = None
     inputs: int = 0
     units: bool = False
@@ -331,6 +333,7 @@ def _described(survey: Survey) -> list[list[Arrangement]]:
         call.loops = (*around, *lengths)
         call.kinds += ("member",) * len(lengths)
         call.examples = vmaps[0].count("example") if vmaps else 0
+        call.batched = survey.model.batches_first and not call.examples
     return arrangements
 
 
