@@ -32,7 +32,14 @@ def programs(steps: int, features: int) -> dict:
         "... decay=0.99": (CumulativeNorm(features, decay=0.99), lambda norm, x: norm(x)),
         "... window=100": (CumulativeNorm(features, window=100), lambda norm, x: norm(x)),
         "SegmentNorm": (segments, lambda norm, x: norm(x, ids, num_segments=32)),
+        "... a group a channel": (
+            SegmentNorm(features, features),
+            lambda norm, x: norm(x, ids, num_segments=32),
+        ),
     }
+    for how in ({}, {"decay": 0.99}, {"window": 100}):
+        name = f"CumulativeNorm, a group a channel {how or ''}".strip()
+        layers[name] = CumulativeNorm(features, features, **how), lambda norm, x: norm(x)
 
     def both(call):
         @jax.jit

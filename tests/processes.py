@@ -6,6 +6,8 @@ runs in one process of four devices and in two of two, and must say the same.
 
 import json
 import os
+import pathlib
+import re
 import sys
 import traceback
 
@@ -329,10 +331,23 @@ def results(chosen=None):
             yield name, traceback.format_exc()
 
 
+def page():
+    """Runs the blocks of docs/many_devices.md, which want eight devices; how many there are."""
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "many_devices.md").read_text()
+    found, namespace = re.findall(r"```python\n(.*?)```", text, re.DOTALL), {}
+    for code in found:
+        exec(compile(code, "many_devices.md", "exec"), namespace)
+    return len(found)
+
+
 def main(index, port):
-    jax.config.update("jax_num_cpu_devices", 2)
+    of_page = sys.argv[3:] == ["page"]
+    jax.config.update("jax_num_cpu_devices", 4 if of_page else 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+    if of_page:
+        print(json.dumps(["page", page()]), flush=True)
+        return
     for name, result in results(sys.argv[3:]):
         print(json.dumps([name, result]), flush=True)
 

@@ -340,10 +340,25 @@ def test_padding_is_not_read():
     assert check_reads(norm, x, rule, prove=True).status == "proved"
 
 
+FORMS = (
+    *({"groups": 1}, {"groups": CHANNELS}, {"groups": 2, "decay": 0.9}),
+    *({"groups": 1, "window": 3}, {"groups": CHANNELS, "window": 3}),
+)
+
+
 @pytest.mark.slow
-def test_a_decay_is_causal_and_proved():
-    norm = CumulativeNorm(CHANNELS, 2, decay=0.9)
-    assert assert_causal(norm, draw(0)[0], prove="required").status == "proved"
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_is_causal_and_reads_no_padding(form):
+    """Proved: whole, in chunks, and under a mask. Without the mask padding is read."""
+    norm, x = CumulativeNorm(CHANNELS, **form), draw(0)[0]
+    assert assert_causal(norm, x, prove="required").status == "proved"
+    in_chunks = ft.partial(streamed, norm, chunks=(2, 5))
+    assert assert_causal(in_chunks, x, prove="required").status == "proved"
+    real = np.arange(TIME) % 4 != 2
+    rule = rules.unpadded(real) & rules.causal(TIME)
+    masked = lambda x: norm(x, where=jnp.asarray(real))
+    assert check_reads(masked, x, rule, prove=True).status == "proved"
+    assert check_reads(norm, x, rule).status == "leak"
 
 
 @pytest.mark.slow

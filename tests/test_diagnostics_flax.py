@@ -554,6 +554,30 @@ def test_linen_zoo():
     assert [row.name for row in rows.calls] == [":tanh"]  # of a plain function
 
 
+class NamedRoot(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return jnp.sqrt(x)
+
+
+class Rooted(nn.Module):
+    """The root of a negative number in three steps of the sixth example, and one of the second."""
+
+    @nn.compact
+    def __call__(self, x):
+        where = jnp.zeros(x.shape[:2]).at[5, 2:5].set(-99).at[1, 3].set(-99)
+        return nn.Dense(3)(NamedRoot()(nn.softplus(nn.Dense(8)(x)) + where[..., None]))
+
+
+@pytest.mark.slow
+def test_a_batch_of_flax_is_counted():
+    x, net = normal(jax.random.key(0), (8, 6, 4)), Rooted()
+    params = net.init(jax.random.key(1), x)["params"]
+    [born] = diagnose(lambda p, x: jnp.mean(net.apply({"params": p}, x) ** 2), params, x).findings
+    assert (born.where, born.example, born.share) == ("NamedRoot_0", (1,), 0.25)
+    assert born.advice.endswith("First in example 1; 2 of 8 examples.")
+
+
 @pytest.mark.slow
 def test_norms_have_no_activation():
     """The variance of Flax's norms is a difference, of which the maximum with 0 is taken."""

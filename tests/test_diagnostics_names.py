@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core.primitives import name_p
 from refused import refused
 
-from eqx_norms.diagnostics import capture, capture_grads
+from eqx_norms.diagnostics import capture, capture_grads, diagnose
 
 SAVED = jax.checkpoint_policies.save_only_these_names("remat")
 
@@ -197,3 +197,91 @@ def test_attention_weights_are_the_output_of_the_dropout(heads, x64, getkey):
     slope = np.einsum("bqhd,bkhd->bhqk", of_heads, v)
     np.testing.assert_allclose(grads["dropout"], slope, rtol=0, atol=1e-9)
     np.testing.assert_allclose(loss, np.sum(expected * slope), rtol=1e-9)
+
+
+# ---- Functions in between.
+
+
+def test_functions_in_between():
+    """Between the layers of an MLP: their values, their derivatives, others in their place."""
+    x, mlp = normal(jax.random.key(0), (3, 2)), eqx.nn.MLP(2, 1, 4, 2, key=jax.random.key(1))
+    loss = lambda mlp, x: jnp.sum(jax.vmap(mlp)(x))
+    _, values, grads, _ = capture_grads(loss, mlp, x, where=eqx.nn.Linear, functions="relu")
+    relus = ["layers[0]:relu", "layers[1]:relu"]
+    assert [*values] == ["layers[0]", relus[0], "layers[1]", relus[1], "layers[2]"]
+    for key in relus:
+        np.testing.assert_array_equal(values[key], np.maximum(values[key[:9]], 0))
+        alive = np.asarray(values[key]) > 0
+        np.testing.assert_array_equal(grads[key[:9]], np.where(alive, grads[key], 0))
+    last = mlp.layers[2]
+    assert last.bias is not None
+    weight = np.tile(np.asarray(last.weight), (3, 1))
+    np.testing.assert_allclose(grads[relus[1]], weight, rtol=1e-6)
+    silent, shown = capture(loss, mlp, x, functions="relu", replace={relus[1]: jnp.zeros_like})
+    np.testing.assert_allclose(silent, 3 * np.asarray(last.bias)[0], rtol=1e-6)
+    assert [*shown] == relus and not shown[relus[1]].any()
+    with refused(ValueError, "must be among 'relu', .* but one is 'cube'"):
+        capture(loss, mlp, x, functions="cube")
+    with refused(ValueError, "none has the key 'layers\\[2\\]:relu'. It is not called"):
+        capture(loss, mlp, x, functions="relu", replace={"layers[2]:relu": jnp.zeros_like})
+
+
+class Encoder(eqx.Module):
+    attention: eqx.nn.MultiheadAttention
+    up: eqx.nn.Linear
+    down: eqx.nn.Linear
+
+    def __init__(self, key):
+        self.attention = eqx.nn.MultiheadAttention(2, 4, key=key)
+        self.up, self.down = (eqx.nn.Linear(4, 4, key=k) for k in jax.random.split(key))
+
+    def __call__(self, x):
+        x = x + self.attention(x, x, x)
+        return x + jax.vmap(lambda y: self.down(jax.nn.gelu(self.up(y))))(x)
+
+
+@pytest.mark.slow
+def test_functions_in_a_scan_over_layers():
+    """By the paths that `diagnose` gives them, and equal to those computed by hand."""
+    layers = eqx.filter_vmap(Encoder)(jax.random.split(jax.random.key(2), 3))
+    x = normal(jax.random.key(3), (2, 5, 4))
+    arrays, static = eqx.partition(layers, eqx.is_array)
+
+    def loss(arrays, x):
+        step = lambda x, arrays: (eqx.combine(arrays, static)(x), None)
+        each = lambda x: jax.lax.scan(jax.checkpoint(step), x, arrays)[0]
+        return jnp.sum(jnp.sin(jax.vmap(each)(x)))
+
+    where = lambda path, module: path == "up"
+    _, values, grads, _ = capture_grads(loss, arrays, x, where=where, functions=("softmax", "gelu"))
+    assert [*values] == ["attention:softmax", "up", "up:gelu"]
+    # Scans are ahead of vmap, heads behind.
+    assert values["attention:softmax"].shape == (3, 2, 2, 5, 5)
+    np.testing.assert_allclose(values["attention:softmax"].sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(values["up:gelu"], jax.nn.gelu(values["up"]), atol=1e-6)
+    slope = jax.vmap(jax.grad(jax.nn.gelu))(values["up"].ravel()).reshape(values["up"].shape)
+    np.testing.assert_allclose(grads["up"], slope * grads["up:gelu"], atol=1e-5)
+    listed = {(call.path, call.type) for call in diagnose(loss, arrays, x).calls}
+    assert {("attention", "softmax"), ("up", "gelu")} <= listed
+
+
+@pytest.mark.slow
+def test_the_newer_checkpoint():
+    """What `jax_remat3` switches on is another primitive, and so is a named value under it."""
+    x, mlp = normal(jax.random.key(0), (2,)), eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(1))
+    saved = jax.checkpoint_policies.save_only_these_names("out")
+
+    def loss(mlp, x):
+        body = lambda x: checkpoint_name(mlp(x), "out")
+        return jnp.sum(jax.checkpoint(body, policy=saved)(x) ** 2)
+
+    asked = {"where": eqx.nn.Linear, "names": "out", "functions": "relu"}
+    want = capture_grads(loss, mlp, x, **asked)
+    jax.config.update("jax_remat3", True)
+    try:
+        got = capture_grads(loss, mlp, x, **asked)
+    finally:
+        jax.config.update("jax_remat3", False)
+    assert [*got[1]] == ["layers[0]", "layers[0]:relu", "layers[1]", "out"]
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5) if eqx.is_array(a) else None

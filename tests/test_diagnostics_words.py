@@ -16,7 +16,7 @@ from slow import few
 
 from eqx_norms import LayerNorm, is_norm
 from eqx_norms.diagnostics import Watch, capture, diagnose, effective_rank
-from eqx_norms.diagnostics._diagnose._activations import recognised
+from eqx_norms.diagnostics._capture._activations import recognised
 from eqx_norms.diagnostics._diagnose._diagnose import Diagnosis
 from eqx_norms.diagnostics._diagnose._measure import Row
 from eqx_norms.diagnostics._diagnose._survey import Seen

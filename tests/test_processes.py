@@ -74,3 +74,10 @@ def test_two_processes_say_the_same_as_one(name, told):
     np.testing.assert_equal(first[name], second[name])
     here = processes.CASES[name]()
     assert_alike(first[name], json.loads(json.dumps(here)))
+
+
+@pytest.mark.slow
+def test_the_page_runs_in_two_processes():
+    """Every block of docs/many_devices.md, in two processes of four devices."""
+    found, errors = in_two_processes("page")
+    assert found == [{"page": 7}] * 2, [err[-2000:] for err in errors]

@@ -95,6 +95,7 @@ def _bits(context, eqn, x):
 @rule("optimization_barrier", "stop_gradient", "device_put", "reshard", "layout_constraint")
 @rule("stage", "random_clone")
 @rule("eqx_norms_again", "eqx_norms_apart", "eqx_norms_grouped", "eqx_norms_settled")
+@rule("eqx_norms_rounded_product")
 def _each(context, eqn, *operands):
     """Identities, the norms' own included."""
     return list(operands)

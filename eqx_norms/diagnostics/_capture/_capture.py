@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from ..._processes import jit, spans_processes
+from ._functions import Function, as_functions, placed
 from ._instrument import Observer, Where
 from ._interpret import ArrayType, Edit, Marked, evaluate, marked_types
 from ._library import as_model, observe
@@ -29,6 +30,7 @@ def capture(
     names: str | Collection[str] = (),
     inputs: bool = False,
     replace: Replace | None = None,
+    functions: str | Collection[str] = (),
 ) -> tuple[Any, dict[str, PyTree]]:
     """Evaluates `fn(model, *args)` and hands out what the submodules of `model` returned.
 
@@ -71,6 +73,12 @@ def capture(
         `layers[0]:in`, and `layers[0]:in#1` of the second call. That is the array among the
         arguments, or a tuple of several. Integers that `fn` closes over are left out. `replace`
         takes these entries too.
+    - `functions`: functions in between whose results are captured too, such as `"relu"`, `"gelu"`
+        or `"softmax"`: one of those that [`eqx_norms.diagnostics.diagnose`][] knows, or several.
+        They are those of `jax.nn`, and what is written as they are, as `jnp.maximum(x, 0)`. The key
+        is that of the submodule whose output goes in, and the name: `layers[0]:relu`; or, as of a
+        softmax in attention, of the submodule around it: `attention:softmax`. `replace` takes them
+        too. Axes of `jax.vmap` are where the program has them, mostly in front.
     - `replace`: what `fn` uses in place of the output of a submodule, by the key that the value has
         below. Each call has its own key. The replacement is either a value of the same structure,
         shapes and dtypes as the value below, or a function of what the submodule returned,
@@ -138,7 +146,8 @@ def capture(
     - `NotImplementedError` if `fn` itself differentiates what is replaced. Differentiate `capture`,
         or use [`eqx_norms.diagnostics.capture_grads`][].
     """
-    program = _Program(fn, as_model(model), args, where, replace, as_names(names), inputs)
+    asked = as_names(names), inputs, as_functions(functions)
+    program = _Program(fn, as_model(model), args, where, replace, *asked)
     run = lambda tree, args: program.run(tree, args, program.no_shifts())
     out, marked = _by_all_processes(run, program.model.tree, args)
     return out, program.by_path(marked)
@@ -152,6 +161,7 @@ def capture_grads(
     names: str | Collection[str] = (),
     inputs: bool = False,
     replace: Replace | None = None,
+    functions: str | Collection[str] = (),
 ) -> tuple[Float[Array, ""], dict[str, PyTree], dict[str, PyTree], PyTree]:
     """Differentiates `loss_fn(model, *args)` with respect to the model and to what its submodules
     returned.
@@ -165,7 +175,7 @@ def capture_grads(
     **Arguments:**
 
     - `loss_fn`: a function of the model and `args` that returns a floating-point scalar.
-    - `model`, `args`, `where`, `names`, `inputs`, `replace`: as for
+    - `model`, `args`, `where`, `names`, `inputs`, `replace`, `functions`: as for
         [`eqx_norms.diagnostics.capture`][].
 
     **Returns:**
@@ -189,7 +199,8 @@ def capture_grads(
     - `NotImplementedError` if `loss_fn` itself differentiates a `jax.checkpoint` in which a
         matched submodule is called. It is computed anew in there, out of reach of the added zero.
     """
-    program = _Program(loss_fn, as_model(model), args, where, replace, as_names(names), inputs)
+    asked = as_names(names), inputs, as_functions(functions)
+    program = _Program(loss_fn, as_model(model), args, where, replace, *asked)
     backward = _by_all_processes(program.backward, program.model.tree, args)
     loss, marked, grads, model_grads = backward
     model_grads = program.model.gradients(model_grads)
@@ -208,6 +219,7 @@ class _Program:
         replace: Replace | None,
         names: tuple[str, ...] = (),
         inputs: bool = False,
+        functions: Collection[str] = (),
     ):
         replace = {} if replace is None else replace
         if not isinstance(replace, Mapping):
@@ -217,11 +229,14 @@ class _Program:
                 "`replace={'layers[0]': jnp.zeros_like}`."
             )
         self.model = model
-        also = {path_of(key) for key in replace} - set(names)
-        watch = observe(model, where, also, names, inputs)
+        paths = {path_of(key) for key in replace}
+        also = {each for each in paths - {*names} if each.rpartition(":")[2] not in functions}
+        watch = observe(model, where, also, names, inputs, functions=functions)
         _check_arrays(model.tree, args)
         jaxpr, self.out, self.static_out = watch.trace(fn, args)
-        self.plan = make_plan(jaxpr, args, watch)
+        plan = make_plan(jaxpr, args, watch)
+        places = placed(plan.outputs, marked_types(plan)) if functions else []
+        self.plan = plan.only_wanted() if functions else plan
         _check_named(watch)
         if not self.plan.outputs:
             raise ValueError(
@@ -231,7 +246,7 @@ class _Program:
                 "itself."
             )
         self.types = marked_types(self.plan)
-        self.keys = _keys(self.plan.outputs)
+        self.keys = _keys(self.plan.outputs, places)
         check_called(replace, self.keys)
         triples = zip(self.keys, self.plan.outputs, self.types, strict=True)
         self.replacements = {
@@ -307,12 +322,16 @@ def _check_named(watch: Observer) -> None:
             )
 
 
-def _keys(outputs: list[Output]) -> list[str]:
-    """`norm`, `norm#1` and so on: of each call, in the order of the calls; `norm:in` goes in."""
-    calls, keys = Counter(), []
+def _keys(outputs: list[Output], functions: list[str]) -> list[str]:
+    """`norm`, `norm#1` and so on: of each call, in the order of the calls; `norm:in` goes in.
+
+    `functions` are the paths of those in between.
+    """
+    calls, keys, of_functions = Counter(), [], iter(functions)
     for output in outputs:
         path = output.paths[0]  # of several, the evaluation will complain
         path += ":in" * isinstance(output.call, Inputs)
+        path = next(of_functions) if isinstance(output.call, Function) else path
         keys.append(f"{path}#{calls[path]}" if calls[path] else path)
         calls[path] += 1
     return keys

@@ -58,10 +58,12 @@ class Observer:
         names: Collection[str] = (),
         inputs: bool = False,
         lenient: bool = False,
+        functions: Collection[str] = (),
     ):
         """`also` are the paths of modules to look at whether `where` matches them or not, `names`
         those of values to look at; `named` will be all that are there. With `inputs` what modules
-        are given is marked too. If it is `lenient`, it is no error that it cannot be told which of
+        are given is marked too. With `functions`, which are to be found in between, all modules are
+        marked, both ways. If it is `lenient`, it is no error that it cannot be told which of
         several modules is called: they are `unclear`.
         """
         self.model = model
@@ -70,6 +72,7 @@ class Observer:
         self.modules = dict(model.modules(model.given))
         self.matched = {keys for keys, module in self.modules.items() if self._asks(keys, module)}
         self.names, self.named, self.inputs = frozenset(names), {}, inputs
+        self.functions = frozenset(functions)
         if model.known:
             self.check_matched()
         self.outer = _watch.get()
@@ -93,7 +96,9 @@ class Observer:
         for each in self._also:
             if each not in paths:
                 raise ValueError(_not_there(each, self.modules))
-        if not self._by_where and (self._where != () or not (self._also or self.names)):
+        if not self._by_where and (
+            self._where != () or not (self._also or self.names or self.functions)
+        ):
             trained = jtu.tree_leaves(self.model.trained(self.model.tree))
             if self._where is not everything or not trained:
                 raise ValueError(_nothing_matches(self.model, self.modules))
@@ -130,7 +135,7 @@ class Observer:
         """What `run()` returns, which calls `module`, with a tag if it is looked for."""
         place, held = self._place(module) if self.model.owns(module) else (None, ())
         looked_for = place if place is not None and self._may_match(module, place) else None
-        if looked_for is not None and self.inputs:
+        if looked_for is not None and (self.inputs or self.functions):
             given = (run.args, run.keywords)
             args, kwargs = tag_inputs(given, looked_for, held, self.level, self.model.is_whole)
             run = ft.partial(run.func, *args, **kwargs)
@@ -144,6 +149,8 @@ class Observer:
         return out if looked_for is None else tag(out, looked_for, held, self.level)
 
     def _may_match(self, module: Any, place: Place) -> bool:
+        if self.functions:
+            return True
         if place.holder is None:
             return place.keys in self.matched
         return any(type(self.modules[keys]) is type(module) for keys in self.matched)
@@ -214,7 +221,7 @@ class Observer:
         contents = frozenset(self._contents.items())
         outer = self.outer and self.outer._key()
         kind = type(self), self.inputs, self._lenient
-        key = _Key((kind, matched, contents, self.names, outer))
+        key = _Key((kind, matched, contents, self.names, bool(self.functions), outer))
         return _keys.setdefault(key, key)
 
 

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import eval_jaxpr
 from jax.extend.core import DebugInfo, Jaxpr, Literal, primitives
 
 from ..._jaxprs import scan_counts
 from ..._real import Real
-from ._plan import Plan, Step
+from ._plan import Plan, Step, kind
 from ._tag import tag_p
 
 # One entry a tag, in program order, each with one entry an array that the tag marks.
@@ -73,7 +74,9 @@ def evaluate(plan: Plan, args: Sequence, edits: list[Edit]) -> tuple[list[Any], 
 def _rule(eqn: Any, step: Step) -> Callable:
     if step.operand is not None:
         return _operand_and_result
-    return _rules.get(eqn.primitive, _refuse) if step.outputs else _as_it_stands
+    if step.result:
+        return _result
+    return _rules.get(kind(eqn)[0], _refuse) if step.outputs else _as_it_stands
 
 
 def _read(env: dict, atom: Any) -> Any:
@@ -100,6 +103,12 @@ def _operand_and_result(
     return outs, [[x, outs[0]] if step.summary is None else [step.summary(x)]]
 
 
+def _result(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
+    outs, _ = _as_it_stands(eqn, step, args, [])
+    values = edits[0].replaced(outs)
+    return edits[0].shifted(values), [values]
+
+
 def _tag(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
     [output], [edit] = step.outputs, edits
     if len(output.paths) > 1:
@@ -116,7 +125,7 @@ def _tag(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any]
 def _name(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
     [x], marked = _tag(eqn, step, args, edits)
     # It keeps its name, which the policy of a checkpoint around may ask for.
-    return [eqn.primitive.bind(x, **eqn.params)], marked
+    return [checkpoint_name(x, kind(eqn)[1]["name"])], marked
 
 
 def _inline(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
@@ -149,9 +158,10 @@ def _checkpoint(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[li
     def run(args, edits):
         return _inline(eqn, step, args, edits)
 
-    cse = eqn.params["prevent_cse"]
+    _, params = kind(eqn)
+    cse = params["prevent_cse"]
     prevent_cse = cse if isinstance(cse, bool) else any(cse)
-    return jax.checkpoint(run, prevent_cse=prevent_cse, policy=eqn.params["policy"])(args, edits)
+    return jax.checkpoint(run, prevent_cse=prevent_cse, policy=params["policy"])(args, edits)
 
 
 def _scan(eqn: Any, step: Step, args: list, edits: list[Edit]) -> tuple[list[Any], Marked]:
@@ -265,7 +275,7 @@ def _types_in(eqn: Any, step: Step) -> list[list[ArrayType]]:
             return [[type_of(x), type_of(out)]]
         given = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         return [[type_of(aval) for aval in jax.make_jaxpr(step.summary)(given).out_avals]]
-    if eqn.primitive in (tag_p, primitives.name_p):
+    if step.result or kind(eqn)[0] in (tag_p, primitives.name_p):
         return [[type_of(atom.aval) for atom in eqn.outvars]]
     inner = [types for plan in step.inner for types in marked_types(plan)]
     if eqn.primitive is primitives.scan_p:

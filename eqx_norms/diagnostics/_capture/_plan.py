@@ -5,6 +5,7 @@ its origins, which are the arrays of the model that it was made of, and these le
 They are a set of bits in an integer.
 """
 
+import copy
 import functools as ft
 import operator
 from collections.abc import Callable, Iterator
@@ -16,34 +17,39 @@ from jax.extend.core import Literal, primitives
 from jaxtyping import PyTree
 
 from ..._jaxprs import is_jaxpr, opened, scan_counts
+from ._functions import Function, found_in
 from ._instrument import Arrays, Observer
 from ._model import callable_modules, path
 from ._names import named_call
-from ._tag import Call, tag_p
+from ._tag import Call, Inputs, tag_p
 
 
 class Output(NamedTuple):
     """A tag, or a named value, that is looked for.
 
-    It has more than one path if it cannot be told which module was called.
+    It has more than one path if it cannot be told which module was called. What is not `wanted`
+    is there to say where a function in between stands.
     """
 
     paths: tuple[str, ...]
     call: Call
+    wanted: bool = True
 
 
 class Step(NamedTuple):
     """What is marked in one equation, in program order, and the plans of its inner jaxprs.
 
     Where the equation itself is marked, though it is no tag, `operand` is which of its operands is
-    handed out, ahead of its first result, or in place of both a `summary` of it. `donates` says
-    whether something in it gives operands away, outside `jax.jit`.
+    handed out, ahead of its first result, or in place of both a `summary` of it. With `result` it
+    is its only result. `donates` says whether something in it gives operands away, outside
+    `jax.jit`.
     """
 
     outputs: list[Output]
     inner: list["Plan"]
     operand: int | None = None
     summary: Callable | None = None
+    result: bool = False
     donates: bool = False
 
 
@@ -61,6 +67,17 @@ class Plan:
         self.outputs = [output for step in steps for output in step.outputs]
         self.donates = any(step.donates for step in steps)
         self.recomputed = recomputed
+
+    def only_wanted(self) -> "Plan":
+        """Without the marks that nobody asked for."""
+        plan = copy.copy(self)
+        keep = lambda outputs: [output for output in outputs if output.wanted]
+        plan.steps = [
+            step._replace(outputs=keep(step.outputs), inner=[p.only_wanted() for p in step.inner])
+            for step in self.steps
+        ]
+        plan.outputs, plan.recomputed = keep(self.outputs), keep(self.recomputed)
+        return plan
 
     @ft.cached_property
     def last_uses(self) -> list[set]:
@@ -142,13 +159,21 @@ class _Planner:
         env = dict(zip(inside.invars, origins, strict=True))
         read = lambda atom: 0 if isinstance(atom, Literal) else env.get(atom, 0)
         steps, recomputed = [], []
-        for eqn in inside.eqns:
+        functions = found_in(inside, self.watch.functions)
+        for i, eqn in enumerate(inside.eqns):
+            if i in functions:
+                [out] = eqn.outvars
+                env[out] = _union(tuple(map(read, eqn.invars)))
+                output = Output((functions[i],), Function(functions[i], self.watch.level))
+                steps.append(Step([output], [], result=True))
+                continue
             inner, outs = self._inner(eqn, tuple(map(read, eqn.invars)))
             env.update(zip(eqn.outvars, outs, strict=True))
             found = self._outputs(eqn, read, id(inside) in self.repeated)
             found = found or [o for plan in inner for o in plan.outputs]
             recomputed += [o for plan in inner for o in plan.recomputed]
-            if eqn.primitive is primitives.remat_p and eqn.params["differentiated"]:
+            primitive, params = kind(eqn)
+            if primitive is primitives.remat_p and params["differentiated"]:
                 recomputed += found
                 found = []
             donates = any(eqn.params.get("donated_invars", ())) or any(p.donates for p in inner)
@@ -190,8 +215,9 @@ class _Planner:
             origins = (*origins[:start], *carry, *origins[stop:])
 
     def _outputs(self, eqn: Any, read: Any, repeated: bool) -> list[Output]:
-        if eqn.primitive is primitives.name_p:
-            name = eqn.params["name"]
+        primitive, params = kind(eqn)
+        if primitive is primitives.name_p:
+            name = params["name"]
             self.watch.named[name] = None
             looked_for = name in self.watch.names
             return [Output((str(name),), named_call(name, self.watch.level))] if looked_for else []
@@ -203,9 +229,25 @@ class _Planner:
         # Modules that are static arguments share a trace if they are equal.
         ends = [call.place.keys, *(call.place.equals if repeated else ())]
         found = [(*keys, *end) for keys in holders for end in ends]
-        if not self.watch.looks_for(found, call.place):
+        wanted = self.watch.looks_for(found, call.place)
+        wanted = wanted and (self.watch.inputs or not isinstance(call, Inputs))
+        if not found or not (wanted or self.watch.functions):
             return []
-        return [Output(tuple(path(keys) for keys in found), call)]
+        return [Output(tuple(path(keys) for keys in found), call, wanted)]
+
+
+def kind(eqn: Any) -> tuple[Any, dict[str, Any]]:
+    """The primitive of an equation, and its parameters.
+
+    Of those that `jax_remat3` switches on, as of those that they replace; they keep parameters one
+    level down.
+    """
+    newer = eqn.params.get("_prim")
+    if type(newer).__name__ == "RematTraced":
+        return primitives.remat_p, {"differentiated": False, "prevent_cse": True, **newer.params}
+    if type(newer).__name__ == "CheckpointName":
+        return primitives.name_p, newer.params
+    return eqn.primitive, eqn.params
 
 
 def _repeated(jaxpr: Any) -> set[int]:

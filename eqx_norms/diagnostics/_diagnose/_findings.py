@@ -216,7 +216,7 @@ def _birth(measured: Measured, args_bad: str) -> Finding | None:
 def _in_example(row: Row, name: str, value: float, advice: str) -> Finding:
     """A finding that says where in a call something first is not finite."""
     first, share = (row.statistics.get(f"{name}_{end}") for end in ("first", "share"))
-    shape = row.examples_shape
+    shape = row.places_shape
     finding = Finding("non-finite", row.path, value, 0, advice, row.step)
     places = []
     if row.step:
@@ -224,9 +224,9 @@ def _in_example(row: Row, name: str, value: float, advice: str) -> Finding:
     if first is not None and share is not None and shape:
         example = tuple(map(int, np.unravel_index(int(first), shape)))
         finding = finding._replace(example=example, share=share)
-        word = "example" if row.seen.examples else "position"
-        count = round(share * row.examples)
-        places.append(f"{word} {_numbers(example)}; {count} of {row.examples} {word}s")
+        word = "example" if row.seen.examples or row.seen.batched else "position"
+        of = math.prod(shape)
+        places.append(f"{word} {_numbers(example)}; {round(share * of)} of {of} {word}s")
     if not places:
         return finding
     return finding._replace(advice=f"{advice} First in {', in '.join(places)}.")

@@ -64,6 +64,11 @@ class Row(NamedTuple):
         return _of_examples(self.shape, self.seen.examples)
 
     @property
+    def places_shape(self) -> tuple[int, ...]:
+        """Of the examples, or else positions, that a finding names."""
+        return _places_shape(self.shape, self.seen)
+
+    @property
     def has_units(self) -> bool:
         return len(self.shape) > self.seen.examples
 
@@ -325,7 +330,12 @@ def _kinds_of_inputs(survey: Survey) -> dict[tuple, list[Seen]]:
 def _examples_shape(call: Seen, survey: Survey) -> tuple[int, ...]:
     """That of the first array it returns, as of its `Row`."""
     shape = survey.types[call.output][0].shape[len(call.loops) :]
-    return _of_examples(shape, call.examples)
+    return _places_shape(shape, call)
+
+
+def _places_shape(shape: tuple[int, ...], call: Seen) -> tuple[int, ...]:
+    first = call.batched and len(shape) > 1
+    return shape[:1] if first else _of_examples(shape, call.examples)
 
 
 def _of_examples(shape: tuple[int, ...], vmapped: int) -> tuple[int, ...]:
@@ -449,7 +459,7 @@ def _of_value(
         "grad_silent": _numbers.silent(grad, axis),
         "tiny": _numbers.share_below(grad, float(of_type.tiny)),
     }
-    found |= _numbers.where_bad(value, _of_examples(value.shape[1:], call.examples))
+    found |= _numbers.where_bad(value, _places_shape(value.shape[1:], call))
     if not call.hidden:
         found |= _numbers.of_binary_logits(value, grad)
     if not call.hidden and value.ndim > 1 + call.examples:

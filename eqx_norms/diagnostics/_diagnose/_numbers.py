@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ..._processes import fetched
+from .._capture._activations import Activation
 from .._layer_statistics import RANK_EXAMPLES, drawn_rows
-from ._activations import Activation
 
 Statistics = dict[str, np.ndarray]
 Steps = Float[np.ndarray, "steps *shape"]

@@ -20,6 +20,7 @@ from jax.extend.core import primitives
 from jaxtyping import Array, PyTree
 
 from ..._jaxprs import is_jaxpr, opened
+from .._capture._activations import Activation, activation_of, recognised
 from .._capture._capture import _check_arrays, _Program, _zero_shift
 from .._capture._instrument import Where
 from .._capture._interpret import ArrayType, Marked, loops_around, marked_types, supported
@@ -27,7 +28,6 @@ from .._capture._library import observe
 from .._capture._model import Model, path
 from .._capture._plan import Output, Plan, Step, make_plan
 from .._capture._tag import Inputs, tag_p
-from ._activations import Activation, activation_of, recognised
 from ._dataflow import Fact, Flow
 from ._scores import of_scores
 
@@ -42,6 +42,7 @@ class Seen:
     parameters of its own, in `"time"`, or a `"member"`.
 
     - `examples`: how many axes of examples the first array has, behind these.
+    - `batched`: whether the first of its other axes is that of the batch, as in Flax.
     - `shape`: of a softmax, of which only figures are marked, that of its scores.
     - `inputs`: the marks of which its input was made.
     - `begins`, `returns`: where, as the numbers of the equations around it, the outermost first,
@@ -65,6 +66,7 @@ class Seen:
     last: "Seen | None" = dataclasses.field(default=None, repr=False)
     kinds: tuple[str, ...] = ()
     examples: int = 0
+    batched: bool = False
     shape: tuple[int, ...] | None = None
     inputs: int = 0
     units: bool = False
@@ -333,6 +335,7 @@ def _described(survey: Survey) -> list[list[Arrangement]]:
             call.shape = _without(call.shape, [i - len(around) for i in members])
         call.kinds += ("member",) * len(lengths)
         call.examples = vmaps[0].count("example") if vmaps else 0
+        call.batched = survey.model.batches_first and not call.examples
     return arrangements
 
 

@@ -53,6 +53,8 @@ _NAMED = {
     )
 }
 _PRIMITIVES = {"tanh": jnp.tanh, "logistic": jax.nn.sigmoid}
+# All that `recognised` may return.
+NAMES = (*_NAMED, "tanh", "sigmoid", "gelu", "softmax")
 
 
 def activation_of(fn: Callable, name: str) -> Activation:
@@ -124,6 +126,13 @@ def _axis_of_softmax(jaxpr: Any, i: int) -> int | None:
 
 
 _SOFTMAX = 8  # equations, of which it has four at most, with some of other origin between
+
+
+def result_of_softmax(jaxpr: Any, i: int) -> int:
+    """The equation that divides, of a softmax in which equation `i` subtracts the maximum."""
+    [exp] = _uses(jaxpr, i)
+    divides = lambda eqn: eqn.primitive.name == "div" and eqn.invars[0] is exp.outvars[0]
+    return next(j for j, eqn in enumerate(jaxpr.eqns) if divides(eqn))
 
 
 def _uses(jaxpr: Any, i: int) -> list[Any]:
