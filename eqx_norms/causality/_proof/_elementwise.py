@@ -32,8 +32,8 @@ _NAMES = (
     "complex conj convert_element_type copy copy_p cos cosh digamma eq eq_to erf erf_inv erfc "
     "expm1 floor ge gt imag integer_pow is_finite le le_to lgamma log log1p log2 lt lt_to max min "
     "mulhi name ne neg nextafter not one_minus_square or polygamma polynomial population_count pow "
-    "real reduce_precision rem round rsqrt sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign "
-    "sin sinh sqrt square tan tanh threefry2x32 xor zeta"
+    "real reduce_precision rem round rsqrt sharding_constraint shift_left shift_right_arithmetic "
+    "shift_right_logical sign sin sinh sqrt square tan tanh threefry2x32 xor zeta"
 )
 
 
