@@ -281,7 +281,7 @@ def write():
 
 def main():
     """Prints the table, or the list."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--length", type=int, default=512, help="positions")
     parser.add_argument("--without-rule", action="store_true", help="that list alone")
     parser.add_argument("--write", action="store_true", help="put it into the page")

@@ -20,8 +20,9 @@ def definition(eqn: jex.JaxprEqn) -> Any:
     name = eqn.primitive.name
     if name not in DEFINED:
         return None
+    alike: Callable[[Any], Any] = lambda aval: jax.ShapeDtypeStruct(aval.shape, aval.dtype)
     try:
-        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+        avals = [alike(v.aval) for v in eqn.invars]
         if name == SHARD_MAP:
             avals = [jax.ShapeDtypeStruct((), jnp.int32), *avals]
         with use_abstract_mesh(AbstractMesh((), ())), at_line_of(eqn):
