@@ -346,6 +346,25 @@ def test_what_does_no_harm_in_a_model_that_has_learnt(getkey):
 
 
 @pytest.mark.slow
+def test_the_actions_of_an_actor_may_be_at_their_limits(getkey):
+    """A critic reads them: as outputs of a network they are not judged, its hidden units are."""
+    actor = eqx.nn.MLP(4, 2, 16, 1, jnp.tanh, jnp.tanh, key=getkey())
+    critic = eqx.nn.MLP(2, "scalar", 16, 1, key=getkey())
+    values = lambda models, x: -jnp.mean(jax.vmap(lambda x: models[1](models[0](x)))(x))
+    x, last = normal(getkey(), (32, 4)), lambda m: m.layers[1].weight
+    sharp = eqx.tree_at(last, actor, replace_fn=lambda w: 1e3 * w)
+    found = diagnose(values, (sharp, critic), x)
+    assert "saturated" not in {finding.kind for finding in found.findings}
+    [share] = [
+        row.statistics["saturated"] for row in found.calls if row.name == "[0].layers[1]:tanh"
+    ]
+    assert share > 0.9
+    blunt = eqx.tree_at(lambda m: m.layers[0].weight, actor, replace_fn=lambda w: 1e3 * w)
+    kinds = {finding[:2] for finding in diagnose(values, (blunt, critic), x).findings}
+    assert ("saturated", "[0].layers[0]") in kinds
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [None, -1e9, -jnp.inf])
 def test_a_mask_saturates_no_softmax(mask, getkey):
     """In the first row it leaves one score. By hand: of rows 1 to 3 all that are 100 apart do."""

@@ -114,7 +114,8 @@ def diagnose(
         finding.
     - `"saturated"`: a hidden layer has a function that is flat at both ends, such as tanh, and more
         than three quarters of its inputs are where its slope is below a tenth of its largest.
-        Gates, and layers in a loop over time, are not judged. Or in three quarters of the rows of
+        Gates, layers in a loop over time, and the last function of a module with two weight
+        matrices or more, as of a generator, are not judged. Or in three quarters of the rows of
         the softmax of an attention one weight is 1 and all others are 0, in float32, in all heads
         of one member of an ensemble.
     - `"exploding gradient"`, `"vanishing gradient"`: going back through 4 layers or more, each

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._measure import ALIKE, Measured, Parameter, Row, is_in
-from ._survey import when
+from ._measure import ALIKE, Measured, Parameter, Row
+from ._survey import is_in, when
 from ._trial import SMALL, typical_ratio
 
 THRESHOLDS = {
@@ -423,7 +423,7 @@ def _saturated(rows: Sequence[Row]) -> Iterator[Finding]:
             "that the scores get no gradient. Look at the scale of the queries and keys."
         )
         yield Finding("saturated", where, share, limit, advice)
-    rest = [row for row in judged if row.type != "softmax"]
+    rest = [row for row in judged if not (row.type == "softmax" or row.seen.ends)]
     for where, share in _largest(rest, "saturated", limit).items():
         advice = (
             "This share of the entries is where the activation function is flat: its slope is "

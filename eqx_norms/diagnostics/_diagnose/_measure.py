@@ -24,7 +24,7 @@ from .._optimiser import compiled_updates
 from . import _numbers, _scores
 from ._dataflow import NOTHING, Fact
 from ._doubts import Doubt, doubts
-from ._survey import Seen, Survey, when
+from ._survey import Seen, Survey, is_in, when
 from ._trial import has_learnt, try_steps
 
 Numbers = dict[str, float]
@@ -263,11 +263,6 @@ def _stacks(survey: Survey) -> list[int]:
         max((n for where, n in ahead.items() if is_in(each, where)), default=0)
         for each in survey.model.paths()
     ]
-
-
-def is_in(parameter: str, module: str) -> bool:
-    inside = parameter[len(module) :][:1] in (".", "[", "")
-    return not module or (parameter.startswith(module) and inside)
 
 
 # ---- Statistics, traced.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ._findings import is_in
+from ._survey import is_in
 
 _LABELS = 40  # Of more rows than that, only some are named.
 _BLUE, _ORANGE, _GREEN, _GREY, _RED = "#2a6fbb", "#d9822b", "#3b8f5a", "0.35", "#b8322a"

@@ -16,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jax.extend.core import primitives
 from jaxtyping import Array, PyTree
 
@@ -51,6 +52,8 @@ class Seen:
         made them, and weights read them. Terms of a loss, and variances in a norm, are none. Of a
         softmax, whether it acts on the scores of an attention.
     - `gate`: whether its output is multiplied with something else that is computed.
+    - `ends`: whether a module with two weight matrices or more returns what it returns: it is the
+        last of a network, as of an actor or a generator, whose output another network reads.
     - `conditional`: whether it is in a `jax.lax.cond`.
     """
 
@@ -71,6 +74,7 @@ class Seen:
     inputs: int = 0
     units: bool = False
     gate: bool = False
+    ends: bool = False
     hidden: bool = False
     conditional: bool = False
     differentiated: bool = False
@@ -301,6 +305,7 @@ def _described(survey: Survey) -> list[list[Arrangement]]:
         for around, kinds in zip(loops, types, strict=True)
     ]
     conditional, places = _in_branches(survey.plan), _places(survey.plan)
+    ends = _ends_of_networks(survey)
     for call in survey.calls:
         around = loops[call.output]
         call.conditional = conditional[call.output]
@@ -308,6 +313,7 @@ def _described(survey: Survey) -> list[list[Arrangement]]:
         call.begins = places[call.output if call.given is None else call.given]
         call.hidden = flow.is_hidden(call.output)
         call.gate = flow.is_gate(call.output)
+        call.ends = call.output in ends
         if call.applied is None:
             vmaps, given = flow.vmaps[call.output], call.given
             facts = flow.facts.get(-1 if given is None else given, [])
@@ -337,6 +343,23 @@ def _described(survey: Survey) -> list[list[Arrangement]]:
         call.examples = vmaps[0].count("example") if vmaps else 0
         call.batched = survey.model.batches_first and not call.examples
     return arrangements
+
+
+def _ends_of_networks(survey: Survey) -> set[int]:
+    """The marks of what a module with two matrices or more returns."""
+    model, found = survey.model, set()
+    leaves = jtu.tree_leaves(model.trained(model.tree))
+    matrices = [where for where, x in zip(model.paths(), leaves, strict=True) if x.ndim > 1]
+    for call in survey.returns:
+        if sum(is_in(where, call.path) for where in matrices) > 1:
+            for fact in survey.flow.facts[call.output]:
+                found |= {fact.function, fact.same}
+    return found
+
+
+def is_in(parameter: str, module: str) -> bool:
+    inside = parameter[len(module) :][:1] in (".", "[", "")
+    return not module or (parameter.startswith(module) and inside)
 
 
 def _without(shape: tuple[int, ...], axes: list[int]) -> tuple[int, ...]:
