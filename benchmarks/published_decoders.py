@@ -120,7 +120,7 @@ OWN: dict[str, dict[str, Any]] = {
         )
     },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    **dict.fromkeys(("musicgen", "musicgen_melody"), {"num_codebooks": 1}),
+    **{name: {"num_codebooks": 1} for name in ("musicgen", "musicgen_melody")},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
@@ -339,8 +339,9 @@ WHY = {
         "refused: the layers of this small model are all linear, and their cache has no length",
     ),
     "blt": (
-        "**defect**: its cache, which is the default, asks the configuration for `num_hidden_layers`, "
-        "which it has not. Padding is text to the hashes of bytes, and to the attention over patches"
+        "**defect**: its cache, which is the default, asks the configuration for "
+        "`num_hidden_layers`, which it has not. Padding is text to the hashes of bytes, and to the "
+        "attention over patches"
     ),
     "cpmant": "reads in both directions by design, as a prefix",
     "xlm": "bidirectional by design, unless `causal=True`",
