@@ -112,18 +112,22 @@ OWN: dict[str, dict[str, Any]] = {
         name: {"layer_types": ["linear_attention", "full_attention"]}
         for name in (
             "bailing_hybrid",
+            "qwen3_5",
+            "qwen3_5_moe",
             "qwen3_5_moe_text",
             "qwen3_5_text",
             "qwen3_next",
         )
     },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    **{name: {"num_codebooks": 1} for name in ("musicgen", "musicgen_melody")},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -331,13 +335,13 @@ WHY = {
         "in pieces, and are not in one token with a cache",
     ),
     **dict.fromkeys(
-        ("kimi_linear", "qwen4_exp_text"),
+        ("kimi_linear", "qwen4_exp", "qwen4_exp_text"),
         "refused: the layers of this small model are all linear, and their cache has no length",
     ),
     "blt": (
-        "**defect**: a cache, the default, is made by the length of `config.num_hidden_layers`, "
-        "which this configuration has not: an error. Hashes of bytes and patches take padding for "
-        "text"
+        "**defect**: its cache, which is the default, asks the configuration for "
+        "`num_hidden_layers`, which it has not. Padding is text to the hashes of bytes, and to the "
+        "attention over patches"
     ),
     "cpmant": "reads in both directions by design, as a prefix",
     "xlm": "bidirectional by design, unless `causal=True`",
