@@ -82,7 +82,7 @@ def rounded_anew(eqn: Any, args: Any, outs: Any, _: Any) -> Any:
     if not all(jnp.issubdtype(out.dtype, jnp.inexact) for out in outs):
         return outs
     if name in _SUMS:
-        spared = _exact_sums(name, *args, outs[0])
+        spared = _exact_sums(name, args[0], args[1], outs[0])
     elif name in _ARITHMETIC:
         spared = _short(outs[0])
     elif name in _FUNCTIONS:
