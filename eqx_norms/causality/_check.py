@@ -685,14 +685,17 @@ def _proof(
     how: How,
     splits: Sequence[int] | str,
 ) -> Proof:
-    for closed, held in _with_parameters(fn, x, problem, how):
+    def proved(closed: jex.ClosedJaxpr, held: Held) -> tuple[jex.ClosedJaxpr, Proof]:
         near = jex.ClosedJaxpr(closed.jaxpr, [*map(readable, closed.consts)])
         question = Question(
             near, problem.leaves, problem.in_axes, problem.out_axes, problem.out_lengths, held
         )
-        proof = prove(question, rule.allowed, how.assume_bounded)
-        if proof.holds:
-            break
+        return closed, prove(question, rule.allowed, how.assume_bounded)
+
+    tries = (proved(*trace) for trace in _with_parameters(fn, x, problem, how))
+    closed, proof = next(tries)
+    if not proof.holds:
+        closed, proof = next(tries, (closed, proof))
     if not proof.meetings:
         return proof
     # What was assumed of scores has to hold on x, and on every edit that would be tried.
@@ -726,10 +729,10 @@ def _with_parameters(
             return None
 
     held = held_numbers(fn)
-    first = (held.numbers and told(False)) or (problem.closed, held)
-    yield first
-    if first[1].arrays and first[1].were_met and (second := told(True)) is not None:
-        yield second
+    closed, left = (told(False) if held.numbers else None) or (problem.closed, held)
+    yield closed, left
+    if left.arrays and left.were_met and (again := told(True)) is not None:
+        yield again
 
 
 def _editor(problem: Problem, how: How) -> Editor:

@@ -119,8 +119,11 @@ def _is_of_a_library(kind: type) -> bool:
 
 def _plain(attribute: Any) -> Any:
     """The function of a method, whatever kind of method it is; else what is given."""
-    names = ("__func__", "fget", "func")
-    return next((getattr(attribute, n) for n in names if hasattr(type(attribute), n)), attribute)
+    if isinstance(attribute, staticmethod | classmethod):
+        return attribute.__func__
+    if isinstance(attribute, property):
+        return attribute.fget
+    return attribute.func if isinstance(attribute, functools.cached_property) else attribute
 
 
 def _of_function(fn: types.FunctionType) -> Iterator[Any]:

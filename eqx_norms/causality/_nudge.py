@@ -79,8 +79,10 @@ def rounded_anew(eqn: Any, args: Any, outs: Any, _: Any) -> Any:
     It does not look into loops. Numbers next to the largest, as masks are, stay finite.
     """
     name = eqn.primitive.name
+    if not all(jnp.issubdtype(out.dtype, jnp.inexact) for out in outs):
+        return outs
     if name in _SUMS:
-        spared = _exact_sums(name, *args, outs[0])
+        spared = _exact_sums(name, args[0], args[1], outs[0])
     elif name in _ARITHMETIC:
         spared = _short(outs[0])
     elif name in _FUNCTIONS:
@@ -106,8 +108,6 @@ def _short(out: Any) -> Any:
 
 
 def _by_an_eps(out: Any, spared: Any) -> Any:
-    if not jnp.issubdtype(out.dtype, jnp.inexact):
-        return out
     eps = float(jnp.finfo(out.dtype).eps)
     fixed = spared | (out == 0) | (jnp.abs(out) > _HUGE)
     up = jnp.sin(1e3 * jnp.frexp(jnp.real(out))[0]) > 0  # by its value: equal numbers move alike

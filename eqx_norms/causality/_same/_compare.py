@@ -146,9 +146,9 @@ class Judge:
         if different.any():
             return Verdict("different", different, own, exact, exact, notes)
         own, lost, why = self._lost(own, exact, broken)
-        notes = [*notes, *why]
         if lost.any():
-            return Verdict("imprecise", lost, own, exact, own, notes)
+            return Verdict("imprecise", lost, own, exact, own, why)
+        notes = [*notes, *why]
         status = "undecided" if undecided.any() else "rounding"
         return Verdict(status, undecided, own, exact, exact if undecided.any() else own, notes)
 
