@@ -105,7 +105,8 @@ def test_integers_must_be_equal():
 def test_forward_passes(getkey, monkeypatch):
     """Of each function 8, in float64 8 more, and where they differ again as many."""
     runs, run = [], comparing._run
-    monkeypatch.setattr(comparing, "_run", lambda fn, rows: runs.append(len(rows)) or run(fn, rows))
+    counted = lambda fn, closed, rows, *how: runs.append(len(rows)) or run(fn, closed, rows, *how)
+    monkeypatch.setattr(comparing, "_run", counted)
     plain, x = lambda x: jnp.exp(x).sum(1), rows(getkey)
     for two, passes in ((plain, 8), (lambda x: backwards(jnp.exp(x)), 16), (jnp.ravel, 24)):
         one = (lambda x: 2 * x.ravel()) if two is jnp.ravel else plain
