@@ -166,7 +166,8 @@ def test_the_axis_that_is_likely_to_be_time():
 def test_every_report_says_what_was_asked():
     x = floats(2, 3, D)
     allowed = rules.each(2, rules.causal(3))
-    report = check_reads(lambda x: x.reshape(6, D), x, allowed, axis=(0, 1), out_axis=0, prove=True)
+    how = {"axis": (0, 1), "out_axis": 0, "prove": True, "pointwise": True}
+    report = check_reads(lambda x: x.reshape(6, D), x, allowed, **how)
     assert report.status == "proved"
     asked = "Asked of axes (0, 1), 2 x 3 positions; output axis 0, 6 positions."
     assert asked in str(report).split("\n")

@@ -69,7 +69,7 @@ class Probe:
         sizes = np.array([self.editor.size(edit) for edit in edits])
         return _combine(leaves, sizes, self.eps)
 
-    def _runs(self, edits: Sequence[Edit], label: str) -> Iterator[tuple[np.ndarray | Array, ...]]:
+    def _runs(self, edits: Sequence[Edit], label: str) -> Iterator[Sequence[np.ndarray | Array]]:
         """What each batch of edits gives. The device runs one while the next is drawn."""
         running = None
         for batch in _progress(list(_batches(edits, self.batch_size)), label):
@@ -119,7 +119,7 @@ class _Leaf(NamedTuple):
     discrete: Any
 
 
-def _on_host(outs: tuple[Array, ...]) -> tuple[np.ndarray | Array, ...]:
+def _on_host(outs: Sequence[np.ndarray | Array]) -> Sequence[np.ndarray | Array]:
     """Small outputs as NumPy's: to compile what is measured of them takes .2 to .5 s a shape."""
     return fetch(outs) if sum(out.size for out in outs) <= _SMALL else outs
 

@@ -384,7 +384,7 @@ def _run(fn: Callable, closed: jex.ClosedJaxpr, rows: Sequence[Row], *how: Any) 
     return [host(run(*row)) for row in rows]
 
 
-def host(leaves: Sequence[Array]) -> list[np.ndarray]:
+def host(leaves: Sequence[np.ndarray | Array]) -> list[np.ndarray]:
     """NumPy arrays of the same values, of floats as float64."""
     return [_as_float64(fetched(leaf)) for leaf in leaves]
 

@@ -142,7 +142,7 @@ def measure(
         by_call = {id(call): {} for call in survey.calls}
         for alike, found in zip(kinds.values(), fetch(ends), strict=True):
             for i, call in enumerate(alike):
-                here = {name: [x[i] for x in arrays] for name, arrays in found.items()}
+                here = {name: [x[i, ...] for x in arrays] for name, arrays in found.items()}
                 lead = _examples_shape(call, survey)
                 by_call[id(call)] = _numbers.of_ends(**here, loops=call.loops, lead=lead)
         units = _units(survey)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from ..._processes import fetched
 from .._capture._activations import Activation
@@ -114,7 +114,7 @@ def where_bad(x: Steps, lead: tuple[int, ...]) -> Statistics:
     return found
 
 
-def _of_bits(bits: Int[np.ndarray, "steps examples"]) -> Statistics:
+def _of_bits(bits: Integer[np.ndarray, "steps examples"]) -> Statistics:
     """Whether there is a `nan`, an `inf` and anything `non_finite`. `bad_share` is the share of
     examples with a NaN; if none has any, with infinity; if none, with -inf. `bad_first` is the
     number of the first of them, or -1.
